@@ -1,0 +1,301 @@
+"""The `emp` command: parses, calls, prints. Whatever is heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import argparse
+import dis
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from rich.console import Console
+
+__all__ = ["main"]
+
+USAGE_ERROR, INTERRUPTED = 2, 130
+
+_HELP = """\
+usage: emp COMMAND [options]
+
+Effective Model Pruning during training: run recipes, compare ways of pruning, look at weights.
+
+commands:
+  fit       train a recipe
+  validate  evaluate a recipe's model on its validation split
+  test      evaluate a recipe's model on its test split
+  compare   train a recipe with several ways of pruning and several seeds, and report
+  report    write the report of a finished comparison or of a single fit again
+  inspect   show N_eff and what EMP would keep of a checkpoint or a timm model
+
+examples:
+  emp fit --config recipes/quickstart.yaml
+  emp compare --config recipes/quickstart.yaml --out runs/quickstart
+  emp inspect timm:resnet18 --pretrained
+
+options:
+  -h, --help  show this message, or with a command that command's options
+  --version   show the version
+"""
+
+_LIGHTNING_HELP = {
+    "fit": """\
+Train the model of a recipe, with the callbacks that the recipe names.
+
+examples:
+  emp fit --config recipes/quickstart.yaml
+  emp fit --config recipes/quickstart.yaml --trainer.max_epochs 1 --model.init_args.lr 0.01
+  emp fit --config recipes/quickstart.yaml --ckpt_path PATH     (continue from a checkpoint)
+  emp fit --config recipes/quickstart.yaml --print_config       (show every setting, train nothing)
+
+The study: section is for emp compare; it is checked here and otherwise ignored.""",
+    "validate": """\
+Evaluate a recipe's model on its validation split.
+
+example:
+  emp validate --config recipes/quickstart.yaml --ckpt_path PATH""",
+    "test": """\
+Evaluate a recipe's model on its test split.
+
+example:
+  emp test --config recipes/quickstart.yaml --ckpt_path PATH""",
+}
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one `emp` command and return its exit code: 0, 2 for a usage error, 130 after Ctrl-C."""
+    words = list(sys.argv[1:] if args is None else args)
+    if not words or words[0] in ("-h", "--help"):
+        sys.stdout.write(_HELP)
+        return 0 if words else USAGE_ERROR
+    if words[0] == "--version":
+        from emp_callbacks import __version__
+
+        sys.stdout.write(f"emp {__version__}\n")
+        return 0
+    return _run(words[0], words[1:])
+
+
+def _run(command: str, words: list[str]) -> int:
+    """Run a command; what a user can put right is one line, anything else keeps its traceback."""
+    if command not in _COMMANDS:
+        import difflib
+
+        near = difflib.get_close_matches(command, _COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(_COMMANDS)}"
+        return _complain(f"unknown command {command!r}; {hint}", USAGE_ERROR)
+    try:
+        _COMMANDS[command](words)
+    except KeyboardInterrupt as stop:
+        return _complain(str(stop) or "interrupted", INTERRUPTED)
+    except Exception as error:
+        if not _is_for_the_user(error):
+            raise
+        return _complain(str(error), USAGE_ERROR)
+    return 0
+
+
+def _complain(message: str, code: int) -> int:
+    sys.stderr.write(f"emp: {message}\n")
+    return code
+
+
+def _is_for_the_user(error: Exception) -> bool:
+    """Return whether an error is about what the user gave: a file, or a value that our own checks refused."""
+    if isinstance(error, OSError):
+        return error.filename is not None or _raised_by_us(error.__traceback__)
+    if type(error).__name__ == "MisconfigurationException":  # Lightning's word for a recipe it cannot run
+        return True
+    return isinstance(error, (ValueError, TypeError, ArithmeticError, NotImplementedError)) and _raised_by_us(
+        error.__traceback__
+    )
+
+
+def _raised_by_us(trace: TracebackType | None) -> bool:
+    """Return whether a `raise` statement of this package made the error, rather than a call that went wrong."""
+    if trace is None:
+        return False
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    code = trace.tb_frame.f_code
+    module = trace.tb_frame.f_globals.get("__name__", "")
+    return module.split(".")[0] == "emp_callbacks" and code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+
+
+def _lightning(command: str) -> Callable[[list[str]], None]:
+    def run(words: list[str]) -> None:
+        from emp_callbacks.study.recipe import run_lightning
+
+        run_lightning(command, words, _LIGHTNING_HELP[command])
+
+    return run
+
+
+def _compare(words: list[str]) -> None:
+    """Run a study and show what it found."""
+    options, overrides = _compare_parser().parse_known_args(words)
+    from emp_callbacks.study.comparison import run_study
+    from emp_callbacks.study.recipe import Recipe
+    from emp_callbacks.study.report import comparison_table, write_report
+
+    console = _console()
+    recipe = Recipe(options.config, overrides)
+    out = Path(options.out or recipe.study.out or Path("runs", recipe.path.stem))
+    results = run_study(recipe, out, overwrite=options.overwrite, console=console)
+    report = write_report(results, out)
+    console.print(comparison_table(results))
+    console.print(f"report: {report}", highlight=False, soft_wrap=True)
+
+
+def _report(words: list[str]) -> None:
+    """Write the report of a folder again."""
+    folder = Path(_report_parser().parse_args(words).folder)
+    results, rows = folder / "results.json", folder / "emp_trajectory.jsonl"
+    console = _console()
+    if results.is_file():
+        from emp_callbacks.study.report import comparison_table, write_report
+        from emp_callbacks.study.run_store import read_results
+
+        study = read_results(results)
+        page = write_report(study, folder)
+        console.print(comparison_table(study))
+    elif rows.is_file():
+        from emp_callbacks.study.report import write_trajectory_report
+        from emp_callbacks.trajectory import Trajectory
+
+        page = write_trajectory_report(Trajectory.read(rows).records(), folder, folder.name)
+    else:
+        raise FileNotFoundError(_nothing_to_report(folder))
+    console.print(f"report: {page}", highlight=False, soft_wrap=True)
+
+
+def _nothing_to_report(folder: Path) -> str:
+    if not folder.is_dir():
+        return f"folder {folder} does not exist"
+    below = [path.parent for name in ("results.json", "emp_trajectory.jsonl") for path in folder.rglob(name)]
+    hint = f"; there is one in {sorted(below)[-1]}" if below else ""
+    return f"{folder} holds neither results.json (emp compare) nor emp_trajectory.jsonl (emp fit){hint}"
+
+
+def _inspect(words: list[str]) -> None:
+    """Show what EMP would keep."""
+    options = _inspect_parser().parse_args(words)
+    from emp_callbacks.inspection import inspect_model, load_model, report_json, report_table
+
+    console = _console()
+    loaded = load_model(options.source, pretrained=options.pretrained)
+    rows = inspect_model(
+        loaded.module,
+        beta=options.beta,
+        scope=options.scope,
+        include=options.include or loaded.include,
+        exclude=options.exclude,
+    )
+    settings = {"source": options.source, "beta": options.beta, "scope": options.scope}
+    console.print(report_table(rows, f"{options.source}: scope {options.scope}, beta {options.beta:g}"))
+    for note in loaded.notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+    if options.json:
+        Path(options.json).write_text(report_json(rows, **settings, notes=loaded.notes))
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    # A pipe or a file has no width: tables there must not be cut at 80 columns.
+    return Console() if sys.stdout.isatty() else Console(width=160)
+
+
+def _parser(command: str, summary: str, examples: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=f"emp {command}",
+        description=summary,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def _compare_parser() -> argparse.ArgumentParser:
+    from emp_callbacks.study.arms import ARMS
+
+    arms = "\n".join(f"  {name:<18} {arm.summary}" for name, arm in ARMS.items())
+    parser = _parser(
+        "compare",
+        "Train a recipe with several ways of pruning and several seeds, alike in everything else, and report.",
+        f"""\
+arms (study.arms):
+{arms}
+
+examples:
+  emp compare --config recipes/quickstart.yaml
+  emp compare --config recipes/quickstart.yaml --out runs/try --trainer.max_epochs 1 --study.seeds "[0]"
+  emp compare --config recipes/quickstart.yaml --study.arms "[dense, one_shot, training_feedback]"
+
+Any key of the recipe can follow as --KEY VALUE; emp fit --help lists them.
+The same command again continues an interrupted study and reuses its finished runs.""",
+    )
+    parser.add_argument("-c", "--config", required=True, metavar="RECIPE", help="recipe (YAML) with a study: section")
+    parser.add_argument("--out", metavar="DIR", help="folder of the results (default: study.out, or runs/RECIPE)")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="start anew; what DIR holds is moved to DIR.old-1, -2, ..."
+    )
+    return parser
+
+
+def _report_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "report",
+        "Write report.html and the pictures of a finished run again.",
+        "examples:\n  emp report runs/quickstart\n  emp report lightning_logs/version_0",
+    )
+    parser.add_argument(
+        "folder",
+        metavar="RUN_DIR",
+        help="folder of a comparison (results.json) or of a fit (emp_trajectory.jsonl)",
+    )
+    return parser
+
+
+def _inspect_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "inspect",
+        "Show N_eff of weights, and what EMP would keep of them, without training anything.",
+        """\
+examples:
+  emp inspect timm:resnet18 --pretrained
+  emp inspect lightning_logs/version_0/checkpoints/last.ckpt --scope tensor
+  emp inspect model.safetensors --beta 0.5 --exclude 'head*' --json inspect.json
+
+Files are read as tensors only; code in them never runs.""",
+    )
+    parser.add_argument(
+        "source",
+        metavar="CHECKPOINT|timm:NAME",
+        help="Lightning .ckpt, state dict (.pt, .pth, .safetensors), Hugging Face folder, or a timm model",
+    )
+    parser.add_argument("--beta", type=float, default=1.0, help="keep floor(beta * N_eff) weights (default: 1.0)")
+    parser.add_argument(
+        "--scope",
+        choices=("global", "tensor", "row"),
+        default="global",
+        help="where weights compete: all together, within a tensor, or within an output unit (default: global)",
+    )
+    parser.add_argument(
+        "--include", nargs="+", metavar="GLOB", help="look at these parameters instead of the default choice"
+    )
+    parser.add_argument("--exclude", nargs="+", metavar="GLOB", help="leave these parameters out")
+    parser.add_argument("--pretrained", action="store_true", help="load timm's weights (needs a network)")
+    parser.add_argument("--json", metavar="FILE", help="also write the table to a JSON file")
+    return parser
+
+
+_COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    **{command: _lightning(command) for command in _LIGHTNING_HELP},
+    "compare": _compare,
+    "report": _report,
+    "inspect": _inspect,
+}

@@ -1,0 +1,137 @@
+"""All settings of a pruner in one place, checked before anything runs."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+
+from emp_callbacks.core.effective_number import check_beta
+from emp_callbacks.criteria import CRITERIA
+from emp_callbacks.mask_mode import MASK_MODES
+from emp_callbacks.schedule import BetaSchedule, Schedule
+from emp_callbacks.targets import TARGETS
+
+SCOPES = ("global", "tensor", "row")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EMPConfig:
+    """What EMP prunes, how and when; shared by the callback, the pruner and every recipe.
+
+    Args:
+        every_n_epochs: Refresh the masks after every n-th epoch, >= 1. Exclusive with `every_n_steps`.
+        every_n_steps: Refresh the masks after every n-th optimizer step, >= 1.
+        start: First epoch (or step) that ends in a refresh, counted from 1; default: `every_n_...`.
+        stop: Last epoch (or step) that may end in a refresh; default: none. The last mask then stays.
+        target: What is pruned together: "weights".
+        criterion: How components are scored: "magnitude", or "random" (fixed random scores, a control).
+        scope: Where scores compete: "global" (all tensors together), "tensor", or "row" (each output unit).
+        beta: Factor on N_eff, > 0, or a BetaSchedule from one value to another. 1 keeps N_eff components.
+        mode: What a mask means between refreshes: "feedback" (dense weights keep training behind it),
+            "project" (zeroed at the refresh, may grow back), "freeze" (zero for good).
+        include: Glob patterns on parameter names that replace the default choice of weights.
+        exclude: Glob patterns on parameter names to leave out.
+        min_density: Keep at least this fraction of each group, 0 to 1: a guard for the compounding modes.
+        density: Keep this fixed fraction of each group, in (0, 1], instead of N_eff: for baselines.
+        observe_only: Measure and log, prune nothing.
+
+    Raises:
+        ValueError: A value or a combination is invalid; the message names it and the remedy.
+    """
+
+    every_n_epochs: int | None = None
+    every_n_steps: int | None = None
+    start: int | None = None
+    stop: int | None = None
+    target: str = "weights"
+    criterion: str = "magnitude"
+    scope: str = "global"
+    beta: float | BetaSchedule = 1.0
+    mode: str = "feedback"
+    include: Sequence[str] | None = None
+    exclude: Sequence[str] | None = None
+    min_density: float = 0.0
+    density: float | None = None
+    observe_only: bool = False
+
+    def __post_init__(self) -> None:
+        _check_choice("target", self.target, TARGETS)
+        _check_choice("criterion", self.criterion, tuple(CRITERIA))
+        _check_choice("scope", self.scope, SCOPES)
+        _check_choice("mode", self.mode, tuple(MASK_MODES))
+        for name in ("include", "exclude"):
+            _check_patterns(name, getattr(self, name))
+        if not isinstance(self.beta, BetaSchedule):
+            check_beta(self.beta)
+        self._check_densities()
+        self._check_schedule()
+
+    def _check_densities(self) -> None:
+        _check_fraction("min_density", self.min_density, lowest_allowed=True)
+        if self.density is None:
+            return
+        _check_fraction("density", self.density, lowest_allowed=False)
+        if self.beta != 1.0:
+            raise ValueError(
+                f"density={self.density} fixes the keep count, so beta={self.beta} would do nothing; drop one"
+            )
+        if self.min_density > self.density:
+            raise ValueError(f"min_density={self.min_density} is above density={self.density}; drop min_density")
+
+    def _check_schedule(self) -> None:
+        if self.every_n_epochs is not None and self.every_n_steps is not None:
+            raise ValueError(
+                f"every_n_epochs={self.every_n_epochs} and every_n_steps={self.every_n_steps} are both given; keep one"
+            )
+        if self.schedule.unit is None and (self.start is not None or self.stop is not None):
+            raise ValueError(
+                f"start={self.start}, stop={self.stop} need every_n_epochs or every_n_steps to count in; give one"
+            )
+        if isinstance(self.beta, BetaSchedule) and self.schedule.unit is None:
+            raise ValueError("a BetaSchedule needs every_n_epochs or every_n_steps to count in; give one")
+
+    @property
+    def schedule(self) -> Schedule:
+        """When to refresh."""
+        if self.every_n_epochs is not None:
+            return Schedule(unit="epoch", every=self.every_n_epochs, start=self.start, stop=self.stop)
+        if self.every_n_steps is not None:
+            return Schedule(unit="step", every=self.every_n_steps, start=self.start, stop=self.stop)
+        return Schedule()
+
+    def beta_at(self, position: int) -> float:
+        """Return beta at a position of the schedule."""
+        return self.beta.at(position) if isinstance(self.beta, BetaSchedule) else float(self.beta)
+
+
+def check_names(settings: Iterable[str]) -> None:
+    """Raise TypeError, with the nearest valid name, unless every name is a field of EMPConfig."""
+    known = [field.name for field in fields(EMPConfig)]
+    for name in settings:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise TypeError(f"unknown setting {name!r}; {hint}Settings: {', '.join(known)}")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
+def _check_patterns(name: str, patterns: Sequence[str] | None) -> None:
+    if isinstance(patterns, str):
+        raise ValueError(f"{name} must be a list of glob patterns, got the string {patterns!r}; write [{patterns!r}]")
+    if patterns is not None and (not patterns or not all(isinstance(p, str) for p in patterns)):
+        raise ValueError(
+            f"{name} must be a non-empty list of glob patterns, got {patterns!r}; use None for the default"
+        )
+
+
+def _check_fraction(name: str, value: float, *, lowest_allowed: bool) -> None:
+    inside = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not inside or not 0.0 <= value <= 1.0 or (value == 0.0 and not lowest_allowed):
+        interval = "[0, 1]" if lowest_allowed else "(0, 1]"
+        raise ValueError(f"{name} must be a fraction in {interval}, got {value!r}")

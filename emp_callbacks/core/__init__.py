@@ -1,0 +1,1 @@
+"""Maths on tensors: torch only; no modules, no ranks, no files."""

@@ -1,0 +1,26 @@
+"""Scores that know nothing: the control arm of every comparison."""
+
+import zlib
+from typing import final
+
+import torch
+from torch import Tensor
+
+from emp_callbacks.criteria.base import Criterion
+
+
+@final
+class Random(Criterion):
+    """Uniform random scores in (0, 1], fixed per parameter name for the whole run.
+
+    Args:
+        seed: Default: torch's initial seed, so that `seed_everything(k)` decides. A generator of its own draws the
+            numbers; torch's global random state is neither read nor moved.
+    """
+
+    def __init__(self, seed: int | None = None) -> None:
+        self.seed = torch.initial_seed() if seed is None else seed
+
+    def score(self, name: str, weight: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed((self.seed ^ zlib.crc32(name.encode())) & 0x7FFF_FFFF_FFFF_FFFF)
+        return 1.0 - torch.rand(weight.shape, generator=generator).to(weight.device)

@@ -1,0 +1,192 @@
+"""From scores to masks: moments, N_eff, keep counts and thresholds of every group, before anything is changed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from emp_callbacks.core.effective_number import ScoreMoments, effective_numbers, keep_counts, score_moments
+from emp_callbacks.core.selection import ScoredPart, find_threshold, key_dtype, top_rows
+
+
+class ScoredWeight(NamedTuple):
+    """The scores of one parameter: its shape, either sign."""
+
+    name: str
+    scores: Tensor
+    output_dim: int
+
+
+class Ranks(Protocol):
+    """What a decision needs to know of the job's processes; every backend offers it."""
+
+    @property
+    def rank(self) -> int:
+        """This process's number, from 0."""
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+
+    def counted(self, size: int) -> slice:
+        """Return the part of a tensor of `size` elements that this rank counts."""
+
+    def all_sum(self, value: Tensor) -> Tensor:
+        """Return the sum of `value` over all ranks. Collective."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepRule:
+    """How many components of a group stay: floor(beta * N_eff), or a fixed fraction."""
+
+    beta: float = 1.0
+    density: float | None = None
+    min_density: float = 0.0
+
+    def counts(self, n_eff: Tensor, size: int, nonzero: Tensor) -> Tensor:
+        """Return the keep counts of G groups of `size` components, shape (G,), int64.
+
+        Zeros are never kept to fill a quota; a group whose scores are all 0 says nothing and is kept whole.
+        """
+        wanted, beta = (n_eff, self.beta) if self.density is None else (torch.full_like(n_eff, size), self.density)
+        least = max(1, math.ceil(self.min_density * size * (1 - 1e-12)))
+        return keep_counts(wanted, nonzero, beta, least).masked_fill(nonzero == 0, size)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What one group keeps.
+
+    Attributes:
+        group: "global" or the name of the parameter.
+        members: Indices of the group's parameters in the list that was decided on.
+        n: Components in the group.
+        n_eff: Effective number, in components; with `scope="row"` the sum over rows.
+        keep: Keep count, with `scope="row"` the sum over rows.
+        threshold: Lowest kept score.
+        layer_n_eff: Each member's own N_eff, in components.
+        note: What was out of the ordinary; empty if nothing.
+        mask: Member index -> mask, shape of that parameter, bool, True = kept.
+    """
+
+    group: str
+    members: tuple[int, ...]
+    n: int
+    n_eff: float
+    keep: int
+    threshold: float
+    layer_n_eff: tuple[float, ...]
+    note: str
+    mask: Callable[[int], Tensor]
+
+
+def decide(weights: Sequence[ScoredWeight], scope: str, rule: KeepRule, ranks: Ranks, step: int) -> list[Decision]:
+    """Return one decision per group. Collective; changes nothing.
+
+    Args:
+        weights: Every scored parameter, in the same order on every rank.
+        scope: "global": one group; "tensor" or "row": one group per parameter.
+        rule: How many to keep.
+        ranks: Who counts what.
+        step: Optimizer step, for error messages.
+
+    Raises:
+        FloatingPointError: A score is NaN or Inf, on any rank; names parameter, step and ranks.
+    """
+    layers = _layer_moments(weights, ranks, step)
+    layer_n_eff = effective_numbers(layers).tolist()
+    if scope == "row":
+        return [_decide_rows(i, weight, rule, layer_n_eff[i]) for i, weight in enumerate(weights)]
+    if scope == "global":
+        return [_decide_pooled("global", tuple(range(len(weights))), weights, layers.sum(), layer_n_eff, rule, ranks)]
+    moments = [ScoreMoments.unstack(row[None]) for row in layers.stack()]
+    return [
+        _decide_pooled(weight.name, (i,), weights, moments[i], layer_n_eff, rule, ranks)
+        for i, weight in enumerate(weights)
+    ]
+
+
+def _layer_moments(weights: Sequence[ScoredWeight], ranks: Ranks, step: int) -> ScoreMoments:
+    """Return the moments of each parameter, shape (P,), over all ranks. Collective."""
+    local = torch.cat([score_moments(_counted(weight, ranks).scores[None]).stack().cpu() for weight in weights])
+    sums = ranks.all_sum(local)
+    broken = ~torch.isfinite(sums[:, 0])
+    if bool(broken.any()):
+        seen = torch.zeros(len(weights), ranks.world_size, dtype=torch.int64)
+        seen[:, ranks.rank] = (~torch.isfinite(local[:, 0])).long()
+        seen = ranks.all_sum(seen)
+        where = "; ".join(
+            f"{weights[i].name!r} (rank {', '.join(map(str, seen[i].nonzero().flatten().tolist()))})"
+            for i in broken.nonzero().flatten().tolist()
+        )
+        raise FloatingPointError(
+            f"NaN or Inf in the scores of {where} at step {step}; no mask was changed. The run has diverged: lower the "
+            "learning rate, clip gradients, or go back to the last checkpoint"
+        )
+    return ScoreMoments.unstack(sums)
+
+
+def _counted(weight: ScoredWeight, ranks: Ranks) -> ScoredPart:
+    part = ranks.counted(weight.scores.numel())
+    return ScoredPart(weight.scores.reshape(-1)[part], part.start)
+
+
+def _decide_pooled(
+    group: str,
+    members: tuple[int, ...],
+    weights: Sequence[ScoredWeight],
+    moments: ScoreMoments,
+    layer_n_eff: list[float],
+    rule: KeepRule,
+    ranks: Ranks,
+) -> Decision:
+    """Decide on one group whose members' components compete with each other. Collective."""
+    starts, size = {}, 0
+    for i in members:
+        starts[i] = size
+        size += weights[i].scores.numel()
+    n_eff = effective_numbers(moments)
+    keep = int(rule.counts(n_eff, size, moments.nonzero)[0])
+    own = tuple(layer_n_eff[i] for i in members)
+    if not int(moments.nonzero[0]):
+        note = "every score is 0: no information, everything is kept"
+        return Decision(group, members, size, 0.0, size, 0.0, own, note, lambda i: _all_kept(weights[i]))
+    parts = [ScoredPart(p.scores, p.start + starts[i]) for i in members for p in [_counted(weights[i], ranks)]]
+    threshold = find_threshold(parts, keep, key_dtype([weights[i].scores.dtype for i in members]), ranks.all_sum)
+
+    def mask(i: int) -> Tensor:
+        scores = weights[i].scores
+        return threshold.mask(ScoredPart(scores.reshape(-1), starts[i])).view(scores.shape)
+
+    return Decision(group, members, size, float(n_eff[0]), keep, threshold.value, own, "", mask)
+
+
+def _all_kept(weight: ScoredWeight) -> Tensor:
+    return torch.ones_like(weight.scores, dtype=torch.bool)
+
+
+def _decide_rows(member: int, weight: ScoredWeight, rule: KeepRule, layer_n_eff: float) -> Decision:
+    """Decide on each output unit of one parameter by itself; every rank reads the whole parameter."""
+    moved = weight.scores.movedim(weight.output_dim, 0)
+    rows = moved.reshape(moved.shape[0], -1)
+    moments = score_moments(rows)
+    n_eff = effective_numbers(moments)
+    keep = rule.counts(n_eff, rows.shape[1], moments.nonzero)
+    mask = top_rows(rows, keep)
+    silent = int((moments.nonzero == 0).sum())
+    return Decision(
+        group=weight.name,
+        members=(member,),
+        n=rows.numel(),
+        n_eff=float(n_eff.sum()),
+        keep=int(keep.sum()),
+        threshold=float(rows.detach().double().abs().masked_fill(~mask, torch.inf).min()),
+        layer_n_eff=(layer_n_eff,),
+        note=f"{silent} rows whose scores are all 0 are kept whole" if silent else "",
+        mask=lambda _: mask.view(moved.shape).movedim(0, weight.output_dim).contiguous(),
+    )

@@ -1,0 +1,1 @@
+"""Translate the events of a training framework into calls of the pruner; decide nothing."""

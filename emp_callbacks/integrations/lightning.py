@@ -1,0 +1,186 @@
+"""EMP in a Lightning Trainer, under both of Lightning's import names."""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import Tensor
+
+from emp_callbacks.config import EMPConfig, check_names
+from emp_callbacks.pruner import EMPPruner
+from emp_callbacks.trajectory import PruneEvent, Trajectory, layer_table
+
+TRAJECTORY_FILE = "emp_trajectory.jsonl"
+_SHARDED = ("DeepSpeed", "FSDP", "ModelParallel", "XLA")
+
+
+def _callback_classes() -> tuple[type, ...]:
+    """Return the Callback classes of the Lightning packages that are installed; they are different classes."""
+    roots = {"pytorch_lightning": "pytorch_lightning", "lightning": "lightning.pytorch"}
+    classes = tuple(import_module(name).Callback for root, name in roots.items() if find_spec(root) is not None)
+    if not classes:
+        raise ImportError("EMPCallback needs Lightning: pip install pytorch-lightning (or lightning)")
+    return classes
+
+
+class EMPCallback(*_callback_classes()):  # type: ignore[misc]
+    """Recompute EMP masks while a Trainer trains, and log the N_eff trajectory.
+
+    A refresh tied to epochs happens after the epoch's last optimizer step and before its validation, so validation
+    and checkpoints see the masked weights. The checkpoint holds masked weights; masks, the dense values behind them,
+    schedule position and trajectory travel in the callback's state: a resumed run equals one that never stopped.
+
+    Args:
+        trajectory_path: JSON-lines file for the trajectory; default `emp_trajectory.jsonl` in the trainer's log_dir.
+        summary: Print the per-layer table when the fit ends.
+        **settings: Fields of EMPConfig by name: `EMPCallback(every_n_epochs=1, beta=1.2)`. Without a schedule,
+            `every_n_epochs=1`.
+
+    Attributes:
+        config: The settings.
+        pruner: The EMPPruner of the current or last fit; None before the first.
+
+    Raises:
+        ValueError: A setting is invalid; when the fit starts: it selects no weights.
+        TypeError: A setting has an unknown name.
+        NotImplementedError: When the fit starts: the strategy shards the model.
+    """
+
+    def __init__(
+        self, *, trajectory_path: str | os.PathLike[str] | None = None, summary: bool = True, **settings: Any
+    ) -> None:
+        super().__init__()
+        if settings.get("every_n_epochs") is None and settings.get("every_n_steps") is None:
+            settings["every_n_epochs"] = 1
+        check_names(settings)
+        self.config = EMPConfig(**settings)  # jsonargparse reads a recipe's valid keys from this call
+        self.trajectory_path = trajectory_path
+        self.summary = summary
+        self.pruner: EMPPruner | None = None
+        self._restored: dict[str, Any] | None = None
+        self._module: Any = None
+
+    @property
+    def state_key(self) -> str:
+        """Name of this callback's part of a checkpoint; differs between callbacks that prune different weights."""
+        return (
+            f"EMPCallback{{target={self.config.target}, include={self.config.include}, exclude={self.config.exclude}}}"
+        )
+
+    @property
+    def trajectory(self) -> Trajectory:
+        """One PruneEvent per refresh and group; empty before the first fit."""
+        return Trajectory() if self.pruner is None else self.pruner.trajectory
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Parameter name -> bool mask, True = kept; empty before the first fit."""
+        return {} if self.pruner is None else self.pruner.masks
+
+    # ---- Trainer hooks --------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        _check_strategy(trainer)
+        # A second fit of the same module goes on where the first one stopped.
+        continued = self.pruner.state_dict() if self.pruner is not None and self._module is pl_module else None
+        state = self._restored or continued
+        path = self._path(trainer)
+        pruner = EMPPruner(pl_module, trainer.optimizers, self.config, trajectory_path=path)
+        try:
+            if state:
+                pruner.load_state_dict(state)
+            else:
+                pruner.start_at(trainer.global_step, trainer.current_epoch)
+        except BaseException:
+            pruner.detach()
+            raise
+        self.pruner, self._module, self._restored = pruner, pl_module, None
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        assert self.pruner is not None
+        events = self.pruner.step(end_of_epoch=trainer.is_last_batch)
+        if not events and self.pruner.needs_closing_refresh and _is_last_step(trainer):
+            events = self.pruner.refresh()
+        if events:
+            for logger in trainer.loggers:
+                logger.log_metrics(log_values(events), step=trainer.global_step)
+        if (last := self.pruner.last_events) and trainer.progress_bar_callback is not None:
+            # Every batch: the bar shows only what the current step logged.
+            pl_module.log("emp/density", _density(last), prog_bar=True, logger=False, on_step=True, batch_size=1)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002
+        assert self.pruner is not None
+        self.pruner.finalize()
+        if self.summary and trainer.is_global_zero and self.pruner.last_events:
+            Console().print(layer_table(self.pruner.last_events))
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:  # noqa: ARG002
+        if self.pruner is not None:
+            self.pruner.detach()
+
+    # ---- checkpoints ----------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.pruner is not None:
+            return self.pruner.state_dict()
+        return self._restored or {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # Weights and optimizer come back after this hook; the pruner takes its state in on_train_start.
+        self._restored = state_dict
+
+    def _path(self, trainer: Any) -> Path | None:
+        folder = trainer.log_dir or trainer.default_root_dir  # collective: on every rank
+        if trainer.fast_dev_run:
+            return None
+        return Path(folder) / TRAJECTORY_FILE if self.trajectory_path is None else Path(self.trajectory_path)
+
+
+def log_values(events: list[PruneEvent]) -> dict[str, float]:
+    """Return what loggers get of one refresh: `emp/density`, `emp/n_eff`, ... and per group `emp/density/NAME`."""
+    n, n_eff = sum(e.n for e in events), sum(e.n_eff for e in events)
+    values = {
+        "emp/density": _density(events),
+        "emp/n_eff": n_eff,
+        "emp/n_eff_fraction": n_eff / n,
+        "emp/keep": float(sum(e.keep for e in events)),
+        "emp/churn": sum(e.churn * e.n for e in events) / n,
+        "emp/regrown": float(sum(e.regrown for e in events)),
+        "emp/seconds": events[0].seconds,
+    }
+    for e in events:
+        suffix = "" if e.group == "global" else f"/{e.group}"
+        measured = {
+            "preserved_mass": e.preserved_mass,
+            "threshold": e.threshold,
+            "beta": e.beta,
+            "mass_bound": e.mass_bound,
+        }
+        if suffix:
+            measured |= {"density": e.density, "n_eff_fraction": e.n_eff_fraction}
+        values |= {f"emp/{name}{suffix}": value for name, value in measured.items() if value is not None}
+    return values
+
+
+def _density(events: list[PruneEvent]) -> float:
+    return sum(e.keep for e in events) / sum(e.n for e in events)
+
+
+def _is_last_step(trainer: Any) -> bool:
+    if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
+        return True
+    return trainer.is_last_batch and trainer.max_epochs == trainer.current_epoch + 1
+
+
+def _check_strategy(trainer: Any) -> None:
+    name = type(trainer.strategy).__name__
+    if any(kind in name for kind in _SHARDED):
+        raise NotImplementedError(
+            f"{name} shards the model or its optimizer; EMPCallback supports one device and DDP so far: "
+            "use strategy='auto' or 'ddp'"
+        )

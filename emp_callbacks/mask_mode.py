@@ -1,0 +1,169 @@
+"""What a mask means between two refreshes: which values it hides, clears or holds at zero."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import final
+
+from torch import Tensor, nn
+
+
+@dataclass(eq=False)
+class MaskedWeight:
+    """A parameter, its mask and, in `feedback`, the dense values that the mask hides.
+
+    Attributes:
+        name: Name in the model.
+        parameter: The tensor that the optimizer updates.
+        output_dim: Dimension that counts output units.
+        mask: Shape of the parameter, bool, True = kept; None before the first refresh (all kept).
+        stash: Dense values of the pruned entries in flat order, shape (pruned,); None while the parameter itself
+            holds them.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    output_dim: int
+    mask: Tensor | None = None
+    stash: Tensor | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The parameter's values outside autograd: the same memory, looked up at every use."""
+        return self.parameter.detach()
+
+    def hide(self) -> None:
+        """Move the pruned values from the parameter into the stash and leave zeros; twice is once."""
+        if self.mask is not None and self.stash is None:
+            pruned = ~self.mask
+            self.stash = self.weight.masked_select(pruned)
+            self.weight.masked_fill_(pruned, 0)
+
+    def unhide(self) -> None:
+        """Move the stashed values back into the parameter; twice is once."""
+        if self.mask is not None and self.stash is not None:
+            self.weight.masked_scatter_(~self.mask, self.stash)
+            self.stash = None
+
+
+class MaskMode(ABC):
+    """What happens to a masked weight at a refresh and around every optimizer step."""
+
+    name: str
+    masks_gradient = False
+
+    def before_update(self, weight: MaskedWeight) -> None:
+        """Prepare the weight for the optimizer step; the gradients are ready."""
+
+    def after_update(self, weight: MaskedWeight) -> None:
+        """Make the weight what forward and backward must see until the next step."""
+
+    def merge(self, old: Tensor | None, new: Tensor) -> Tensor:  # noqa: ARG002
+        """Return the mask that follows `old` when a refresh selects `new`; same shape, bool."""
+        return new
+
+    @abstractmethod
+    def install(self, weight: MaskedWeight, mask: Tensor, states: Iterable[Tensor]) -> None:
+        """Give the weight, whose dense values are in place, a new mask.
+
+        Args:
+            weight: Changed in place.
+            mask: Shape of the parameter, bool, True = kept.
+            states: The optimizer's per-weight tensors (momentum, second moment), same shape.
+        """
+
+    @abstractmethod
+    def restore(self, weight: MaskedWeight) -> None:
+        """Bring the parameter into agreement with the mask (and stash) that a checkpoint brought back."""
+
+
+@final
+class Feedback(MaskMode):
+    """Dense weights keep training; forward and backward see the masked ones; gradients go to the dense ones.
+
+    N_eff always describes the dense weights, so it does not compound.
+
+    Source: Lin et al., "Dynamic Model Pruning with Feedback", arXiv:2006.07253.
+    """
+
+    name = "feedback"
+
+    def before_update(self, weight: MaskedWeight) -> None:
+        weight.unhide()
+
+    def after_update(self, weight: MaskedWeight) -> None:
+        weight.hide()
+
+    def install(self, weight: MaskedWeight, mask: Tensor, states: Iterable[Tensor]) -> None:  # noqa: ARG002
+        weight.unhide()
+        weight.mask = mask
+        weight.hide()
+
+    def restore(self, weight: MaskedWeight) -> None:
+        if weight.mask is not None:
+            weight.weight.masked_fill_(~weight.mask, 0)
+
+
+@final
+class Project(MaskMode):
+    """Pruned weights are set to zero at the refresh, then free to grow back (iterative hard thresholding)."""
+
+    name = "project"
+
+    def install(self, weight: MaskedWeight, mask: Tensor, states: Iterable[Tensor]) -> None:
+        weight.mask = mask
+        _zero_pruned(mask, [weight.weight, *states])
+
+    def restore(self, weight: MaskedWeight) -> None:
+        """Nothing: what has grown since the refresh is part of the checkpoint's weights."""
+
+
+@final
+class Freeze(MaskMode):
+    """Pruned weights stay zero for good: gradients are masked, the mask is re-applied after each step.
+
+    N_eff is measured on the survivors, so repeated refreshes compound; `stop` and `min_density` limit that.
+    """
+
+    name = "freeze"
+    masks_gradient = True
+
+    def merge(self, old: Tensor | None, new: Tensor) -> Tensor:
+        # All-zero scores keep everything, but must not bring back what was frozen.
+        return new if old is None else new & old
+
+    def install(self, weight: MaskedWeight, mask: Tensor, states: Iterable[Tensor]) -> None:
+        gradient = [] if weight.parameter.grad is None else [weight.parameter.grad]
+        weight.mask = mask
+        _zero_pruned(mask, [weight.weight, *states, *gradient])
+
+    def after_update(self, weight: MaskedWeight) -> None:
+        if weight.mask is not None:
+            weight.weight.mul_(weight.mask)
+
+    def restore(self, weight: MaskedWeight) -> None:
+        self.after_update(weight)
+
+
+@final
+class Observe(MaskMode):
+    """Masks are computed and logged, never applied."""
+
+    name = "observe"
+
+    def install(self, weight: MaskedWeight, mask: Tensor, states: Iterable[Tensor]) -> None:  # noqa: ARG002
+        weight.mask = mask
+
+    def restore(self, weight: MaskedWeight) -> None:
+        """Nothing to do: the weights are never touched."""
+
+
+def _zero_pruned(mask: Tensor, tensors: Iterable[Tensor]) -> None:
+    pruned = ~mask
+    for values in tensors:
+        values.masked_fill_(pruned, 0)  # not mul_: 0 * inf is nan
+
+
+MASK_MODES: dict[str, type[MaskMode]] = {"feedback": Feedback, "project": Project, "freeze": Freeze}

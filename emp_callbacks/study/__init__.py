@@ -1,0 +1,1 @@
+"""Tasks, arms, comparison, statistics and reports of a pruning study."""

@@ -1,0 +1,191 @@
+"""`emp compare`: the same training with each arm and seed, differing in nothing but the pruning."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+import emp_callbacks
+from emp_callbacks.config import EMPConfig
+from emp_callbacks.study.arms import ARMS, TrainingJob, leading_arm, plan_jobs
+from emp_callbacks.study.progress import StudyProgress
+from emp_callbacks.study.recipe import Recipe
+from emp_callbacks.study.recipe_check import nearest
+from emp_callbacks.study.run_store import RunStore, digest, write_atomically
+from emp_callbacks.study.training import Training
+
+__all__ = ["StudyInterrupted", "run_study"]
+
+Record = dict[str, Any]
+
+# Trainer settings that change what is shown or stored, never what is trained.
+_PRESENTATION = (
+    "logger",
+    "log_every_n_steps",
+    "enable_progress_bar",
+    "enable_model_summary",
+    "enable_checkpointing",
+    "default_root_dir",
+    "profiler",
+)
+
+
+class StudyInterrupted(KeyboardInterrupt):
+    """The user stopped a study; `finished` of `total` runs are on disk and will be reused."""
+
+    def __init__(self, finished: int, total: int) -> None:
+        super().__init__(
+            f"interrupted after {finished} of {total} runs; run the same command again to continue"
+        )
+        self.finished, self.total = finished, total
+
+
+def run_study(
+    recipe: Recipe, out: str | Path | None = None, *, overwrite: bool = False, console: Console | None = None
+) -> dict[str, Any]:
+    """Train every arm with every seed of a recipe's study and write results.json.
+
+    All arms of a seed start from the same weights and see the same batches for the same number of steps; the
+    final weights are tested, none is chosen by a metric. Runs that an earlier call finished are reused.
+
+    Args:
+        recipe: The parsed recipe.
+        out: Folder of the results; by default the recipe's `study.out`, or runs/ plus the recipe's name.
+        overwrite: Move what the folder holds to a folder named OUT.old-1 (-2, ...) and start anew.
+        console: Where progress is shown; silent if None.
+
+    Returns:
+        The results, as written to results.json.
+
+    Raises:
+        FileExistsError: The folder holds runs of a different recipe, or other things.
+        StudyInterrupted: The user pressed Ctrl-C; finished runs stay.
+    """
+    study = _Study(recipe, Path(out or recipe.study.out or Path("runs", recipe.path.stem)), console)
+    return study.run(overwrite)
+
+
+class _Study:
+    """One call of `run_study`."""
+
+    def __init__(self, recipe: Recipe, out: Path, console: Console | None) -> None:
+        self.recipe, self.config = recipe, recipe.study
+        self.leader = leading_arm(self.config.arms)
+        self.console = console or Console(quiet=True)
+        resolved = recipe.resolved()
+        self.resolved = {**resolved, "study": {**resolved["study"], "out": str(out)}}
+        self.recipe_digest = digest(_what_trains(resolved))
+        self.store = RunStore(out, self.recipe_digest)
+        self.records: dict[tuple[str, int], Record] = {}
+
+    def run(self, overwrite: bool) -> dict[str, Any]:
+        total = len(self.config.arms) * len(self.config.seeds)
+        if moved := self.store.open(self.resolved, overwrite):
+            self.console.print(f"moved the earlier contents to {moved}", highlight=False)
+        self._collect_finished()
+        with StudyProgress(self.console, total, self.config.metric) as progress:
+            progress.reused(len(self.records))
+            try:
+                for job in plan_jobs(self.config.arms, self.config.seeds):
+                    self._run_job(job, progress)
+            except KeyboardInterrupt as error:
+                raise StudyInterrupted(len(self.records), total) from error
+        results = self._results()
+        write_atomically(self.store.out / "results.json", json.dumps(results, indent=1) + "\n")
+        return results
+
+    def _collect_finished(self) -> None:
+        for arm in self.config.arms:
+            for seed in self.config.seeds:
+                if record := self.store.finished(arm, seed, self._fingerprint(arm, seed)):
+                    self._keep(record)
+
+    def _run_job(self, job: TrainingJob, progress: StudyProgress) -> None:
+        """Train once and record every arm that this training serves and that has no record yet."""
+        missing = [arm for arm in job.arms if (arm, job.seed) not in self.records]
+        if not missing:
+            return
+        progress.begin(f"{job.fit_arm} seed {job.seed}")
+        folder = self.store.fresh_folder(job.fit_arm, job.seed)
+        training = Training(
+            self.recipe, job.seed, lambda base: self._emp_config(job, base), folder, progress.on_step
+        )
+        training.fit()
+        for arm in missing:
+            trajectory = None
+            if ARMS[arm].shares_fit_of:
+                own_folder = self.store.fresh_folder(arm, job.seed)
+                trajectory = training.prune_once(own_folder / "emp_trajectory.jsonl")
+            identity = {"arm": arm, "seed": job.seed, "fingerprint": self._fingerprint(arm, job.seed)}
+            record = {**identity, **training.record(trajectory)}
+            self.store.save(record)
+            self._keep(record)
+            progress.done(record)
+
+    def _emp_config(self, job: TrainingJob, base: EMPConfig) -> EMPConfig:
+        """Return the EMP settings of a job's training, given those of the recipe."""
+        arm = ARMS[job.fit_arm]
+        settings: dict[str, Any] = {"observe_only": False, **arm.settings}
+        if arm.follows_training_arm and self.leader:
+            density = self.records[self.leader, job.seed]["density"]
+            fixed = {"density": density, "beta": 1.0, "min_density": 0.0}
+            settings = {**ARMS[self.leader].settings, **settings, **fixed}
+        return dataclasses.replace(base, **settings)
+
+    def _fingerprint(self, arm: str, seed: int) -> str:
+        """Return a hash of everything that influences one run."""
+        leader = self.leader if ARMS[arm].follows_training_arm else None
+        parts = [dict(ARMS[name].settings) for name in (arm, leader) if name]
+        return digest([self.recipe_digest, arm, leader, parts, seed])
+
+    def _keep(self, record: Record) -> None:
+        metrics = record["metrics"]
+        if self.config.metric not in metrics:
+            raise ValueError(
+                f"study.metric {self.config.metric!r} is not logged by the test of {record['arm']};"
+                f" logged: {', '.join(metrics) or 'nothing'}{nearest(self.config.metric, metrics)}"
+            )
+        self.records[record["arm"], record["seed"]] = record
+
+    def _results(self) -> dict[str, Any]:
+        arms, seeds = self.config.arms, self.config.seeds
+        return {
+            "schema": 1,
+            "study": {
+                "recipe": str(self.recipe.path),
+                "metric": self.config.metric,
+                "higher_is_better": self.config.higher_is_better,
+                "reference": "one_shot" if "one_shot" in arms else arms[0],
+                "arms": list(arms),
+                "seeds": list(seeds),
+            },
+            "environment": _environment(),
+            "runs": [self.records[arm, seed] for arm in arms for seed in seeds],
+        }
+
+
+def _what_trains(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the part of a resolved recipe, and of the software, that decides how a run trains."""
+    trained = {key: value for key, value in resolved.items() if key not in ("study", "seed_everything")}
+    trainer = {key: value for key, value in trained["trainer"].items() if key not in _PRESENTATION}
+    versions = {"emp_callbacks": emp_callbacks.__version__, "torch": torch.__version__}
+    return {**trained, "trainer": trainer, "versions": versions}
+
+
+def _environment() -> dict[str, Any]:
+    return {
+        "emp_callbacks": emp_callbacks.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "date": datetime.date.today().isoformat(),
+    }

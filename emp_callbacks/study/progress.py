@@ -1,0 +1,73 @@
+"""What a study shows while it runs: two bars on a terminal, one line per finished run anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+__all__ = ["StudyProgress"]
+
+
+class StudyProgress:
+    """Bars over the runs of a study and over the steps of the current run.
+
+    Args:
+        console: Where to write.
+        total: Number of runs.
+        metric: Metric shown for a finished run.
+    """
+
+    def __init__(self, console: Console, total: int, metric: str) -> None:
+        self._console, self._total, self._metric = console, total, metric
+        self.finished = 0
+        columns = (
+            TextColumn("{task.description:<28}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
+        self._bars = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+        self._runs = self._bars.add_task("runs", total=total)
+        self._steps = self._bars.add_task("", total=None, visible=False)
+
+    def __enter__(self) -> StudyProgress:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def begin(self, name: str) -> None:
+        """Start the inner bar of the next training."""
+        self._bars.reset(self._steps, description=name, total=None, visible=True)
+
+    def on_step(self, step: int, total: int | None) -> None:
+        """Show how far the current training is."""
+        self._bars.update(self._steps, completed=step, total=total)
+
+    def reused(self, count: int) -> None:
+        """Count runs that an earlier call had finished."""
+        if count:
+            self.finished += count
+            self._bars.update(self._runs, completed=self.finished)
+            self._console.print(f"reused {count} of {self._total} runs")
+
+    def done(self, record: Mapping[str, Any]) -> None:
+        """Count one finished run and print its line."""
+        self.finished += 1
+        self._bars.update(self._runs, completed=self.finished)
+        value = record["metrics"].get(self._metric)
+        shown = f"{self._metric} {value:.4f}" if value is not None else f"{self._metric} not logged"
+        self._console.print(
+            f"[{self.finished}/{self._total}] {record['arm']} seed {record['seed']}: {shown},"
+            f" density {record['density']:.3f}, {record['seconds']:.1f} s",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )

@@ -1,0 +1,148 @@
+"""The folder of a study: one file per finished run, reused by the next call, never lost silently."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+__all__ = ["RunStore", "digest", "read_results", "write_atomically"]
+
+# The first line of OUT/config.yaml: how a folder of ours is told from somebody else's.
+_HEADER = "# written by emp compare: the recipe with every default filled in\n"
+
+
+def digest(data: Any) -> str:
+    """Return the sha256 of plain data (mappings in any key order) as hexadecimal text."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that a crash leaves the old file or the new one, never half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Return the results of a study from its results.json.
+
+    Raises:
+        ValueError: The file is damaged or of another version.
+    """
+    results = _read_json(path, "run emp compare again: it reuses the finished runs")
+    if results.get("schema") != 1:
+        raise ValueError(f"{path} has schema {results.get('schema')!r}, and this version reads schema 1")
+    return results
+
+
+class RunStore:
+    """Finished runs in one folder.
+
+    Args:
+        out: Folder of the study; made by `open`.
+        recipe_digest: Hash of everything that all runs of the study have in common.
+    """
+
+    def __init__(self, out: Path, recipe_digest: str) -> None:
+        self.out = out
+        self.recipe_digest = recipe_digest
+        self.runs = out / "runs"
+
+    def open(self, recipe: Mapping[str, Any], overwrite: bool = False) -> Path | None:
+        """Make the folder ready and write config.yaml into it.
+
+        Returns:
+            Where `overwrite` moved the earlier contents, or None.
+
+        Raises:
+            FileExistsError: The folder holds other things than runs of this recipe.
+            OSError: The folder cannot be made or written.
+        """
+        moved = self._move_aside() if overwrite and _has_content(self.out) else None
+        if _has_content(self.out):
+            self._check_owner()
+        self.runs.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.out / "config.yaml", _HEADER + yaml.safe_dump(dict(recipe), sort_keys=False))
+        return moved
+
+    def finished(self, arm: str, seed: int, fingerprint: str) -> dict[str, Any] | None:
+        """Return the record of a finished run, or None if it has yet to run.
+
+        Raises:
+            FileExistsError: The file comes from a run with other settings.
+        """
+        path = self._file(arm, seed)
+        if not path.is_file():
+            return None
+        record = _read_record(path)
+        if record.get("fingerprint") != fingerprint:
+            raise self._refusal(path)
+        return record
+
+    def save(self, record: Mapping[str, Any]) -> None:
+        """Write the record of a finished run."""
+        path = self._file(record["arm"], record["seed"])
+        write_atomically(path, json.dumps({**record, "recipe_digest": self.recipe_digest}, indent=1) + "\n")
+
+    def fresh_folder(self, arm: str, seed: int) -> Path:
+        """Return an empty folder for one run's logs; drops what an interrupted run left there."""
+        folder = self.runs / f"{arm}-seed{seed}"
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir()
+        return folder
+
+    def _file(self, arm: str, seed: int) -> Path:
+        return self.runs / f"{arm}-seed{seed}.json"
+
+    def _check_owner(self) -> None:
+        config = self.out / "config.yaml"
+        if not config.is_file() or not config.read_text().startswith(_HEADER):
+            raise FileExistsError(
+                f"{self.out} is not empty and was not written by emp compare; choose another folder with"
+                " --out DIR, or add --overwrite to move what is there aside"
+            )
+        for path in sorted(self.runs.glob("*.json")):
+            if _read_record(path).get("recipe_digest") != self.recipe_digest:
+                raise self._refusal(path)
+
+    def _refusal(self, path: Path) -> FileExistsError:
+        return FileExistsError(
+            f"{self.out} holds runs of a different recipe ({path.name} does not match); choose another folder"
+            " with --out DIR, or add --overwrite to move the old runs aside and start anew"
+        )
+
+    def _move_aside(self) -> Path:
+        if Path.cwd().resolve().is_relative_to(self.out.resolve()):
+            raise FileExistsError(f"{self.out} is the current folder and cannot be moved; choose --out DIR")
+        number = 1
+        while (target := self.out.with_name(f"{self.out.name}.old-{number}")).exists():
+            number += 1
+        return self.out.rename(target)
+
+
+def _has_content(folder: Path) -> bool:
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file, and the results need a folder; choose --out DIR")
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    return _read_json(path, "remove it, and that run is done again")
+
+
+def _read_json(path: Path, remedy: str) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); {remedy}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} is damaged (a {type(data).__name__}, not a mapping); {remedy}")
+    return data

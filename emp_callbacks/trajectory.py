@@ -1,0 +1,201 @@
+"""The rows of a run: one PruneEvent per refresh and group, in memory and as JSON lines."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, overload
+
+from rich.table import Table
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerStats:
+    """One parameter at one refresh.
+
+    Attributes:
+        name: Parameter name.
+        n: Components.
+        n_eff: The parameter's own N_eff, in components.
+        keep: Components kept.
+        density: keep / n.
+        preserved_mass: Share of the parameter's score mass that is kept, in [0, 1].
+    """
+
+    name: str
+    n: int
+    n_eff: float
+    keep: int
+    density: float
+    preserved_mass: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneEvent:
+    """One refresh of one group: a row of the trajectory.
+
+    Attributes:
+        step: Optimizer steps finished.
+        epoch: Epoch that the step belongs to, from 0.
+        group: "global" or the parameter name.
+        mode: "feedback", "project", "freeze", or "observe" (measured, not pruned).
+        criterion: How components were scored.
+        scope: "global", "tensor" or "row".
+        beta: Factor on N_eff at this refresh; None where a fixed density decided.
+        n: Components of the group.
+        n_eff: Effective number, in components; with scope "row" the sum over rows.
+        n_eff_fraction: n_eff / n.
+        keep: Components kept.
+        threshold: Lowest kept score.
+        density: keep / n.
+        preserved_mass: s_eff, share of the score mass that is kept, in [0, 1].
+        mass_bound: Its lower bound where one holds (beta = 1, 2 <= keep <= n - 1), else None.
+        churn: Share of mask bits that flipped since the last refresh (before the first all are kept).
+        regrown: Components that were pruned and are kept again.
+        seconds: Wall time of the refresh (shared by the groups of one refresh).
+        note: What was out of the ordinary; empty if nothing.
+        layers: Every parameter of the group.
+    """
+
+    step: int
+    epoch: int
+    group: str
+    mode: str
+    criterion: str
+    scope: str
+    beta: float | None
+    n: int
+    n_eff: float
+    n_eff_fraction: float
+    keep: int
+    threshold: float
+    density: float
+    preserved_mass: float
+    mass_bound: float | None
+    churn: float
+    regrown: int
+    seconds: float
+    note: str
+    layers: tuple[LayerStats, ...]
+
+    def record(self) -> dict[str, Any]:
+        """Return the row as plain JSON types."""
+        return {**asdict(self), "layers": [asdict(layer) for layer in self.layers]}
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> PruneEvent:
+        """Return the row that `record()` wrote."""
+        return cls(**{**record, "layers": tuple(LayerStats(**layer) for layer in record["layers"])})
+
+
+class Trajectory(Sequence[PruneEvent]):
+    """The rows of one run, oldest first; with a path, each is on disk before the next step.
+
+    Args:
+        path: JSON-lines file, or None for memory only. It is opened for appending at once, so that a folder that
+            cannot be written is an error before training; rows of an older run in it are set aside as `NAME.1`,
+            `NAME.2`, ... at the first row of this one.
+
+    Raises:
+        OSError: The file cannot be created or written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
+        self.path = None if path is None else Path(path)
+        self._events: list[PruneEvent] = []
+        self._owns_file = False
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.open("a").close()
+
+    @overload
+    def __getitem__(self, index: int) -> PruneEvent: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[PruneEvent]: ...
+    def __getitem__(self, index: int | slice) -> PruneEvent | list[PruneEvent]:
+        return self._events[index]
+
+    def __len__(self) -> int:
+        return len(self._events)
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return all rows as plain JSON types."""
+        return [event.record() for event in self._events]
+
+    def extend(self, events: Iterable[PruneEvent]) -> None:
+        """Append rows; they are flushed to the file in one write, so a kill leaves whole rows and at most one torn."""
+        new = list(events)
+        if self.path is not None and new:
+            self._own_file()
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("".join(_line(event) for event in new))
+        self._events.extend(new)
+
+    def restore(self, records: Iterable[dict[str, Any]]) -> None:
+        """Become the trajectory that a checkpoint holds; rows that the file has beyond it are set aside."""
+        self._events = [PruneEvent.from_record(record) for record in records]
+        if self.path is not None:
+            text = "".join(_line(event) for event in self._events)
+            if self.path.read_text(encoding="utf-8") != text:
+                self._own_file()
+                partial = self.path.with_name(self.path.name + ".partial")
+                partial.write_text(text, encoding="utf-8")
+                os.replace(partial, self.path)
+            self._owns_file = True
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Trajectory:
+        """Return the rows of a JSON-lines file; a last row torn by a kill is left out.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: A row other than the last is not a PruneEvent.
+        """
+        lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+        trajectory = cls()
+        for number, line in enumerate(lines, start=1):
+            try:
+                trajectory._events.append(PruneEvent.from_record(json.loads(line)))
+            except (json.JSONDecodeError, TypeError, KeyError) as error:
+                if number == len(lines) and not line.endswith("\n"):
+                    break
+                raise ValueError(f"{path}, line {number}: not a row of a trajectory ({error})") from error
+        return trajectory
+
+    def _own_file(self) -> None:
+        """Set aside what another run left in the file."""
+        if self.path is None or self._owns_file:
+            return
+        if self.path.exists() and self.path.stat().st_size:
+            number = 1
+            while (aside := self.path.with_name(f"{self.path.name}.{number}")).exists():
+                number += 1
+            os.replace(self.path, aside)
+        self._owns_file = True
+
+
+def _line(event: PruneEvent) -> str:
+    return json.dumps(event.record()) + "\n"
+
+
+def layer_table(events: Sequence[PruneEvent]) -> Table:
+    """Return the per-layer table of one refresh for a terminal: N, N_eff, kept, density, preserved mass."""
+    first = events[0]
+    title = f"EMP at step {first.step}: {first.criterion}, scope {first.scope}, mode {first.mode}"
+    table = Table(title=title, title_justify="left", show_footer=True)
+    n, keep = sum(event.n for event in events), sum(event.keep for event in events)
+    table.add_column("layer", footer="all")
+    table.add_column("N", justify="right", footer=f"{n:,}")
+    table.add_column("N_eff / N", justify="right", footer=f"{sum(event.n_eff for event in events) / n:.3f}")
+    table.add_column("kept", justify="right", footer=f"{keep:,}")
+    table.add_column("density", justify="right", footer=f"{keep / n:.3f}")
+    table.add_column("mass kept", justify="right")
+    for layer in (layer for event in events for layer in event.layers):
+        mass = f"{layer.preserved_mass:.3f}"
+        table.add_row(
+            layer.name, f"{layer.n:,}", f"{layer.n_eff / layer.n:.3f}", f"{layer.keep:,}", f"{layer.density:.3f}", mass
+        )
+    return table
