@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from rich.console import Console
 
 __all__ = ["main"]
@@ -92,9 +90,10 @@ def _run(command: str, words: list[str]) -> int:
     except KeyboardInterrupt as stop:
         return _complain(str(stop) or "interrupted", INTERRUPTED)
     except Exception as error:
-        if not _is_for_the_user(error):
+        message = _for_the_user(error)
+        if message is None:
             raise
-        return _complain(str(error), USAGE_ERROR)
+        return _complain(message, USAGE_ERROR)
     return 0
 
 
@@ -103,26 +102,35 @@ def _complain(message: str, code: int) -> int:
     return code
 
 
-def _is_for_the_user(error: Exception) -> bool:
-    """Return whether an error is about what the user gave: a file, or a value that our own checks refused."""
-    if isinstance(error, OSError):
-        return error.filename is not None or _raised_by_us(error.__traceback__)
-    if type(error).__name__ == "MisconfigurationException":  # Lightning's word for a recipe it cannot run
-        return True
-    return isinstance(error, (ValueError, TypeError, ArithmeticError, NotImplementedError)) and _raised_by_us(
-        error.__traceback__
-    )
+def _for_the_user(error: BaseException | None) -> str | None:
+    """Return the message of an error about what the user gave: a file, or a value our own checks refused."""
+    if error is None:
+        return None
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    # Lightning has a word for a recipe that it cannot run.
+    if _raised_by_us(error) or type(error).__name__ == "MisconfigurationException":
+        return str(error)
+    if _where_raised(error)[0] == "jsonargparse":  # it wraps what a class in the recipe said
+        return _for_the_user(error.__cause__)
+    return None
 
 
-def _raised_by_us(trace: TracebackType | None) -> bool:
-    """Return whether a `raise` statement of this package made the error, rather than a call that went wrong."""
+def _raised_by_us(error: BaseException) -> bool:
+    """Return whether a `raise` of this package made the error, rather than a call in it that went wrong."""
+    kinds = (OSError, ValueError, TypeError, ArithmeticError, NotImplementedError)
+    return isinstance(error, kinds) and _where_raised(error) == ("emp_callbacks", True)
+
+
+def _where_raised(error: BaseException) -> tuple[str, bool]:
+    """Return the package that an error comes from, and whether a `raise` statement there made it."""
+    trace = error.__traceback__
     if trace is None:
-        return False
+        return "", False
     while trace.tb_next is not None:
         trace = trace.tb_next
-    code = trace.tb_frame.f_code
-    module = trace.tb_frame.f_globals.get("__name__", "")
-    return module.split(".")[0] == "emp_callbacks" and code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    package = trace.tb_frame.f_globals.get("__name__", "").partition(".")[0]
+    return package, trace.tb_frame.f_code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
 def _lightning(command: str) -> Callable[[list[str]], None]:
@@ -176,7 +184,7 @@ def _nothing_to_report(folder: Path) -> str:
     if not folder.is_dir():
         return f"folder {folder} does not exist"
     below = [path.parent for name in ("results.json", "emp_trajectory.jsonl") for path in folder.rglob(name)]
-    hint = f"; there is one in {sorted(below)[-1]}" if below else ""
+    hint = f"; there is one in {min(below, key=lambda path: len(path.parts))}" if below else ""
     return f"{folder} holds neither results.json (emp compare) nor emp_trajectory.jsonl (emp fit){hint}"
 
 
@@ -196,10 +204,17 @@ def _inspect(words: list[str]) -> None:
     )
     settings = {"source": options.source, "beta": options.beta, "scope": options.scope}
     console.print(report_table(rows, f"{options.source}: scope {options.scope}, beta {options.beta:g}"))
-    for note in loaded.notes:
+    notes = [*loaded.notes, *_already_pruned(rows[-1].density)]
+    for note in notes:
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
     if options.json:
-        Path(options.json).write_text(report_json(rows, **settings, notes=loaded.notes))
+        Path(options.json).write_text(report_json(rows, **settings, notes=notes))
+
+
+def _already_pruned(density: float) -> list[str]:
+    if density > 0.999:
+        return []
+    return [f"{1 - density:.1%} of these weights are zero already: N_eff is that of the rest, and keep prunes further"]
 
 
 def _console() -> Console:

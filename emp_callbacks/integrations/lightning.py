@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import fields
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -65,12 +66,16 @@ class EMPCallback(*_callback_classes()):  # type: ignore[misc]
         self._restored: dict[str, Any] | None = None
         self._module: Any = None
 
+    @classmethod
+    def from_config(cls, config: EMPConfig, **kwargs: Any) -> EMPCallback:
+        """Return the callback with all settings of `config`; `kwargs` are `trajectory_path` and `summary`."""
+        return cls(**{field.name: getattr(config, field.name) for field in fields(config)}, **kwargs)
+
     @property
     def state_key(self) -> str:
         """Name of this callback's part of a checkpoint; differs between callbacks that prune different weights."""
-        return (
-            f"EMPCallback{{target={self.config.target}, include={self.config.include}, exclude={self.config.exclude}}}"
-        )
+        chosen = {name: getattr(self.config, name) for name in ("target", "include", "exclude")}
+        return f"EMPCallback{chosen}"
 
     @property
     def trajectory(self) -> Trajectory:

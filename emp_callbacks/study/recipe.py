@@ -73,7 +73,7 @@ class _SaveConfig(SaveConfigCallback):
         super().setup(trainer, pl_module, stage)
 
 
-class _HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
     """Keeps the line breaks of our examples."""
 
 

@@ -19,6 +19,8 @@ from jsonargparse import ArgumentParser
 __all__ = ["RecipeError", "check_options", "check_recipe", "explain_parse_error", "nearest", "read_recipe"]
 
 _CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
+# jsonargparse's words for what it expected, and ours.
+_KINDS = {"NoneType": "null", "collections.abc.Sequence": "list", "dot import path string": "class_path"}
 _RECIPE_CLASSES = (
     pl.Callback,
     pl.LightningModule,
@@ -55,7 +57,8 @@ def read_recipe(path: str | Path) -> Mapping[str, Any]:
         siblings = [str(other) for other in file.parent.glob("*.y*ml")]
         raise FileNotFoundError(f"recipe {file} does not exist{nearest(str(file), siblings)}")
     try:
-        recipe = yaml.safe_load(file.read_text())
+        with file.open(encoding="utf-8") as stream:  # a stream, for the file's name in the message
+            recipe = yaml.safe_load(stream)
     except yaml.YAMLError as error:
         raise RecipeError(f"recipe {file} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(recipe, Mapping):
@@ -84,7 +87,8 @@ def check_options(options: Iterable[str], parser: ArgumentParser) -> None:
         parents = {option[: i.start()] for i in re.finditer(r"\.", option)}
         class_part = any(parent in keys and parent not in _groups(keys) for parent in parents)
         if option.rstrip("+") not in flags and not class_part:
-            raise RecipeError(f"unknown option '--{option}'{_suggestion(option, '', keys)}")
+            hint = _suggestion(option, "", keys).replace("mean '", "mean '--")
+            raise RecipeError(f"unknown option '--{option}'{hint}")
 
 
 def explain_parse_error(message: str) -> str:
@@ -92,25 +96,28 @@ def explain_parse_error(message: str) -> str:
     key = re.search(r'Parser key "([^"]+)"', message)
     if key is None:
         return " ".join(message.split())
-    reason = _class_problem(message) or _expectation(message) or " ".join(message.split("\n", 1)[-1].split())
+    reason = _class_problem(key[1], message) or _expectation(message) or " ".join(message.split("\n", 1)[-1].split())
     return f"bad value for '{key[1]}': {reason}"
 
 
-def _class_problem(message: str) -> str:
-    found = re.search(r"Problem with given class_path '([^']+)':\n((?: {8,}.*\n?)+)", message)
+def _class_problem(key: str, message: str) -> str:
+    """Return what is wrong inside a class of the recipe, or an empty string."""
+    pattern = r"^( *)- Problem with given class_path '([^']+)':\n(.*?)(?=^\1- |\Z)"
+    found = re.search(pattern, message, flags=re.MULTILINE | re.DOTALL)
     if found is None:
         return ""
-    inner = explain_parse_error(found[2]) if "Parser key" in found[2] else " ".join(found[2].split())
-    return f"{found[1]}: {inner}"
+    path, inner = found[2], found[3]
+    if option := re.search(r"Option '([^']+)' is not accepted", inner):
+        known = {name.removeprefix("x.") for name in _init_keys(_resolve(path, key)) or ()}
+        return f"{path} has no argument {option[1]!r}{nearest(option[1], known)}"
+    return f"{path}: {explain_parse_error(inner)}"
 
 
 def _expectation(message: str) -> str:
-    kinds = re.findall(r"Expected an? (?:<class '([^']+)'>|(.+?)\.?(?: Got|$))", message, flags=re.MULTILINE)
-    names = ["null" if kind == "NoneType" else kind for kind in dict.fromkeys(a or b for a, b in kinds)]
+    kinds = re.findall(r"Expected (?:an? )?(?:<class ')?([\w. ]+)", message)
+    names = {_KINDS.get(kind, kind): None for kind in kinds if "path but" not in kind}
     value = re.search(r"(?:Got|Given) value: (.*)", message)
-    if not names or value is None:
-        return ""
-    return f"expected {' or '.join(names)}, got {value[1]!r}"
+    return f"expected {' or '.join(names)}, got {value[1]!r}" if names and value else ""
 
 
 def _keys_of(parser: ArgumentParser) -> set[str]:
@@ -185,7 +192,7 @@ def _resolve(path: str, shown: str) -> Any:
     found: Any = module
     for done, name in enumerate(names):
         if not hasattr(found, name):
-            public = [n for n in dir(found) if not n.startswith("_")]
+            public = [n for n in {*dir(found), *getattr(found, "__all__", ())} if not n.startswith("_")]
             if done == 0 and hasattr(found, "__path__"):
                 public += [info.name for info in pkgutil.iter_modules(found.__path__)]
             parent = ".".join(path.split(".")[: -len(names) + done])

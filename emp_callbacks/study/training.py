@@ -63,14 +63,15 @@ class Training:
         self._adapt = adapt
         self.evidence = _Evidence(on_step)
         pl.seed_everything(seed, workers=True, verbose=False)
-        recipe.build(
-            self._callbacks,
-            logger=CSVLogger(str(folder), name="", version=""),
-            default_root_dir=str(folder),
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            enable_checkpointing=False,
-        )
+        with _quiet():
+            recipe.build(
+                self._callbacks,
+                logger=CSVLogger(str(folder), name="", version=""),
+                default_root_dir=str(folder),
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                enable_checkpointing=False,
+            )
         self.model, self.data, self.trainer = recipe.model, recipe.datamodule, recipe.trainer
         _check_single_process(self.trainer)
         self.seconds = 0.0

@@ -258,17 +258,19 @@ def test_text_windows_are_shifted_by_one_and_parts_are_contiguous(tmp_path):
     assert torch.equal(data._parts["val"][1][0], inputs[1])
 
 
-def test_the_last_text_window_has_its_last_target(tmp_path):
-    dataset = ready(TextData(text_file(tmp_path, 2000), sequence_length=9, batch_size=4))._parts["val"]
-    assert len(dataset) == 11  # 99 of 100 tokens have a successor
-    assert dataset[10][1][-1] == dataset.tokens[99]
+@pytest.mark.parametrize(("length", "windows"), [(9, 11), (10, 9)])
+def test_the_last_text_window_has_its_last_target(tmp_path, length, windows):
+    data = TextData(text_file(tmp_path, 2000), sequence_length=length, batch_size=4)
+    dataset = ready(data)._parts["val"]
+    assert len(dataset) == windows  # 99 of 100 tokens have a successor
+    assert dataset[windows - 1][1][-1] == dataset.tokens[windows * length]
 
 
 def test_text_errors_say_what_to_do(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no-such\.txt.*--data\.file"):
         TextData(str(tmp_path / "no-such.txt")).setup()
-    with pytest.raises(ValueError, match=r"300 bytes.*sequence_length=16.*at least 360 bytes"):
-        TextData(text_file(tmp_path, 300), sequence_length=16).setup()
+    with pytest.raises(ValueError, match=r"320 bytes.*sequence_length=16.*at least 360 bytes"):
+        TextData(text_file(tmp_path, 320), sequence_length=16).setup()  # 16 bytes: no target for the last
     assert ready(TextData(text_file(tmp_path, 360), sequence_length=16, batch_size=1))._parts["val"]
     with pytest.raises(ValueError, match="at least 1, got 0"):
         TextData(sequence_length=0)

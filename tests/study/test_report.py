@@ -12,7 +12,13 @@ import pytest
 from rich.console import Console
 
 from emp_callbacks.study import plots
-from emp_callbacks.study.report import comparison_table, headline, write_report, write_trajectory_report
+from emp_callbacks.study.report import (
+    MetricFormat,
+    comparison_table,
+    headline,
+    write_report,
+    write_trajectory_report,
+)
 from emp_callbacks.study.statistics import summarise
 
 FINAL = {
@@ -234,6 +240,13 @@ def test_terminal_table_has_all_numbers():
     assert "reference" in next(line for line in shown.splitlines() if "│ one_shot" in line)
 
 
+def test_only_accuracies_are_written_in_percent():
+    results = make_results()
+    assert MetricFormat.of(results).value(0.5) == "50.00\u00a0%"
+    results["study"]["metric"] = "test/loss"  # also within [0, 1]
+    assert MetricFormat.of(results).value(0.5) == "0.5000"
+
+
 def test_refused_results_write_nothing(tmp_path):
     results = make_results()
     results["study"]["metric"] = "test/unknown"
@@ -257,6 +270,11 @@ def test_density_starts_at_one_and_observed_arms_are_not_drawn_as_pruned():
     assert list(lines["one_shot"].get_xdata()) == [0, 30]
     assert list(lines["one_shot"].get_ydata()) == [1.0, 0.60]
     assert "dense" in {line.get_label() for line in plots.plot_n_eff(make_results()).axes[0].get_lines()}
+
+
+def test_a_dollar_in_a_name_is_no_formula():
+    results = make_results(("a$x$",), seeds=(0,))
+    assert plots.plot_n_eff(results).axes[0].get_lines()[0].get_label() == r"a\$x\$"
 
 
 def test_band_runs_from_lowest_to_highest_seed():

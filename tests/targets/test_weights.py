@@ -1,0 +1,113 @@
+import pytest
+import timm
+import torch
+from torch import nn
+
+from emp_callbacks.targets import prunable_weights
+
+
+def names(model: nn.Module, **patterns) -> list[str]:
+    return [target.name for target in prunable_weights(model, **patterns)]
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(10, 4)
+        self.body = nn.Linear(4, 4)
+        self.shared_body = self.body
+        self.norm = nn.LayerNorm((3, 4))
+        self.scale_table = nn.Parameter(torch.ones(4, 4))
+        self.head = nn.Linear(4, 10, bias=False)
+        self.head.weight = self.embed.weight
+
+
+def test_norms_biases_embeddings_and_tied_heads_are_left_alone():
+    assert names(Tied()) == ["body.weight"]
+
+
+def test_naming_overrides_the_default_rule():
+    assert names(Tied(), include=["*bias", "embed*", "scale_table"]) == [
+        "scale_table",
+        "embed.weight",
+        "body.bias",
+        "norm.bias",
+    ]
+    assert names(Tied(), include=["head.weight"]) == ["embed.weight"], "a tied parameter counts once"
+    assert names(Tied(), include=["shared_body.weight"]) == ["body.weight"], "a shared module counts once"
+
+
+def test_exclude():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    assert names(model, exclude=["0.*"]) == ["1.weight"]
+
+
+def test_frozen_parameters_only_if_named():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].requires_grad_(False)
+    assert names(model) == ["1.weight"]
+    assert names(model, include=["*.weight"]) == ["0.weight", "1.weight"]
+
+
+def test_a_pattern_that_matches_nothing_lists_near_names():
+    with pytest.raises(ValueError, match=r"pattern 'bodi.weight' matches no parameter; near names: body.weight"):
+        names(Tied(), include=["bodi.weight"])
+    with pytest.raises(ValueError, match=r"pattern 'hed\*' matches no parameter; near names: "):
+        names(Tied(), exclude=["hed*"])
+
+
+@pytest.mark.parametrize("model", [nn.Module(), nn.Sequential(), nn.LayerNorm(4), nn.Embedding(3, 2)])
+def test_nothing_to_prune_is_refused(model):
+    with pytest.raises(ValueError, match="has no weights to prune"):
+        names(model)
+
+
+def test_excluding_everything_is_refused():
+    with pytest.raises(ValueError, match=r"no weights to prune.*weight \(2, 2\)"):
+        names(nn.Linear(2, 2), exclude=["*"])
+
+
+def test_only_floating_point_parameters():
+    model = nn.Linear(2, 2)
+    model.register_parameter("codes", nn.Parameter(torch.ones(2, 2, dtype=torch.int8), requires_grad=False))
+    assert names(model) == ["weight"]
+    with pytest.raises(TypeError, match=r"parameter 'codes' is torch.int8"):
+        names(model, include=["*"])
+
+
+def test_output_dimension_of_each_layer_kind():
+    from transformers.pytorch_utils import Conv1D
+
+    model = nn.ModuleList([nn.Linear(2, 3), nn.Conv2d(2, 3, 1), nn.ConvTranspose2d(2, 3, 1), Conv1D(3, 2)])
+    for target in prunable_weights(model):
+        assert target.parameter.shape[target.output_dim] == 3
+
+
+def test_compiled_model_has_the_same_names():
+    model = nn.Sequential(nn.Linear(2, 2))
+    assert names(torch.compile(model)) == names(model)
+    model[0].compile()
+    assert names(model) == ["0.weight"]
+
+
+def test_timm_vision_transformer():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1)
+    chosen = names(model)
+    assert chosen == [
+        "patch_embed.proj.weight",
+        "blocks.0.attn.qkv.weight",
+        "blocks.0.attn.proj.weight",
+        "blocks.0.mlp.fc1.weight",
+        "blocks.0.mlp.fc2.weight",
+        "head.weight",
+    ]
+
+
+def test_gpt2_head_tied_to_the_embedding_is_left_alone():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=16, n_positions=8))
+    chosen = names(model)
+    assert chosen == [
+        f"transformer.h.0.{part}.weight" for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    ]

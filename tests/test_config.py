@@ -1,0 +1,61 @@
+import pytest
+import torch
+from torch import nn
+
+from emp_callbacks import BetaSchedule, EMPCallback, EMPConfig, EMPPruner
+
+BAD = [
+    ({"beta": 0}, "beta must be a finite number > 0, got 0"),
+    ({"beta": -2.0}, "got -2.0"),
+    ({"every_n_steps": 0}, "every_n_steps must be an integer >= 1, got 0"),
+    ({"every_n_epochs": -1}, "every_n_epochs must be an integer >= 1, got -1"),
+    ({"every_n_epochs": 1, "every_n_steps": 5}, "every_n_epochs=1 and every_n_steps=5 are both given; keep one"),
+    ({"every_n_steps": 5, "start": 9, "stop": 8}, "stop=8 lies before the first refresh at step 9"),
+    ({"every_n_steps": 5, "start": 0}, "start must be an integer >= 1, got 0"),
+    ({"target": "heads"}, "target must be one of 'weights'; got 'heads'"),
+    ({"criterion": "l1"}, "criterion must be one of 'magnitude', 'random'; got 'l1'"),
+    ({"scope": "layer"}, "scope must be one of 'global', 'tensor', 'row'; got 'layer'"),
+    ({"mode": "hard"}, "mode must be one of 'feedback', 'project', 'freeze'; got 'hard'"),
+    ({"include": "*.weight"}, "include must be a list of glob patterns, got the string"),
+    ({"exclude": []}, "exclude must be a non-empty list"),
+    ({"min_density": 1.5}, r"min_density must be a fraction in \[0, 1\], got 1.5"),
+    ({"density": 0.0}, r"density must be a fraction in \(0, 1\], got 0.0"),
+    ({"density": 0.5, "beta": 2.0}, "density=0.5 fixes the keep count, so beta=2.0 would do nothing"),
+    ({"density": 0.5, "min_density": 0.6}, "min_density=0.6 is above density=0.5"),
+]
+
+
+@pytest.mark.parametrize("make", [EMPConfig, EMPCallback, lambda **s: EMPPruner(nn.Linear(2, 2), **s)])
+@pytest.mark.parametrize(("settings", "message"), BAD, ids=[next(iter(s)) + m[-6:] for s, m in BAD])
+def test_bad_settings_are_refused_at_construction(make, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make(**settings)
+
+
+def test_settings_that_need_a_schedule():
+    with pytest.raises(ValueError, match="start=3, stop=None need every_n_epochs or every_n_steps"):
+        EMPConfig(start=3)
+    with pytest.raises(ValueError, match="a BetaSchedule needs every_n_epochs or every_n_steps"):
+        EMPConfig(beta=BetaSchedule(first=2.0, last=1.0, until=3))
+
+
+@pytest.mark.parametrize("make", [EMPCallback, lambda **s: EMPPruner(nn.Linear(2, 2), **s)])
+def test_a_misspelt_setting_names_the_nearest(make):
+    with pytest.raises(TypeError, match="unknown setting 'every_n_epoch'; did you mean 'every_n_epochs'"):
+        make(every_n_epoch=1)
+
+
+def test_defaults_and_overrides():
+    assert EMPCallback().config == EMPConfig(every_n_epochs=1)
+    assert EMPCallback(every_n_steps=7, start=2).config == EMPConfig(every_n_steps=7, start=2)
+    config = EMPConfig(every_n_steps=7, mode="freeze", beta=1.5)
+    assert EMPCallback.from_config(config).config == config
+    pruner = EMPPruner(nn.Linear(2, 2), config=config, beta=2.0)
+    assert pruner.config == EMPConfig(every_n_steps=7, mode="freeze", beta=2.0)
+
+
+def test_wrong_arguments_are_named():
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got dict"):
+        EMPPruner({})
+    with pytest.raises(TypeError, match=r"optimizer must be a torch.optim.Optimizer .* got float"):
+        EMPPruner(nn.Linear(2, 2), [torch.optim.SGD([torch.zeros(1, requires_grad=True)]), 0.1])
