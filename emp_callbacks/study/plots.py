@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import AutoLocator, MaxNLocator
 
 from emp_callbacks.study.statistics import ArmSummary, Interval, arm_names, runs_of, summarise
 
@@ -96,6 +97,7 @@ def plot_metric_against_density(results: Results) -> Figure:
     metric = results["study"]["metric"]
     figure, axes = _study_figure(f"{metric} against density", f"{metric} ({_direction(results)})")
     axes.set_xlabel("density (kept / all)")
+    axes.xaxis.set_major_locator(AutoLocator())
     for row in summarise(results):
         if row.arm == "dense":
             _draw_dense(axes, row)
@@ -113,9 +115,7 @@ def plot_trajectory(records: Sequence[Record]) -> Figure:
         ValueError: If `records` is empty.
     """
     if not records:
-        raise ValueError(
-            "the trajectory holds no refresh: nothing to draw. Was a refresh due within the run?"
-        )
+        raise ValueError("the trajectory holds no refresh: nothing to draw. Was a refresh due within the run?")
     layers = layer_density(records)
     map_height = min(7.0, 1.0 + 0.22 * len(layers)) if layers else 0.0
     heights = [3.0, 1.5] + ([map_height] if layers else [])
@@ -132,6 +132,7 @@ def plot_trajectory(records: Sequence[Record]) -> Figure:
     if layers:
         _draw_layer_map(figure, panels[2], layers)
     panels[-1].set_xlabel("optimizer step")
+    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
@@ -180,6 +181,7 @@ def _study_figure(title: str, ylabel: str) -> tuple[Figure, Axes]:
     _style(axes)
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK, pad=10)
     axes.set_xlabel("optimizer step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel(ylabel)
     return figure, axes
 

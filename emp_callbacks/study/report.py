@@ -44,7 +44,8 @@ ARMS = {
     "random": "a fixed random mask at that same density: the control for the choice of weights.",
 }
 PLOT_TEXT = {
-    "n_eff.png": "N_eff / N at each refresh. Line: mean over seeds. Band: lowest to highest seed.",
+    "n_eff.png": "N_eff / N of the scores (of random scores in the arm random). Line: mean over seeds. Band: "
+    "lowest to highest seed.",
     "metric_density.png": "Small markers: runs. Large markers: means with 95 % intervals. Line: dense.",
     "density.png": "Kept weights over all weights; constant between two refreshes.",
     "learning_curves.png": "Validation metric of the model as it is at that step, mask applied.",
@@ -126,8 +127,7 @@ def write_report(results: Results, folder: Path) -> Path:
         layers=_layer_tables(runs_of(results, leader)[0].get("trajectory") or []) if leader else [],
         leader=leader,
         environment=results.get("environment", {}),
-        command=results["study"].get("command")
-        or f"emp compare --config {results['study'].get('recipe', '?')}",
+        command=results["study"].get("command") or f"emp compare --config {results['study'].get('recipe', '?')}",
     )
     return _write(folder / "report.html", html)
 
@@ -220,6 +220,8 @@ def verdict_text(difference: PairedDifference, row: ArmSummary) -> str:
         return "a run has no finite metric"
     if difference.n == 1:
         return "one seed in common, no test possible"
+    if difference.p_value is None and difference.mean == 0:
+        return f"the same result in all {difference.n} seeds"
     if difference.p_value is None:
         return f"the same difference in all {difference.n} seeds, p undefined"
     return f"no difference that these {difference.n} seeds can show"
@@ -256,17 +258,13 @@ def _plain(cell: str) -> str:
 
 
 def _density_remark(row: ArmSummary, results: Results) -> str:
-    densities = [
-        run["density"] for run in runs_of(results, reference_arm(results)) if run["seed"] in row.seeds
-    ]
+    densities = [run["density"] for run in runs_of(results, reference_arm(results)) if run["seed"] in row.seeds]
     if not densities or row.arm == "dense":
         return ""
     gap = row.density.mean - sum(densities) / len(densities)
     if abs(gap) <= MATCHED_TOLERANCE:
         return ""
-    return (
-        f" Its density is {abs(gap):.3f} {'above' if gap > 0 else 'below'} that of {reference_arm(results)}."
-    )
+    return f" Its density is {abs(gap):.3f} {'above' if gap > 0 else 'below'} that of {reference_arm(results)}."
 
 
 def _table_row(row: ArmSummary, results: Results, metric: MetricFormat) -> dict[str, str]:
@@ -311,10 +309,7 @@ def _run_row(run: Mapping[str, Any], results: Results, metric: MetricFormat) -> 
 
 def _record_row(record: Mapping[str, Any]) -> dict[str, str]:
     return {
-        **{
-            key: str(record.get(key, DASH))
-            for key in ("step", "epoch", "group", "mode", "criterion", "scope", "note")
-        },
+        **{key: str(record.get(key, DASH)) for key in ("step", "epoch", "group", "mode", "criterion", "scope", "note")},
         "n": f"{record['n']:,}",
         "keep": f"{record['keep']:,}",
         "n_eff": f"{record['n_eff']:,.1f}",

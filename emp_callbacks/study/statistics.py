@@ -176,24 +176,18 @@ def check_results(results: Results) -> None:
     """
     if results.get("schema") != SCHEMA:
         found = results.get("schema")
-        raise ValueError(
-            f"results have schema {found!r}, this version reads {SCHEMA}: run `emp compare` again"
-        )
+        raise ValueError(f"results have schema {found!r}, this version reads {SCHEMA}: run `emp compare` again")
     if not results["runs"]:
         raise ValueError("results hold no runs: let `emp compare` finish at least one")
     counts = Counter((run["arm"], run["seed"]) for run in results["runs"])
     for (arm, seed), count in counts.items():
         if count > 1:
-            raise ValueError(
-                f"arm {arm!r}, seed {seed} occurs {count} times in the results: keep one of them"
-            )
+            raise ValueError(f"arm {arm!r}, seed {seed} occurs {count} times in the results: keep one of them")
     metric = results["study"]["metric"]
     known = sorted({name for run in results["runs"] for name in run["metrics"]})
     if metric not in known:
         names = ", ".join(known) or "none"
-        raise ValueError(
-            f"unknown metric {metric!r}; the runs hold: {names}. Set study.metric to one of them"
-        )
+        raise ValueError(f"unknown metric {metric!r}; the runs hold: {names}. Set study.metric to one of them")
 
 
 def summarise(results: Results) -> list[ArmSummary]:

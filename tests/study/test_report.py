@@ -214,10 +214,7 @@ def test_single_seed_and_single_arm(tmp_path, monkeypatch):
     assert "(one seed, no interval)" in page.text
     assert "nan" not in page.text
     alone = make_results(("one_shot",))
-    assert (
-        headline(alone, summarise(alone))
-        == "No arm that prunes during training was compared with another arm."
-    )
+    assert headline(alone, summarise(alone)) == "No arm that prunes during training was compared with another arm."
 
 
 def test_identical_differences_and_diverged_runs_are_said(tmp_path, monkeypatch):
@@ -225,7 +222,10 @@ def test_identical_differences_and_diverged_runs_are_said(tmp_path, monkeypatch)
     for run in results["runs"]:
         run["metrics"]["test/accuracy"] = 0.5
     page = read_page(results, tmp_path, monkeypatch)
-    assert "the same difference in all 3 seeds, p undefined" in page.text
+    assert "undecided (the same result in all 3 seeds)" in page.text
+    for run in results["runs"][3:]:
+        run["metrics"]["test/accuracy"] = 0.75
+    assert "the same difference in all 3 seeds, p undefined" in read_page(results, tmp_path, monkeypatch).text
     results["runs"][-1]["metrics"]["test/accuracy"] = math.nan
     assert "a run has no finite metric" in read_page(results, tmp_path, monkeypatch).text
 

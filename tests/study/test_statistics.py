@@ -77,9 +77,7 @@ def test_no_interval_without_spread_or_with_values_that_are_not_finite(values):
     assert (interval.low, interval.high, interval.n) == (None, None, len(values))
 
 
-@pytest.mark.parametrize(
-    ("values", "confidence", "words"), [([], 0.95, "at least one"), ([1.0, 2.0], 95, "got 95")]
-)
+@pytest.mark.parametrize(("values", "confidence", "words"), [([], 0.95, "at least one"), ([1.0, 2.0], 95, "got 95")])
 def test_mean_interval_refuses(values, confidence, words):
     with pytest.raises(ValueError, match=words):
         mean_interval(values, confidence)
