@@ -6,19 +6,34 @@ Source: Wang, Guralnik, Akbari, Dixon, "Effective Model Pruning", arXiv:2509.256
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from emp_callbacks.config import EMPConfig
-from emp_callbacks.core.bounds import mass_bound
-from emp_callbacks.core.effective_number import effective_number, keep_count
-from emp_callbacks.core.selection import emp_mask, preserved_mass
-from emp_callbacks.pruner import EMPPruner
-from emp_callbacks.schedule import BetaSchedule
-from emp_callbacks.trajectory import PruneEvent, Trajectory
-
 if TYPE_CHECKING:
+    from emp_callbacks.config import EMPConfig
+    from emp_callbacks.core.bounds import mass_bound
+    from emp_callbacks.core.effective_number import effective_number, keep_count
+    from emp_callbacks.core.selection import emp_mask, preserved_mass
     from emp_callbacks.integrations.lightning import EMPCallback
     from emp_callbacks.metrics import EffectiveNumber
+    from emp_callbacks.pruner import EMPPruner
+    from emp_callbacks.schedule import BetaSchedule
+    from emp_callbacks.trajectory import PruneEvent, Trajectory
 
 __version__ = "0.1.0"
+
+# Imported at first use: torch and Lightning cost seconds that `emp --help` need not pay, nor a plain loop Lightning.
+_HOMES = {
+    "BetaSchedule": "schedule",
+    "EMPCallback": "integrations.lightning",
+    "EMPConfig": "config",
+    "EMPPruner": "pruner",
+    "EffectiveNumber": "metrics",
+    "PruneEvent": "trajectory",
+    "Trajectory": "trajectory",
+    "effective_number": "core.effective_number",
+    "emp_mask": "core.selection",
+    "keep_count": "core.effective_number",
+    "mass_bound": "core.bounds",
+    "preserved_mass": "core.selection",
+}
 
 __all__ = [
     "BetaSchedule",
@@ -35,11 +50,13 @@ __all__ = [
     "preserved_mass",
 ]
 
-# Importing Lightning or torchmetrics costs seconds: only those who ask for these names pay.
-_LAZY = {"EMPCallback": "emp_callbacks.integrations.lightning", "EffectiveNumber": "emp_callbacks.metrics"}
-
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

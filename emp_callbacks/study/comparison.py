@@ -42,7 +42,9 @@ class StudyInterrupted(KeyboardInterrupt):
     """The user stopped a study; `finished` of `total` runs are on disk and will be reused."""
 
     def __init__(self, finished: int, total: int) -> None:
-        super().__init__(f"interrupted after {finished} of {total} runs; run the same command again to continue")
+        super().__init__(
+            f"interrupted after {finished} of {total} runs; run the same command again to continue"
+        )
         self.finished, self.total = finished, total
 
 
@@ -113,7 +115,9 @@ class _Study:
             return
         progress.begin(f"{job.fit_arm} seed {job.seed}")
         folder = self.store.fresh_folder(job.fit_arm, job.seed)
-        training = Training(self.recipe, job.seed, lambda base: self._emp_config(job, base), folder, progress.on_step)
+        training = Training(
+            self.recipe, job.seed, lambda base: self._emp_config(job, base), folder, progress.on_step
+        )
         training.fit()
         for arm in missing:
             trajectory = None
@@ -121,8 +125,7 @@ class _Study:
                 own_folder = self.store.fresh_folder(arm, job.seed)
                 trajectory = training.prune_once(own_folder / "emp_trajectory.jsonl")
             identity = {"arm": arm, "seed": job.seed, "fingerprint": self._fingerprint(arm, job.seed)}
-            record = {**identity, **training.record(trajectory)}
-            self.store.save(record)
+            record = self.store.save({**identity, **training.record(trajectory)})
             self._keep(record)
             progress.done(record)
 

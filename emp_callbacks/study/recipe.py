@@ -88,9 +88,10 @@ class _EmpCLI(LightningCLI):
             "prog": "emp" if lightning else f"emp {command}",
             "exit_on_error": False,
             "allow_abbrev": False,
+            "formatter_class": _HelpFormatter,
         }
         if lightning:
-            own = {"description": description, "formatter_class": _HelpFormatter, "usage": _USAGE % command}
+            own = {"description": description, "usage": _USAGE % command}
             parser_settings[command] = {**parser_settings, **own}
         with _without_notices():
             super().__init__(
@@ -208,6 +209,6 @@ def _as_list(callbacks: Any) -> list[pl.Callback]:
 def _without_notices() -> Iterator[None]:
     """Hide what Lightning's own use of jsonargparse warns about; users can do nothing about it."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"\s*``instantiate_classes`` was deprecated")
-        warnings.filterwarnings("ignore", message=r"\s*skip_none parameter was deprecated")
+        message = r"(?s).*(was deprecated in v4\.|JsonargparseDeprecationWarning)"
+        warnings.filterwarnings("ignore", message=message, module=r"pytorch_lightning\.cli")
         yield

@@ -86,10 +86,11 @@ class RunStore:
             raise self._refusal(path)
         return record
 
-    def save(self, record: Mapping[str, Any]) -> None:
-        """Write the record of a finished run."""
-        path = self._file(record["arm"], record["seed"])
-        write_atomically(path, json.dumps({**record, "recipe_digest": self.recipe_digest}, indent=1) + "\n")
+    def save(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Write the record of a finished run and return it as `finished` will read it."""
+        text = json.dumps({**record, "recipe_digest": self.recipe_digest}, indent=1)
+        write_atomically(self._file(record["arm"], record["seed"]), text + "\n")
+        return json.loads(text)
 
     def fresh_folder(self, arm: str, seed: int) -> Path:
         """Return an empty folder for one run's logs; drops what an interrupted run left there."""
