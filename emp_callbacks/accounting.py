@@ -31,28 +31,27 @@ class MaskCounts(NamedTuple):
     regrown: float
 
 
-def mask_or_ones(weight: MaskedWeight) -> Tensor:
-    """Return the weight's mask, shape of the parameter, bool; all True before the first refresh."""
-    return torch.ones_like(weight.weight, dtype=torch.bool) if weight.mask is None else weight.mask
-
-
 def count_masks(
     weights: Sequence[MaskedWeight], scored: Sequence[ScoredWeight], masks: Sequence[Tensor], ranks: Ranks
 ) -> list[MaskCounts]:
     """Return the counts of every parameter's new mask, against its scores and its old mask. Collective."""
     rows = []
-    for weight, (_, scores, _), mask in zip(weights, scored, masks, strict=True):
-        part = ranks.counted(mask.numel())
+    for weight, (segment, scores), mask in zip(weights, scored, masks, strict=True):
+        part = segment.counted
         new, flat = mask.reshape(-1)[part], scores.reshape(-1)[part]
-        old = mask_or_ones(weight).reshape(-1)[part]
+        old = weight.mask_or_ones.reshape(-1)[part]
         mass = kept_mass(flat, torch.ones_like(new))
         flipped, regrown = int((new != old).sum()), int((new & ~old).sum())
         rows.append([int(new.sum()), kept_mass(flat, new), mass, flipped, regrown])
     return [MaskCounts(*row) for row in ranks.all_sum(torch.tensor(rows, dtype=torch.float64)).tolist()]
 
 
-def check_ranks_agree(weights: Sequence[MaskedWeight], masks: Sequence[Tensor], ranks: Ranks, step: int) -> None:
-    """Raise unless every rank computed the same masks. Collective.
+def check_ranks_agree(
+    decisions: Sequence[Decision], masks: Sequence[Tensor], weights: Sequence[MaskedWeight], ranks: Ranks, step: int
+) -> None:
+    """Raise unless every rank came to the same masks: by their bits where all hold them, else by what decides them.
+
+    Collective.
 
     Raises:
         RuntimeError: Names the parameter and the ranks; no mask was changed.
@@ -60,7 +59,10 @@ def check_ranks_agree(weights: Sequence[MaskedWeight], masks: Sequence[Tensor], 
     if ranks.world_size == 1:
         return
     digests = torch.zeros(ranks.world_size, len(masks), dtype=torch.int64)
-    digests[ranks.rank] = torch.tensor([zlib.crc32(pack_bits(mask).numpy().tobytes()) for mask in masks])
+    of_decision = {i: decision.digest for decision in decisions for i in decision.members}
+    for i, (weight, mask) in enumerate(zip(weights, masks, strict=True)):
+        bits = zlib.crc32(pack_bits(mask).numpy().tobytes()) if weight.segment.replicated else 0
+        digests[ranks.rank, i] = bits ^ of_decision[i]
     for weight, column in zip(weights, ranks.all_sum(digests).unbind(1), strict=True):
         differ = (column != column[0]).nonzero().flatten().tolist()
         if differ:
@@ -85,11 +87,11 @@ def prune_event(
     own = [counts[i] for i in decision.members]
     layers = tuple(
         LayerStats(
-            name=scored[i].name,
-            n=scored[i].scores.numel(),
+            name=scored[i].segment.name,
+            n=scored[i].segment.size,
             n_eff=n_eff,
             keep=int(counts[i].kept),
-            density=counts[i].kept / scored[i].scores.numel(),
+            density=counts[i].kept / scored[i].segment.size,
             preserved_mass=_share(counts[i].kept_mass, counts[i].mass),
         )
         for i, n_eff in zip(decision.members, decision.layer_n_eff, strict=True)

@@ -7,32 +7,41 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import final
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
+
+from emp_callbacks.segment import Segment
 
 
 @dataclass(eq=False)
 class MaskedWeight:
-    """A parameter, its mask and, in `feedback`, the dense values that the mask hides.
+    """A segment, its mask and, in `feedback`, the dense values that the mask hides.
 
     Attributes:
-        name: Name in the model.
-        parameter: The tensor that the optimizer updates.
-        output_dim: Dimension that counts output units.
-        mask: Shape of the parameter, bool, True = kept; None before the first refresh (all kept).
-        stash: Dense values of the pruned entries in flat order, shape (pruned,); None while the parameter itself
+        segment: This rank's part of the parameter.
+        mask: Layout of `segment.weight`, bool, True = kept; None before the first refresh (all kept).
+        stash: Dense values of the pruned entries in flat order, shape (pruned,); None while the segment itself
             holds them.
     """
 
-    name: str
-    parameter: nn.Parameter
-    output_dim: int
+    segment: Segment
     mask: Tensor | None = None
     stash: Tensor | None = None
 
     @property
+    def name(self) -> str:
+        """Name of the parameter in the user's model."""
+        return self.segment.name
+
+    @property
     def weight(self) -> Tensor:
-        """The parameter's values outside autograd: the same memory, looked up at every use."""
-        return self.parameter.detach()
+        """The segment's values outside autograd."""
+        return self.segment.weight
+
+    @property
+    def mask_or_ones(self) -> Tensor:
+        """The mask; all True before the first refresh."""
+        return torch.ones_like(self.weight, dtype=torch.bool) if self.mask is None else self.mask
 
     def hide(self) -> None:
         """Move the pruned values from the parameter into the stash and leave zeros; twice is once."""
@@ -60,6 +69,9 @@ class MaskMode(ABC):
     def after_update(self, weight: MaskedWeight) -> None:
         """Make the weight what forward and backward must see until the next step."""
 
+    def mask_gradient(self, weight: MaskedWeight) -> None:
+        """Take the pruned entries out of the gradient, where the mode asks for it."""
+
     def merge(self, old: Tensor | None, new: Tensor) -> Tensor:  # noqa: ARG002
         """Return the mask that follows `old` when a refresh selects `new`; same shape, bool."""
         return new
@@ -70,8 +82,8 @@ class MaskMode(ABC):
 
         Args:
             weight: Changed in place.
-            mask: Shape of the parameter, bool, True = kept.
-            states: The optimizer's per-weight tensors (momentum, second moment), same shape.
+            mask: Layout of the segment, bool, True = kept.
+            states: The segment's part of the optimizer's per-weight tensors (momentum, second moment).
         """
 
     @abstractmethod
@@ -135,9 +147,9 @@ class Freeze(MaskMode):
         return new if old is None else new & old
 
     def install(self, weight: MaskedWeight, mask: Tensor, states: Iterable[Tensor]) -> None:
-        gradient = [] if weight.parameter.grad is None else [weight.parameter.grad]
         weight.mask = mask
-        _zero_pruned(mask, [weight.weight, *states, *gradient])
+        _zero_pruned(mask, [weight.weight, *states])
+        self.mask_gradient(weight)
 
     def after_update(self, weight: MaskedWeight) -> None:
         if weight.mask is not None:
@@ -145,6 +157,14 @@ class Freeze(MaskMode):
 
     def restore(self, weight: MaskedWeight) -> None:
         self.after_update(weight)
+
+    def before_update(self, weight: MaskedWeight) -> None:
+        self.mask_gradient(weight)
+
+    def mask_gradient(self, weight: MaskedWeight) -> None:
+        gradient = weight.segment.gradient
+        if weight.mask is not None and gradient is not None:
+            gradient.masked_fill_(~weight.mask, 0)
 
 
 @final

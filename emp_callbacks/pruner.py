@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from emp_callbacks.accounting import check_ranks_agree, count_masks, mask_or_ones, prune_event
+from emp_callbacks.accounting import check_ranks_agree, count_masks, prune_event
 from emp_callbacks.backends import detect_backend
 from emp_callbacks.config import EMPConfig, check_names
 from emp_callbacks.criteria import CRITERIA
@@ -71,11 +71,14 @@ class EMPPruner:
     ) -> None:
         check_names(settings)
         self.config = replace(config or EMPConfig(), **settings)
-        module, self._backend = detect_backend(model, optimizer)
+        self._backend = detect_backend(model, optimizer)
         self._criterion = CRITERIA[self.config.criterion]()
-        targets = prunable_weights(module, self.config.include, self.config.exclude)
-        self._weights = [MaskedWeight(t.name, t.parameter, t.output_dim) for t in targets]
-        self._by_parameter = {weight.parameter: weight for weight in self._weights}
+        targets = prunable_weights(
+            self._backend.module, self.config.include, self.config.exclude, self._backend.full_shape
+        )
+        self._weights = [MaskedWeight(segment) for segment in self._backend.segments(targets)]
+        self._parameters = [target.parameter for target in targets]
+        self._by_owner = _by_owner(self._weights)
         self._mode: MaskMode = Observe() if self.config.observe_only else MASK_MODES[self.config.mode]()
         self.trajectory = Trajectory(trajectory_path if self._backend.rank == 0 else None)
         self.steps = self.epochs = 0
@@ -144,13 +147,14 @@ class EMPPruner:
 
         With `observe_only` these are the masks that EMP would apply.
         """
-        return {w.name: mask_or_ones(w).clone() for w in self._weights}
+        return {w.name: w.mask_or_ones.clone() for w in self._weights}
 
     @property
     def density(self) -> float:
-        """Kept share of all scored weights, in [0, 1]."""
-        kept = sum(w.parameter.numel() if w.mask is None else int(w.mask.sum()) for w in self._weights)
-        return kept / sum(w.parameter.numel() for w in self._weights)
+        """Kept share of all scored weights, in [0, 1]. Collective."""
+        kept = sum(int(w.mask_or_ones.reshape(-1)[w.segment.counted].sum()) for w in self._weights)
+        total = int(self._backend.all_sum(torch.tensor([kept]))[0])
+        return total / sum(w.segment.size for w in self._weights)
 
     @property
     def layers(self) -> list[LayerStats]:
@@ -222,28 +226,28 @@ class EMPPruner:
     def _attach(self) -> None:
         self._attached = True
         self._backend.attach(self)
-        for weight in self._weights if self._mode.masks_gradient else []:
-            if weight.parameter.requires_grad:
-                hook = weight.parameter.register_post_accumulate_grad_hook(self._mask_gradient)
-                self._gradient_hooks.append(hook)
+        if self._mode.masks_gradient:
+            for weight, parameter in zip(self._weights, self._parameters, strict=True):
+                if weight.segment.owner is parameter and parameter.requires_grad:
+                    # As the gradient arrives: before clipping reads its norm and before DDP sums it.
+                    hook = parameter.register_post_accumulate_grad_hook(self._mask_gradient)
+                    self._gradient_hooks.append(hook)
 
-    def before_update(self, parameters: Sequence[nn.Parameter]) -> None:
+    def before_update(self, owners: Sequence[Tensor]) -> None:
         """Called by the backend when gradients are ready and the update comes next."""
-        for parameter in parameters:
-            if parameter in self._by_parameter:
-                self._mode.before_update(self._by_parameter[parameter])
+        for owner in owners:
+            for weight in self._by_owner.get(id(owner), ()):
+                self._mode.before_update(weight)
 
-    def after_update(self, parameters: Sequence[nn.Parameter]) -> None:
+    def after_update(self, owners: Sequence[Tensor]) -> None:
         """Called by the backend when the update is done, before anything reads the weights."""
-        for parameter in parameters:
-            if parameter in self._by_parameter:
-                self._mode.after_update(self._by_parameter[parameter])
+        for owner in owners:
+            for weight in self._by_owner.get(id(owner), ()):
+                self._mode.after_update(weight)
 
     def _mask_gradient(self, parameter: nn.Parameter) -> None:
-        # As the gradient arrives: before clipping reads its norm and before DDP sums it.
-        mask = self._by_parameter[parameter].mask
-        if mask is not None and parameter.grad is not None:
-            parameter.grad.masked_fill_(~mask, 0)
+        for weight in self._by_owner[id(parameter)]:
+            self._mode.mask_gradient(weight)
 
     # ---- the refresh ----------------------------------------------------------------------------------------------
 
@@ -253,19 +257,18 @@ class EMPPruner:
         beta = self.config.beta_at(position)
         rule = KeepRule(beta=beta, density=self.config.density, min_density=self.config.min_density)
         with self.dense_weights():
-            scored = [
-                ScoredWeight(w.name, self._criterion.score(w.name, w.weight), w.output_dim) for w in self._weights
-            ]
+            scored = [ScoredWeight(w.segment, self._criterion.score(w.segment)) for w in self._weights]
             decisions = decide(scored, self.config.scope, rule, self._backend, self.steps)
             masks = [
                 self._mode.merge(self._weights[i].mask, decision.mask(i))
                 for decision in decisions
                 for i in decision.members
             ]
-            check_ranks_agree(self._weights, masks, self._backend, self.steps)
+            check_ranks_agree(decisions, masks, self._weights, self._backend, self.steps)
             counts = count_masks(self._weights, scored, masks, self._backend)
             for weight, mask in zip(self._weights, masks, strict=True):
-                self._mode.install(weight, mask, self._backend.optimizer_states(weight.parameter))
+                self._mode.install(weight, mask, self._backend.optimizer_states(weight.segment))
+        self._backend.refresh_copies()
         seconds = time.perf_counter() - started
         common = {
             "step": self.steps,
@@ -280,3 +283,10 @@ class EMPPruner:
         self.trajectory.extend(events)
         self._last_position, self._steps_at_refresh = position, self.steps
         return events
+
+
+def _by_owner(weights: Sequence[MaskedWeight]) -> dict[int, list[MaskedWeight]]:
+    by_owner: dict[int, list[MaskedWeight]] = {}
+    for weight in weights:
+        by_owner.setdefault(id(weight.segment.owner), []).append(weight)
+    return by_owner

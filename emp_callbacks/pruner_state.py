@@ -28,7 +28,7 @@ def pack_state(
         "criterion": config.criterion,
         "target": config.target,
         "position": list(position),
-        "shapes": {weight.name: list(weight.parameter.shape) for weight in weights},
+        "shapes": {weight.name: list(weight.segment.shape) for weight in weights},
         "masks": {weight.name: pack_bits(weight.mask) for weight in weights if weight.mask is not None},
         "stash": {weight.name: weight.stash.cpu().clone() for weight in weights if weight.stash is not None},
         "trajectory": trajectory.records(),
@@ -65,7 +65,7 @@ def _check_fits(state: dict[str, Any], config: EMPConfig, mode: MaskMode, weight
                 f"the checkpoint was trained with {key}={state[key]!r}, this run has {key}={value!r}; resume with the "
                 "same setting, or load only the model's weights to start anew"
             )
-    shapes = {weight.name: list(weight.parameter.shape) for weight in weights}
+    shapes = {weight.name: list(weight.segment.shape) for weight in weights}
     if shapes != state["shapes"]:
         differ = sorted(n for n in {*shapes, *state["shapes"]} if shapes.get(n) != state["shapes"].get(n))
         raise ValueError(
@@ -77,10 +77,10 @@ def _check_fits(state: dict[str, Any], config: EMPConfig, mode: MaskMode, weight
 def _mask(state: dict[str, Any], weight: MaskedWeight) -> Tensor | None:
     if weight.name not in state["masks"]:
         return None
-    flat = unpack_bits(state["masks"][weight.name], weight.parameter.numel())
+    flat = unpack_bits(state["masks"][weight.name], weight.weight.numel())
     # to the parameter's memory format, so that masking never walks two layouts at once
     mask = torch.empty_like(weight.weight, dtype=torch.bool)
-    return mask.copy_(flat.view(weight.parameter.shape))
+    return mask.copy_(flat.view(weight.weight.shape))
 
 
 def _stash(state: dict[str, Any], mode: MaskMode, weight: MaskedWeight, mask: Tensor | None) -> Tensor | None:

@@ -85,9 +85,7 @@ TYPOS = [
 
 
 @pytest.mark.parametrize(("path", "change", "named", "hint"), TYPOS, ids=[str(t[2]) for t in TYPOS])
-def test_a_mistake_in_a_recipe_is_one_line_that_names_key_and_remedy(
-    path, change, named, hint, tmp_path, capsys
-):
+def test_a_mistake_in_a_recipe_is_one_line_that_names_key_and_remedy(path, change, named, hint, tmp_path, capsys):
     out = tmp_path / "out"
     code = main(["compare", "--config", write_recipe(tmp_path, *path, **change), "--out", str(out)])
     message = capsys.readouterr().err.strip()

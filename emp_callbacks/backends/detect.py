@@ -3,47 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from emp_callbacks.backends.base import Backend
 from emp_callbacks.backends.local import LocalBackend
 
+Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
 
-def detect_backend(
-    model: nn.Module, optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
-) -> tuple[nn.Module, LocalBackend]:
-    """Return the user's own module and the backend that reaches its parameters.
+
+def detect_backend(model: Any, optimizer: Optimizers) -> Backend:
+    """Return the backend that reaches the parameters of a model.
 
     Args:
-        model: A module, or one wrapped in DistributedDataParallel or DataParallel.
-        optimizer: The optimizer or optimizers that update it; None for a model that is not trained.
+        model: A module, plain, compiled, wrapped in DistributedDataParallel, DataParallel or FullyShardedDataParallel,
+            sharded by `fully_shard`; or a DeepSpeed engine.
+        optimizer: The optimizer or optimizers that update it; None for a model that is not trained, and for a
+            DeepSpeed engine, which brings its own.
 
     Raises:
         TypeError: `model` or `optimizer` is not what it should be.
-        NotImplementedError: The parameters are sharded by FSDP, FSDP2 or DeepSpeed ZeRO-3.
+        NotImplementedError: This way of sharding is not supported.
     """
+    if hasattr(model, "basic_optimizer") and hasattr(model, "zero_optimization_stage"):
+        from emp_callbacks.backends.deepspeed import DeepSpeedBackend
+
+        return DeepSpeedBackend(model)
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        raise TypeError(f"model must be a torch.nn.Module or a DeepSpeed engine, got {type(model).__name__}")
     if isinstance(model, (DistributedDataParallel, DataParallel)):
         model = model.module
     for name, parameter in model.named_parameters():
-        if isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") or "flat_param" in name:
-            raise NotImplementedError(
-                f"parameter {name!r} is sharded (FSDP, FSDP2 or DeepSpeed ZeRO-3); EMP supports one process and DDP "
-                "so far: use strategy='ddp' or 'auto'"
-            )
-    return model, LocalBackend(_optimizers(optimizer))
+        if hasattr(parameter, "ds_id"):
+            raise TypeError(f"parameter {name!r} is sharded by DeepSpeed ZeRO-3; pass the engine instead of the model")
+    optimizers = _optimizers(optimizer)
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        from emp_callbacks.backends.fsdp import FSDP1Backend
+
+        return FSDP1Backend(model, optimizers)
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        from emp_callbacks.backends.fsdp import FSDP2Backend
+
+        return FSDP2Backend(model, optimizers)
+    return LocalBackend(model, optimizers)
 
 
-def _optimizers(
-    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None,
-) -> list[torch.optim.Optimizer]:
-    given = (
-        [] if optimizer is None else [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
-    )
+def _optimizers(optimizer: Optimizers) -> list[torch.optim.Optimizer]:
+    given = [] if optimizer is None else [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
     for one in given:
         if not isinstance(one, torch.optim.Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer (or a list of them), got {type(one).__name__}")

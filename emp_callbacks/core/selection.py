@@ -35,13 +35,30 @@ def local_sum(value: Tensor) -> Tensor:
 
 
 class ScoredPart(NamedTuple):
-    """A contiguous part of a group's scores and where it lies in the group.
+    """A part of a group's scores and where it lies in the group.
 
-    `scores` is flat, shape (n,), of either sign; its element i has group position `start + i`.
+    `scores` is flat, shape (n,), of either sign. `positions` is the group position of its first element, the others
+    following, or the position of each, shape (n,), int64, ascending.
     """
 
     scores: Tensor
-    start: int
+    positions: int | Tensor
+
+    def positions_at(self, inside: Tensor) -> Tensor:
+        """Return the group positions of the elements with indices `inside`, shape (k,), int64."""
+        return inside + self.positions if isinstance(self.positions, int) else self.positions[inside]
+
+    def count_up_to(self, position: int) -> int:
+        """Return how many elements have a group position <= `position`: they come first."""
+        if isinstance(self.positions, int):
+            return min(max(position - self.positions + 1, 0), self.scores.numel())
+        return int(torch.searchsorted(self.positions, position, right=True))
+
+    @property
+    def end(self) -> int:
+        """One more than the highest group position; 0 if there are no elements."""
+        size = self.scores.numel()
+        return int(self.positions_at(torch.tensor([size - 1]))[0]) + 1 if size else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +83,11 @@ class Threshold:
     def mask(self, part: ScoredPart) -> Tensor:
         """Return the mask of a part of the group, shape (n,), bool, True = kept."""
         kept = torch.empty(part.scores.numel(), dtype=torch.bool, device=part.scores.device)
+        up_to_last_tie = part.count_up_to(self.last_tie)
         for at in chunks(part.scores.numel()):
             bits = score_bits(part.scores[at], self.dtype)
             torch.gt(bits, self.key, out=kept[at])
-            inside = self.last_tie - (part.start + at.start) + 1  # positions of this chunk up to last_tie
+            inside = up_to_last_tie - at.start
             if inside > 0:
                 kept[at][:inside] |= bits[:inside] == self.key
         return kept
@@ -132,8 +150,8 @@ def _kth_highest(parts: Sequence[ScoredPart], keep: int, dtype: torch.dtype, all
 
 def _nth_tie(parts: Sequence[ScoredPart], key: int, rank: int, dtype: torch.dtype, all_sum: AllSum) -> int:
     """Return the group position of the rank-th lowest score equal to `key` (rank >= 1)."""
-    end = max((part.start + part.scores.numel() for part in parts), default=0)
-    whole = done = max(1, _largest(end, all_sum).bit_length())
+    end = max((part.end for part in parts), default=0)
+    whole = done = max(1, _longest(end, all_sum))
     prefix, need = 0, rank
     while done:
         width = min(DIGIT_BITS, done)
@@ -151,12 +169,11 @@ def _nth_tie(parts: Sequence[ScoredPart], key: int, rank: int, dtype: torch.dtyp
     return prefix
 
 
-def _largest(end: int, all_sum: AllSum) -> int:
-    """Return the highest number as long in bits as the largest `end` of any rank: sums of one-hot lengths."""
+def _longest(number: int, all_sum: AllSum) -> int:
+    """Return the length in bits of the highest `number` of any rank, found by summing one-hot lengths."""
     lengths = torch.zeros(64, dtype=torch.int64)
-    lengths[end.bit_length()] = 1
-    longest = int(all_sum(lengths).nonzero().max())
-    return (1 << longest) - 1
+    lengths[number.bit_length()] = 1
+    return int(all_sum(lengths).nonzero().max())
 
 
 def _score_chunks(parts: Sequence[ScoredPart]) -> Iterator[Tensor]:
@@ -169,7 +186,7 @@ def _tie_positions(parts: Sequence[ScoredPart], key: int, dtype: torch.dtype) ->
     for part in parts:
         for at in chunks(part.scores.numel()):
             ties = (score_bits(part.scores[at], dtype) == key).nonzero().squeeze(1)
-            yield ties + (part.start + at.start)
+            yield part.positions_at(ties + at.start)
 
 
 def top_rows(scores_gn: Tensor, keep_g: Tensor) -> Tensor:
@@ -200,6 +217,48 @@ def _top_rows_block(scores_gn: Tensor, keep_g: Tensor) -> Tensor:
     above = bits > key
     ties = bits == key
     return above | (ties & (ties.cumsum(1) <= keep - above.sum(1, keepdim=True)))
+
+
+def top_rows_sharded(
+    scores_n: Tensor, row_n: Tensor, column_n: Tensor, keep_g: Tensor, all_sum: AllSum
+) -> tuple[Tensor, Tensor]:
+    """Return what `top_rows` would, for rows that are spread over ranks. Collective.
+
+    Args:
+        scores_n: This rank's part, flat, shape (n,), floating, either sign; may be empty.
+        row_n: Row of each element, shape (n,), int64, in [0, G).
+        column_n: Index of each element within its row, shape (n,), int64.
+        keep_g: Shape (G,), int64, on the CPU, the same on every rank.
+        all_sum: Returns the sum of an int64 tensor over all ranks.
+
+    Returns:
+        The mask, shape (n,), bool, and the bit pattern of each row's lowest kept score, shape (G,), int64.
+    """
+    dtype = key_dtype([scores_n.dtype])
+    bits = score_bits(scores_n, dtype).long()
+
+    def count(chosen: Tensor) -> Tensor:
+        return all_sum(torch.bincount(row_n[chosen], minlength=keep_g.numel()).cpu())
+
+    key = _largest_per_row(63 if dtype == torch.float64 else 31, lambda at: count(bits >= at[row_n]) >= keep_g, keep_g)
+    above, ties = bits > key[row_n], bits == key[row_n]
+    need = keep_g - count(above)
+    cut = torch.full_like(key, torch.iinfo(torch.int64).max)
+    if bool((count(ties) != need).any()):
+        width = _longest(int(column_n.max()) + 1 if column_n.numel() else 0, all_sum)
+        # the highest column that fewer than `need` ties lie below: the need-th tie itself
+        cut = _largest_per_row(width, lambda at: count(ties & (column_n < at[row_n])) < need, keep_g)
+        cut = cut.masked_fill(need == 0, -1)
+    return above | (ties & (column_n <= cut.to(column_n.device)[row_n])), key
+
+
+def _largest_per_row(width: int, holds: Callable[[Tensor], Tensor], like_g: Tensor) -> Tensor:
+    """Return for each row the largest number of `width` bits for which `holds`, a falling condition, is true."""
+    found = torch.zeros_like(like_g)
+    for bit in reversed(range(width)):
+        candidate = found | (1 << bit)
+        found = torch.where(holds(candidate), candidate, found)
+    return found
 
 
 def emp_mask(scores: Tensor, beta: float = 1.0) -> Tensor:

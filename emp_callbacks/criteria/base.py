@@ -4,18 +4,19 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
+from emp_callbacks.segment import Segment
+
 
 class Criterion(ABC):
     """A rule that gives each component a score; EMP uses the absolute value."""
 
     @abstractmethod
-    def score(self, name: str, weight: Tensor) -> Tensor:
-        """Return the scores of one parameter.
+    def score(self, segment: Segment) -> Tensor:
+        """Return the scores of one segment, whose dense weights are in place.
 
         Args:
-            name: The parameter's name in the model.
-            weight: The dense weights, any shape.
+            segment: Only read.
 
         Returns:
-            Same shape, floating dtype, either sign. May be `weight` itself; it is only read.
+            Layout of `segment.weight`, floating dtype, either sign. May be `segment.weight` itself.
         """

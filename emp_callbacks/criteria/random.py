@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from emp_callbacks.criteria.base import Criterion
+from emp_callbacks.segment import Segment
 
 
 @final
@@ -21,6 +22,9 @@ class Random(Criterion):
     def __init__(self, seed: int | None = None) -> None:
         self.seed = torch.initial_seed() if seed is None else seed
 
-    def score(self, name: str, weight: Tensor) -> Tensor:
-        generator = torch.Generator().manual_seed((self.seed ^ zlib.crc32(name.encode())) & 0x7FFF_FFFF_FFFF_FFFF)
-        return 1.0 - torch.rand(weight.shape, generator=generator).to(weight.device)
+    def score(self, segment: Segment) -> Tensor:
+        key = (self.seed ^ zlib.crc32(segment.name.encode())) & 0x7FFF_FFFF_FFFF_FFFF
+        full = 1.0 - torch.rand(segment.size, generator=torch.Generator().manual_seed(key))
+        weight, at = segment.weight, segment.positions
+        own = full[at : at + weight.numel()] if isinstance(at, int) else full[at.cpu()]
+        return own.view(weight.shape).to(weight.device)

@@ -96,11 +96,7 @@ def explain_parse_error(message: str) -> str:
     key = re.search(r'Parser key "([^"]+)"', message)
     if key is None:
         return " ".join(message.split())
-    reason = (
-        _class_problem(key[1], message)
-        or _expectation(message)
-        or " ".join(message.split("\n", 1)[-1].split())
-    )
+    reason = _class_problem(key[1], message) or _expectation(message) or " ".join(message.split("\n", 1)[-1].split())
     return f"bad value for '{key[1]}': {reason}"
 
 
@@ -157,17 +153,13 @@ def _check_value(value: Any, shown: str) -> None:
     elif isinstance(value, Mapping) and len(value) <= len(_CLASS_KEYS):
         for key in value:
             if hint := nearest(str(key), ["class_path"]):
-                raise RecipeError(
-                    f"unknown key '{shown}.{key}' in recipe{hint.replace('class', shown + '.class')}"
-                )
+                raise RecipeError(f"unknown key '{shown}.{key}' in recipe{hint.replace('class', shown + '.class')}")
 
 
 def _check_class(spec: Mapping[str, Any], shown: str) -> None:
     for key in spec:
         if key not in _CLASS_KEYS:
-            raise RecipeError(
-                f"unknown key '{shown}.{key}' in recipe{_full_hint(str(key), _CLASS_KEYS, shown)}"
-            )
+            raise RecipeError(f"unknown key '{shown}.{key}' in recipe{_full_hint(str(key), _CLASS_KEYS, shown)}")
     owner = _resolve(str(spec["class_path"]), f"{shown}.class_path")
     init_args = spec.get("init_args") or {}
     if not isinstance(owner, type) or not isinstance(init_args, Mapping):

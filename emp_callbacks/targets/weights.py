@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 # What wrappers put into parameter names and a user did not write.
@@ -35,7 +36,10 @@ def canonical_name(name: str) -> str:
 
 
 def prunable_weights(
-    model: nn.Module, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None
+    model: nn.Module,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    full_shape: Callable[[nn.Parameter], torch.Size] = lambda parameter: parameter.shape,
 ) -> list[WeightTarget]:
     """Return the parameters that EMP scores, each once, in the model's own order.
 
@@ -47,6 +51,7 @@ def prunable_weights(
         include: Glob patterns on parameter names that replace the default rule: only what they name, and also
             norms, biases, embeddings or frozen parameters if named.
         exclude: Glob patterns on parameter names to leave out.
+        full_shape: Gives the shape that a parameter has in the unsharded model.
 
     Raises:
         ValueError: A pattern matches no parameter, or nothing is left to prune.
@@ -57,10 +62,12 @@ def prunable_weights(
     _check_patterns([*(include or ()), *(exclude or ())], [n for group in names.values() for n in group])
     targets = []
     for parameter, owned in owners.items():
-        wanted = _matches(names[id(parameter)], include) if include else _prunable_by_default(parameter, owned)
+        wanted = (
+            _matches(names[id(parameter)], include) if include else _prunable_by_default(parameter, owned, full_shape)
+        )
         if wanted and not (exclude and _matches(names[id(parameter)], exclude)):
             targets.append(WeightTarget(owned[0][0], parameter, _output_dim(owned[0][1])))
-    _check_targets(targets, model)
+    _check_targets(targets, model, full_shape)
     return targets
 
 
@@ -73,12 +80,14 @@ def _owners(model: nn.Module) -> dict[nn.Parameter, list[tuple[str, nn.Module]]]
     return owners
 
 
-def _prunable_by_default(parameter: nn.Parameter, owned: list[tuple[str, nn.Module]]) -> bool:
+def _prunable_by_default(
+    parameter: nn.Parameter, owned: list[tuple[str, nn.Module]], full_shape: Callable[[nn.Parameter], torch.Size]
+) -> bool:
     kinds = [type(module).__name__ for _, module in owned]
     return (
         parameter.requires_grad
         and parameter.is_floating_point()
-        and parameter.dim() >= 2
+        and len(full_shape(parameter)) >= 2
         and any("weight" in name.rpartition(".")[2] for name, _ in owned)
         and not any("Embedding" in kind or "Norm" in kind for kind in kinds)
     )
@@ -101,9 +110,11 @@ def _check_patterns(patterns: Sequence[str], names: list[str]) -> None:
             raise ValueError(f"pattern {pattern!r} matches no parameter; {hint} (globs work: 'blocks.*.weight')")
 
 
-def _check_targets(targets: list[WeightTarget], model: nn.Module) -> None:
+def _check_targets(
+    targets: list[WeightTarget], model: nn.Module, full_shape: Callable[[nn.Parameter], torch.Size]
+) -> None:
     if not targets:
-        held = [f"{name} {tuple(p.shape)}" for name, p in model.named_parameters()][:8]
+        held = [f"{name} {tuple(full_shape(p))}" for name, p in model.named_parameters()][:8]
         raise ValueError(
             f"{type(model).__name__} has no weights to prune by these rules; it holds "
             f"{'; '.join(held) if held else 'no parameters at all'}. Name what you want with include=['pattern']"
@@ -113,5 +124,5 @@ def _check_targets(targets: list[WeightTarget], model: nn.Module) -> None:
             raise TypeError(
                 f"parameter {target.name!r} is {target.parameter.dtype}; EMP scores floating-point weights: exclude it"
             )
-        if target.parameter.numel() == 0:
-            raise ValueError(f"parameter {target.name!r} has no elements (shape {tuple(target.parameter.shape)})")
+        if 0 in (shape := full_shape(target.parameter)):
+            raise ValueError(f"parameter {target.name!r} has no elements (shape {tuple(shape)})")

@@ -261,9 +261,7 @@ def test_a_real_ctrl_c_ends_with_130(tmp_path):
     process.send_signal(signal.SIGINT)
     _, message = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert message.strip().endswith(
-        "emp: interrupted after 1 of 2 runs; run the same command again to continue"
-    )
+    assert message.strip().endswith("emp: interrupted after 1 of 2 runs; run the same command again to continue")
     assert "Traceback" not in message
     assert [path.name for path in (out / "runs").glob("*.json")] == ["dense-seed0.json"]
 
