@@ -214,9 +214,7 @@ def _inspect(words: list[str]) -> None:
 def _already_pruned(density: float) -> list[str]:
     if density > 0.999:
         return []
-    return [
-        f"{1 - density:.1%} of these weights are zero already: N_eff is that of the rest, and keep prunes further"
-    ]
+    return [f"{1 - density:.1%} of these weights are zero already: N_eff is that of the rest, and keep prunes further"]
 
 
 def _console() -> Console:
@@ -255,12 +253,8 @@ examples:
 Any key of the recipe can follow as --KEY VALUE; emp fit --help lists them.
 The same command again continues an interrupted study and reuses its finished runs.""",
     )
-    parser.add_argument(
-        "-c", "--config", required=True, metavar="RECIPE", help="recipe (YAML) with a study: section"
-    )
-    parser.add_argument(
-        "--out", metavar="DIR", help="folder of the results (default: study.out, or runs/RECIPE)"
-    )
+    parser.add_argument("-c", "--config", required=True, metavar="RECIPE", help="recipe (YAML) with a study: section")
+    parser.add_argument("--out", metavar="DIR", help="folder of the results (default: study.out, or runs/RECIPE)")
     parser.add_argument(
         "--overwrite", action="store_true", help="start anew; what DIR holds is moved to DIR.old-1, -2, ..."
     )
@@ -298,9 +292,7 @@ Files are read as tensors only; code in them never runs.""",
         metavar="CHECKPOINT|timm:NAME",
         help="Lightning .ckpt, state dict (.pt, .pth, .safetensors), Hugging Face folder, or a timm model",
     )
-    parser.add_argument(
-        "--beta", type=float, default=1.0, help="keep floor(beta * N_eff) weights (default: 1.0)"
-    )
+    parser.add_argument("--beta", type=float, default=1.0, help="keep floor(beta * N_eff) weights (default: 1.0)")
     parser.add_argument(
         "--scope",
         choices=("global", "tensor", "row"),

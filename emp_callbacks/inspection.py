@@ -166,9 +166,7 @@ def _row(event: PruneEvent, index: int, weights: Mapping[str, Tensor]) -> Weight
     )
 
 
-def _total(
-    rows: Sequence[WeightReport], events: Sequence[PruneEvent], weights: Mapping[str, Tensor]
-) -> WeightReport:
+def _total(rows: Sequence[WeightReport], events: Sequence[PruneEvent], weights: Mapping[str, Tensor]) -> WeightReport:
     n, keep = sum(row.n for row in rows), sum(row.keep for row in rows)
     n_eff = sum(event.n_eff for event in events)
     mass = {row.name: float(weights[row.name].detach().double().abs().sum()) for row in rows}
@@ -238,9 +236,7 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
         return _read_safetensors(single)
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
-        raise FileNotFoundError(
-            f"{folder} holds neither model.safetensors nor its index; name a checkpoint file"
-        )
+        raise FileNotFoundError(f"{folder} holds neither model.safetensors nor its index; name a checkpoint file")
     shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     return {name: value for shard in shards for name, value in _read_safetensors(folder / shard).items()}
 

@@ -71,7 +71,7 @@ TYPOS = [
     ),
     ((*EMP, "init_args"), {"beta": "x"}, "'beta'", "expected float"),
     ((*EMP, "init_args"), {"beta": -1}, "beta must be", "got -1"),
-    (("model",), {"class_path": "emp_callbacks.study.tasks.ImageClasification"}, "model.class_path", "ImageClassification'"),
+    (("model",), {"class_path": "emp_callbacks.study.tasks.ImageClas"}, "model.class_path", "ImageClassification'"),
     (("model", "init_args"), {"weigth_decay": 1}, "'model.init_args.weigth_decay'", "'model.init_args.weight_decay'"),
     (("model", "init_args"), {"lr": "high"}, "'lr'", "expected float, got 'high'"),
     (("model", "init_args"), {"model": "resnet10tt"}, "'resnet10tt'", "resnet10t"),
@@ -85,9 +85,7 @@ TYPOS = [
 
 
 @pytest.mark.parametrize(("path", "change", "named", "hint"), TYPOS, ids=[str(t[2]) for t in TYPOS])
-def test_a_mistake_in_a_recipe_is_one_line_that_names_key_and_remedy(
-    path, change, named, hint, tmp_path, capsys
-):
+def test_a_mistake_in_a_recipe_is_one_line_that_names_key_and_remedy(path, change, named, hint, tmp_path, capsys):
     out = tmp_path / "out"
     code = main(["compare", "--config", write_recipe(tmp_path, *path, **change), "--out", str(out)])
     message = capsys.readouterr().err.strip()

@@ -44,12 +44,8 @@ ARMS: dict[str, Arm] = {
         summary="the dense run, pruned once by EMP after training, no fine-tuning",
         shares_fit_of="dense",
     ),
-    "training_feedback": _training(
-        "feedback", "EMP during training; dense weights keep learning behind the mask"
-    ),
-    "training_project": _training(
-        "project", "EMP during training; pruned weights are zeroed but may grow back"
-    ),
+    "training_feedback": _training("feedback", "EMP during training; dense weights keep learning behind the mask"),
+    "training_project": _training("project", "EMP during training; pruned weights are zeroed but may grow back"),
     "training_freeze": _training("freeze", "EMP during training; pruned weights stay zero for good"),
     "fixed_magnitude": Arm(
         summary="magnitude pruning during training at the first training arm's final density",

@@ -42,9 +42,7 @@ class StudyInterrupted(KeyboardInterrupt):
     """The user stopped a study; `finished` of `total` runs are on disk and will be reused."""
 
     def __init__(self, finished: int, total: int) -> None:
-        super().__init__(
-            f"interrupted after {finished} of {total} runs; run the same command again to continue"
-        )
+        super().__init__(f"interrupted after {finished} of {total} runs; run the same command again to continue")
         self.finished, self.total = finished, total
 
 
@@ -115,9 +113,7 @@ class _Study:
             return
         progress.begin(f"{job.fit_arm} seed {job.seed}")
         folder = self.store.fresh_folder(job.fit_arm, job.seed)
-        training = Training(
-            self.recipe, job.seed, lambda base: self._emp_config(job, base), folder, progress.on_step
-        )
+        training = Training(self.recipe, job.seed, lambda base: self._emp_config(job, base), folder, progress.on_step)
         training.fit()
         for arm in missing:
             trajectory = None

@@ -7,7 +7,7 @@ import importlib
 import pkgutil
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +96,7 @@ def explain_parse_error(message: str) -> str:
     key = re.search(r'Parser key "([^"]+)"', message)
     if key is None:
         return " ".join(message.split())
-    reason = (
-        _class_problem(key[1], message)
-        or _expectation(message)
-        or " ".join(message.split("\n", 1)[-1].split())
-    )
+    reason = _class_problem(key[1], message) or _expectation(message) or " ".join(message.split("\n", 1)[-1].split())
     return f"bad value for '{key[1]}': {reason}"
 
 
@@ -157,17 +153,13 @@ def _check_value(value: Any, shown: str) -> None:
     elif isinstance(value, Mapping) and len(value) <= len(_CLASS_KEYS):
         for key in value:
             if hint := nearest(str(key), ["class_path"]):
-                raise RecipeError(
-                    f"unknown key '{shown}.{key}' in recipe{hint.replace('class', shown + '.class')}"
-                )
+                raise RecipeError(f"unknown key '{shown}.{key}' in recipe{hint.replace('class', shown + '.class')}")
 
 
 def _check_class(spec: Mapping[str, Any], shown: str) -> None:
     for key in spec:
         if key not in _CLASS_KEYS:
-            raise RecipeError(
-                f"unknown key '{shown}.{key}' in recipe{_full_hint(str(key), _CLASS_KEYS, shown)}"
-            )
+            raise RecipeError(f"unknown key '{shown}.{key}' in recipe{_full_hint(str(key), _CLASS_KEYS, shown)}")
     owner = _resolve(str(spec["class_path"]), f"{shown}.class_path")
     init_args = spec.get("init_args") or {}
     if not isinstance(owner, type) or not isinstance(init_args, Mapping):
@@ -196,7 +188,7 @@ def _resolve(path: str, shown: str) -> Any:
     found: Any = module
     for done, name in enumerate(names):
         if not hasattr(found, name):
-            public = [n for n in {*dir(found), *getattr(found, "__all__", ())} if not n.startswith("_")]
+            public = [n for n in dir(found) if not n.startswith("_")]
             if done == 0 and hasattr(found, "__path__"):
                 public += [info.name for info in pkgutil.iter_modules(found.__path__)]
             parent = ".".join(path.split(".")[: -len(names) + done])
@@ -230,7 +222,7 @@ def _resolve_short(name: str, shown: str) -> Any:
     return known[name]
 
 
-def _subclasses(base: type) -> Iterable[type]:
+def _subclasses(base: Any) -> Iterator[type]:
     for child in base.__subclasses__():
         yield child
         yield from _subclasses(child)
