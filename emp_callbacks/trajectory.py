@@ -187,7 +187,7 @@ def layer_table(events: Sequence[PruneEvent]) -> Table:
     title = f"EMP at step {first.step}: {first.criterion}, scope {first.scope}, mode {first.mode}"
     table = Table(title=title, title_justify="left", show_footer=True)
     n, keep = sum(event.n for event in events), sum(event.keep for event in events)
-    table.add_column("layer", footer="all")
+    table.add_column("layer", footer="all", overflow="fold")
     table.add_column("N", justify="right", footer=f"{n:,}")
     table.add_column("N_eff / N", justify="right", footer=f"{sum(event.n_eff for event in events) / n:.3f}")
     table.add_column("kept", justify="right", footer=f"{keep:,}")

@@ -71,7 +71,7 @@ TYPOS = [
     ),
     ((*EMP, "init_args"), {"beta": "x"}, "'beta'", "expected float"),
     ((*EMP, "init_args"), {"beta": -1}, "beta must be", "got -1"),
-    (("model",), {"class_path": "emp_callbacks.study.tasks.ImageClasification"}, "model.class_path", "ImageClassification'"),
+    (("model",), {"class_path": "emp_callbacks.study.tasks.ImageClas"}, "model.class_path", "ImageClassification'"),
     (("model", "init_args"), {"weigth_decay": 1}, "'model.init_args.weigth_decay'", "'model.init_args.weight_decay'"),
     (("model", "init_args"), {"lr": "high"}, "'lr'", "expected float, got 'high'"),
     (("model", "init_args"), {"model": "resnet10tt"}, "'resnet10tt'", "resnet10t"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -70,6 +72,10 @@ class _SaveConfig(SaveConfigCallback):
                 f"{saved} exists: an earlier run lives in this folder; choose another one with"
                 " --trainer.default_root_dir DIR, or move the old folder away"
             )
+        if trainer.is_global_zero:
+            saved.parent.mkdir(parents=True, exist_ok=True)
+            if not os.access(saved.parent, os.W_OK):  # before jsonargparse fails on the file, with a traceback
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(saved.parent))
         super().setup(trainer, pl_module, stage)
 
 

@@ -7,7 +7,7 @@ import importlib
 import pkgutil
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +188,7 @@ def _resolve(path: str, shown: str) -> Any:
     found: Any = module
     for done, name in enumerate(names):
         if not hasattr(found, name):
-            public = [n for n in {*dir(found), *getattr(found, "__all__", ())} if not n.startswith("_")]
+            public = [n for n in dir(found) if not n.startswith("_")]
             if done == 0 and hasattr(found, "__path__"):
                 public += [info.name for info in pkgutil.iter_modules(found.__path__)]
             parent = ".".join(path.split(".")[: -len(names) + done])
@@ -222,7 +222,7 @@ def _resolve_short(name: str, shown: str) -> Any:
     return known[name]
 
 
-def _subclasses(base: type) -> Iterable[type]:
+def _subclasses(base: Any) -> Iterator[type]:
     for child in base.__subclasses__():
         yield child
         yield from _subclasses(child)

@@ -162,7 +162,7 @@ def comparison_table(results: Results) -> Table:
         title=Text(f"{study['metric']}{unit}, {direction} is better"),
         caption="mean [95 % interval over seeds, per comparison]; verdicts by Holm-adjusted p < 0.05",
     )
-    table.add_column("arm")
+    table.add_column("arm", no_wrap=True)
     for name in (study["metric"], "density", f"difference to {reference_arm(results)}", "p (Holm)"):
         table.add_column(Text(name), justify="right")
     table.add_column("verdict")

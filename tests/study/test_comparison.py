@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
@@ -18,7 +19,7 @@ from emp_callbacks.study import comparison
 from emp_callbacks.study.arms import ARMS, plan_jobs
 from emp_callbacks.study.comparison import StudyInterrupted, run_study
 from emp_callbacks.study.recipe import Recipe
-from emp_callbacks.study.training import Training, measure
+from emp_callbacks.study.training import Training, _interrupts_raised, measure
 
 
 def recipe_text(**study):
@@ -161,7 +162,7 @@ def test_more_seeds_and_other_presentation_reuse_what_is_there(tmp_path, fits):
     ],
 )
 def test_another_recipe_is_refused_and_nothing_changes(study, change, capsys, fits):
-    folder, results = study
+    folder, _ = study
     words = ["compare", "--config", str(folder / "recipe.yaml"), "--out", str(folder / "out"), *change]
     before = (folder / "out" / "config.yaml").read_text()
     assert main(words) == 2
@@ -239,6 +240,20 @@ def test_an_interrupted_study_keeps_finished_runs_and_goes_on(tmp_path, monkeypa
     assert len(fits) == 3
 
 
+@pytest.mark.parametrize(("interrupted", "raised"), [(True, KeyboardInterrupt), (False, SystemExit)])
+def test_an_exit_of_lightning_becomes_an_interrupt_only_if_it_was_one(interrupted, raised):
+    handler = signal.getsignal(signal.SIGINT)
+
+    def stop_as_lightning_does():
+        with _interrupts_raised(SimpleNamespace(interrupted=interrupted)):
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            sys.exit(1)
+
+    with pytest.raises(raised):
+        stop_as_lightning_does()
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
 def test_a_real_ctrl_c_ends_with_130(tmp_path):
     recipe, out = write(tmp_path, arms=["dense", "training_freeze"], seeds=[0]), tmp_path / "out"
     script = (
@@ -314,3 +329,21 @@ def test_measure_by_hand():
 def test_digest_ignores_key_order_but_no_value():
     assert comparison.digest({"a": 1, "b": 2}) == comparison.digest({"b": 2, "a": 1})
     assert comparison.digest({"a": 1}) != comparison.digest({"a": 2})
+
+
+def test_a_fingerprint_covers_what_trains_a_run_and_nothing_else(tmp_path):
+    file = write(tmp_path)
+
+    def fingerprint(arm, seed, *options):
+        study = comparison._Study(Recipe(file, options), tmp_path / "out", None)
+        return study._fingerprint(arm, seed)
+
+    base = fingerprint("random", 0)
+    assert fingerprint("random", 0, "--study.seeds", "[0]", "--trainer.enable_progress_bar", "false") == base
+    others = [
+        fingerprint("random", 1),
+        fingerprint("fixed_magnitude", 0),
+        fingerprint("random", 0, "--model.init_args.lr", "0.5"),
+        fingerprint("random", 0, "--study.arms", "[training_freeze, random]"),
+    ]
+    assert len({base, *others}) == 5
