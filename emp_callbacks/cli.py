@@ -145,14 +145,20 @@ def _lightning(command: str) -> Callable[[list[str]], None]:
 def _compare(words: list[str]) -> None:
     """Run a study and show what it found."""
     options, overrides = _compare_parser().parse_known_args(words)
-    from emp_callbacks.study.comparison import run_study
+    from emp_callbacks.study.comparison import run_study, study_cells
     from emp_callbacks.study.recipe import Recipe
     from emp_callbacks.study.report import comparison_table, write_report
 
     console = _console()
     recipe = Recipe(options.config, overrides)
+    if options.list_cells:
+        console.print("\n".join(study_cells(recipe.study)), highlight=False)
+        return
     out = Path(options.out or recipe.study.out or Path("runs", recipe.path.stem))
-    results = run_study(recipe, out, overwrite=options.overwrite, console=console)
+    results = run_study(recipe, out, overwrite=options.overwrite, only=options.only, console=console)
+    if results is None:
+        console.print(f"runs are left; the same command without --only merges all in {out} into one report")
+        return
     report = write_report(results, out)
     console.print(comparison_table(results))
     console.print(f"report: {report}", highlight=False, soft_wrap=True)
@@ -258,6 +264,10 @@ The same command again continues an interrupted study and reuses its finished ru
     parser.add_argument(
         "--overwrite", action="store_true", help="start anew; what DIR holds is moved to DIR.old-1, -2, ..."
     )
+    parser.add_argument(
+        "--only", nargs="+", metavar="ARM:SEED", help="run these cells alone, on a cluster say; a last call merges"
+    )
+    parser.add_argument("--list-cells", action="store_true", help="print the cells of the study, and train nothing")
     return parser
 
 

@@ -62,6 +62,10 @@ class MaskMode(ABC):
 
     name: str
     masks_gradient = False
+    clears_states = False
+
+    def reveal(self, weight: MaskedWeight) -> None:
+        """Put the dense values in place."""
 
     def before_update(self, weight: MaskedWeight) -> None:
         """Prepare the weight for the optimizer step; the gradients are ready."""
@@ -102,6 +106,9 @@ class Feedback(MaskMode):
 
     name = "feedback"
 
+    def reveal(self, weight: MaskedWeight) -> None:
+        weight.unhide()
+
     def before_update(self, weight: MaskedWeight) -> None:
         weight.unhide()
 
@@ -123,6 +130,7 @@ class Project(MaskMode):
     """Pruned weights are set to zero at the refresh, then free to grow back (iterative hard thresholding)."""
 
     name = "project"
+    clears_states = True
 
     def install(self, weight: MaskedWeight, mask: Tensor, states: Iterable[Tensor]) -> None:
         weight.mask = mask
@@ -141,6 +149,7 @@ class Freeze(MaskMode):
 
     name = "freeze"
     masks_gradient = True
+    clears_states = True
 
     def merge(self, old: Tensor | None, new: Tensor) -> Tensor:
         # All-zero scores keep everything, but must not bring back what was frozen.

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from emp_callbacks.accounting import check_ranks_agree, count_masks, prune_event
+from emp_callbacks.audit import Audit, audit_masks
 from emp_callbacks.backends import detect_backend
 from emp_callbacks.config import EMPConfig, check_names
 from emp_callbacks.criteria import CRITERIA
 from emp_callbacks.decision import KeepRule, ScoredWeight, decide
+from emp_callbacks.mask_file import load_masks, save_masks
 from emp_callbacks.mask_mode import MASK_MODES, MaskedWeight, MaskMode, Observe
-from emp_callbacks.pruner_state import install_state, pack_state
+from emp_callbacks.pruner_state import describe, install_state, pack_state
 from emp_callbacks.targets import prunable_weights
 from emp_callbacks.trajectory import LayerStats, PruneEvent, Trajectory
 
@@ -119,6 +121,22 @@ class EMPPruner:
         """
         return self._refresh(self.epochs if self.config.schedule.unit == "epoch" else self.steps, self.epochs)
 
+    def end_epoch(self) -> list[PruneEvent]:
+        """Count a finished epoch where the loop learns of it only after its last `step()`; refresh if one is due."""
+        self.epochs += 1
+        schedule = self.config.schedule
+        if schedule.unit != "epoch" or not schedule.is_due(self._last_position, self.epochs):
+            return []
+        return self._refresh(self.epochs, self.epochs - 1)
+
+    def mask_gradients(self) -> None:
+        """Take the pruned entries out of the gradients now, in `freeze`: before a clip that reads their norm.
+
+        Needed only where gradients are sharded (FSDP); elsewhere they are masked as they arrive.
+        """
+        for weight in self._weights:
+            self._mode.mask_gradient(weight)
+
     def finalize(self) -> None:
         """Take every hook off; the model stays masked, and what was recorded stays here. Twice is once.
 
@@ -133,6 +151,11 @@ class EMPPruner:
                 stacklevel=2,
             )
         self.detach()
+
+    @property
+    def sharded(self) -> bool:
+        """Whether this rank holds only parts of the parameters; `state_dict()` then is this rank's part, too."""
+        return not all(weight.segment.replicated for weight in self._weights)
 
     @property
     def needs_closing_refresh(self) -> bool:
@@ -169,12 +192,26 @@ class EMPPruner:
         groups = 1 if self.config.scope == "global" else len(self._weights)
         return self.trajectory[-groups:]
 
+    def audit(self) -> Audit:
+        """Count, over all ranks, the entries of every copy of the weights that contradict the masks. Collective."""
+        return audit_masks(self._weights, self._mode, self._backend)
+
+    @contextmanager
+    def dense_weights(self) -> Iterator[None]:
+        """Inside the block the model computes with its dense weights; `feedback` hides the pruned ones after it.
+
+        Collective where the parameters are sharded.
+        """
+        with self._dense_owners():
+            self._backend.refresh_copies()
+            yield
+        self._backend.refresh_copies()
+
     @contextmanager
     @torch.no_grad()
-    def dense_weights(self) -> Iterator[None]:
-        """Inside the block the model holds its dense weights; `feedback` hides the pruned ones again after it."""
+    def _dense_owners(self) -> Iterator[None]:
         for weight in self._weights:
-            self._mode.before_update(weight)
+            self._mode.reveal(weight)
         try:
             yield
         finally:
@@ -198,6 +235,35 @@ class EMPPruner:
             ValueError: The state is of another mode, scope or model; nothing was changed.
         """
         position = install_state(state, self.config, self._mode, self._weights, self.trajectory)
+        self._backend.refresh_copies()
+        self.steps, self.epochs, self._last_position, self._steps_at_refresh = position
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write what `state_dict()` returns into a folder from which any number of ranks can continue. Collective.
+
+        Each rank writes the part that it counts, packed bits and, in `feedback`, the dense values behind them; a kill
+        at any moment leaves the folder's old checkpoint or the new one.
+
+        Args:
+            folder: Shared by all ranks; made if missing, other files in it are left alone.
+
+        Raises:
+            OSError: A rank could not write; the folder's old checkpoint is still whole.
+        """
+        self._settle()
+        state = describe(self.config, self._mode, self._weights, self.trajectory, self._position())
+        save_masks(folder, state, self._weights, self._backend)
+
+    def load(self, folder: str | os.PathLike[str]) -> None:
+        """Continue from a folder that `save()` wrote, on any number of ranks and under any strategy. Collective.
+
+        The model's weights and the optimizer's state come from their own checkpoint, loaded before this one.
+
+        Raises:
+            FileNotFoundError: The folder holds no finished save, or one of its files is missing.
+            ValueError: A file is damaged, or of another mode, scope or model. All ranks raise; nothing was changed.
+        """
+        position = load_masks(folder, self.config, self._mode, self._weights, self.trajectory, self._backend)
         self.steps, self.epochs, self._last_position, self._steps_at_refresh = position
 
     def start_at(self, steps: int, epochs: int) -> None:
@@ -256,7 +322,7 @@ class EMPPruner:
         started = time.perf_counter()
         beta = self.config.beta_at(position)
         rule = KeepRule(beta=beta, density=self.config.density, min_density=self.config.min_density)
-        with self.dense_weights():
+        with self._dense_owners():
             scored = [ScoredWeight(w.segment, self._criterion.score(w.segment)) for w in self._weights]
             decisions = decide(scored, self.config.scope, rule, self._backend, self.steps)
             masks = [

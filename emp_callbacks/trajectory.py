@@ -136,15 +136,16 @@ class Trajectory(Sequence[PruneEvent]):
 
     def restore(self, records: Iterable[dict[str, Any]]) -> None:
         """Become the trajectory that a checkpoint holds; rows that the file has beyond it are set aside."""
-        self._events = [PruneEvent.from_record(record) for record in records]
+        events = [PruneEvent.from_record(record) for record in records]
         if self.path is not None:
-            text = "".join(_line(event) for event in self._events)
+            text = "".join(_line(event) for event in events)
             if self.path.read_text(encoding="utf-8") != text:
                 self._own_file()
                 partial = self.path.with_name(self.path.name + ".partial")
                 partial.write_text(text, encoding="utf-8")
                 os.replace(partial, self.path)
             self._owns_file = True
+        self._events = events  # last: a file that cannot be written changes nothing
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Trajectory:

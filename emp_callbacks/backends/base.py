@@ -55,6 +55,10 @@ class Backend(ABC):
     def refresh_copies(self) -> None:
         """Make every tensor that forward reads equal to the owners. Collective."""
 
+    def forward_copies(self, segment: Segment) -> list[Tensor]:  # noqa: ARG002
+        """Return the tensors, other than the owner, from which forward reads the segment; layout of its weight."""
+        return []
+
     # ---- ranks ----------------------------------------------------------------------------------------------------
 
     @property

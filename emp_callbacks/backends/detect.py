@@ -54,7 +54,9 @@ def detect_backend(model: Any, optimizer: Optimizers) -> Backend:
 
 
 def _optimizers(optimizer: Optimizers) -> list[torch.optim.Optimizer]:
-    given = [] if optimizer is None else [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+    given = (
+        [] if optimizer is None else [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+    )
     for one in given:
         if not isinstance(one, torch.optim.Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer (or a list of them), got {type(one).__name__}")

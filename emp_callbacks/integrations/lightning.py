@@ -13,11 +13,13 @@ from rich.console import Console
 from torch import Tensor
 
 from emp_callbacks.config import EMPConfig, check_names
+from emp_callbacks.integrations.lightning_checkpoint import CheckpointCompanion, masks_folder
 from emp_callbacks.pruner import EMPPruner
 from emp_callbacks.trajectory import PruneEvent, Trajectory, layer_table
 
 TRAJECTORY_FILE = "emp_trajectory.jsonl"
-_SHARDED = ("DeepSpeed", "FSDP", "ModelParallel", "XLA")
+_WRAPPING = ("DeepSpeed", "FSDP")  # strategies whose own model object, not the module, knows the shards
+_IN_FILES = {"saved": "in files"}  # what a checkpoint's callback state says where the masks lie in files of their own
 
 
 def _callback_classes() -> tuple[type, ...]:
@@ -65,6 +67,7 @@ class EMPCallback(*_callback_classes()):  # type: ignore[misc]
         self.pruner: EMPPruner | None = None
         self._restored: dict[str, Any] | None = None
         self._module: Any = None
+        self._companion: CheckpointCompanion | None = None
 
     @classmethod
     def from_config(cls, config: EMPConfig, **kwargs: Any) -> EMPCallback:
@@ -93,18 +96,36 @@ class EMPCallback(*_callback_classes()):  # type: ignore[misc]
         _check_strategy(trainer)
         # A second fit of the same module goes on where the first one stopped.
         continued = self.pruner.state_dict() if self.pruner is not None and self._module is pl_module else None
-        state = self._restored or continued
-        path = self._path(trainer)
-        pruner = EMPPruner(pl_module, trainer.optimizers, self.config, trajectory_path=path)
+        pruner = EMPPruner(
+            _sharding_model(trainer, pl_module), trainer.optimizers, self.config, trajectory_path=self._path(trainer)
+        )
         try:
-            if state:
-                pruner.load_state_dict(state)
-            else:
-                pruner.start_at(trainer.global_step, trainer.current_epoch)
+            self._restore(trainer, pruner, continued)
         except BaseException:
             pruner.detach()
             raise
+        if self._companion is not None:
+            self._companion.detach()
+        self._companion = CheckpointCompanion(trainer.strategy, pruner.save) if pruner.sharded else None
         self.pruner, self._module, self._restored = pruner, pl_module, None
+
+    def _restore(self, trainer: Any, pruner: EMPPruner, continued: dict[str, Any] | None) -> None:
+        state = self._restored or continued
+        if not state:
+            pruner.start_at(trainer.global_step, trainer.current_epoch)
+        elif state == _IN_FILES:
+            pruner.load(masks_folder(trainer.ckpt_path))
+        elif pruner.sharded and self._restored:
+            raise ValueError(
+                "the checkpoint is of an unsharded run, this run shards the model: carry the masks over with "
+                "EMPPruner.save(folder) and load(folder), or resume with strategy='auto' or 'ddp'"
+            )
+        else:
+            pruner.load_state_dict(state)
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:  # noqa: ARG002
+        if self.pruner is not None and self.pruner.sharded:
+            self.pruner.mask_gradients()  # before Lightning clips; unsharded gradients are masked as they arrive
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         assert self.pruner is not None
@@ -132,7 +153,7 @@ class EMPCallback(*_callback_classes()):  # type: ignore[misc]
 
     def state_dict(self) -> dict[str, Any]:
         if self.pruner is not None:
-            return self.pruner.state_dict()
+            return dict(_IN_FILES) if self.pruner.sharded else self.pruner.state_dict()
         return self._restored or {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -182,10 +203,12 @@ def _is_last_step(trainer: Any) -> bool:
     return trainer.is_last_batch and trainer.max_epochs == trainer.current_epoch + 1
 
 
+def _sharding_model(trainer: Any, pl_module: Any) -> Any:
+    name = type(trainer.strategy).__name__
+    return trainer.strategy.model if any(kind in name for kind in _WRAPPING) else pl_module
+
+
 def _check_strategy(trainer: Any) -> None:
     name = type(trainer.strategy).__name__
-    if any(kind in name for kind in _SHARDED):
-        raise NotImplementedError(
-            f"{name} shards the model or its optimizer; EMPCallback supports one device and DDP so far: "
-            "use strategy='auto' or 'ddp'"
-        )
+    if "XLA" in name:
+        raise NotImplementedError(f"EMPCallback does not support {name}; use one device, DDP, FSDP or DeepSpeed")

@@ -6,7 +6,7 @@ import dataclasses
 import datetime
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,12 @@ import emp_callbacks
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.study.arms import ARMS, TrainingJob, leading_arm, plan_jobs
 from emp_callbacks.study.progress import StudyProgress
-from emp_callbacks.study.recipe import Recipe
+from emp_callbacks.study.recipe import Recipe, StudyConfig
 from emp_callbacks.study.recipe_check import nearest
 from emp_callbacks.study.run_store import RunStore, digest, write_atomically
 from emp_callbacks.study.training import Training
 
-__all__ = ["StudyInterrupted", "run_study"]
+__all__ = ["StudyInterrupted", "run_study", "study_cells"]
 
 Record = dict[str, Any]
 
@@ -47,8 +47,13 @@ class StudyInterrupted(KeyboardInterrupt):
 
 
 def run_study(
-    recipe: Recipe, out: str | Path | None = None, *, overwrite: bool = False, console: Console | None = None
-) -> dict[str, Any]:
+    recipe: Recipe,
+    out: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    only: Sequence[str] | None = None,
+    console: Console | None = None,
+) -> dict[str, Any] | None:
     """Train every arm with every seed of a recipe's study and write results.json.
 
     All arms of a seed start from the same weights and see the same batches for the same number of steps; the
@@ -58,17 +63,36 @@ def run_study(
         recipe: The parsed recipe.
         out: Folder of the results; by default the recipe's `study.out`, or runs/ plus the recipe's name.
         overwrite: Move what the folder holds to a folder named OUT.old-1 (-2, ...) and start anew.
+        only: Cells such as "training_feedback:0" to run alone, of those that `study_cells` names.
         console: Where progress is shown; silent if None.
 
     Returns:
-        The results, as written to results.json.
+        The results, as written to results.json; None if `only` left runs for another call.
 
     Raises:
+        ValueError: A cell is unknown, or takes its density from one that has not finished.
         FileExistsError: The folder holds runs of a different recipe, or other things.
         StudyInterrupted: The user pressed Ctrl-C; finished runs stay.
     """
     study = _Study(recipe, Path(out or recipe.study.out or Path("runs", recipe.path.stem)), console)
-    return study.run(overwrite)
+    return study.run(overwrite, only)
+
+
+def study_cells(study: StudyConfig) -> list[str]:
+    """Return the trainings of a study as "arm:seed", each of which can run alone; later ones may need earlier ones.
+
+    `one_shot` and `dense` of a seed are one training, named after `dense`.
+    """
+    return [_cell(job) for job in _ordered_jobs(study)]
+
+
+def _cell(job: TrainingJob) -> str:
+    return f"{job.fit_arm}:{job.seed}"
+
+
+def _ordered_jobs(study: StudyConfig) -> list[TrainingJob]:
+    jobs = plan_jobs(study.arms, study.seeds)
+    return sorted(jobs, key=lambda job: ARMS[job.fit_arm].follows_training_arm)
 
 
 class _Study:
@@ -84,21 +108,42 @@ class _Study:
         self.store = RunStore(out, self.recipe_digest)
         self.records: dict[tuple[str, int], Record] = {}
 
-    def run(self, overwrite: bool) -> dict[str, Any]:
+    def run(self, overwrite: bool, only: Sequence[str] | None) -> dict[str, Any] | None:
         total = len(self.config.arms) * len(self.config.seeds)
+        jobs = self._chosen(only) if only else plan_jobs(self.config.arms, self.config.seeds)
         if moved := self.store.open(self.resolved, overwrite):
             self.console.print(f"moved the earlier contents to {moved}", highlight=False)
         self._collect_finished()
         with StudyProgress(self.console, total, self.config.metric) as progress:
             progress.reused(len(self.records))
             try:
-                for job in plan_jobs(self.config.arms, self.config.seeds):
+                for job in jobs:
                     self._run_job(job, progress)
             except KeyboardInterrupt as error:
                 raise StudyInterrupted(len(self.records), total) from error
+        if len(self.records) < total:
+            return None
         results = self._results()
         write_atomically(self.store.out / "results.json", json.dumps(results, indent=1) + "\n")
         return results
+
+    def _chosen(self, only: Sequence[str]) -> list[TrainingJob]:
+        """Return the jobs of the named cells, checked before anything is written."""
+        jobs = {_cell(job): job for job in _ordered_jobs(self.config)}
+        for name in only:
+            if name not in jobs:
+                raise ValueError(f"no cell {name!r} in this study{nearest(name, jobs)}; cells: {', '.join(jobs)}")
+            if ARMS[jobs[name].fit_arm].follows_training_arm and self.leader:
+                needed = f"{self.leader}:{jobs[name].seed}"
+                if needed not in only and not self._is_finished(self.leader, jobs[name].seed):
+                    raise ValueError(
+                        f"{name} takes its density from {needed}, which has not finished in {self.store.out}; run "
+                        f"--only {needed} first"
+                    )
+        return [job for cell, job in jobs.items() if cell in only]
+
+    def _is_finished(self, arm: str, seed: int) -> bool:
+        return self.store.finished(arm, seed, self._fingerprint(arm, seed)) is not None
 
     def _collect_finished(self) -> None:
         for arm in self.config.arms:

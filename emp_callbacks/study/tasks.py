@@ -10,6 +10,7 @@ import timm
 import torch
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.text import Perplexity
@@ -146,6 +147,14 @@ class LanguageModel(pl.LightningModule):
         vocab_size = getattr(data, "vocab_size", self.hparams["vocab_size"])
         length = getattr(data, "sequence_length", self.hparams["sequence_length"])
         _check_fit(self.model.config, vocab_size, length)
+
+    def configure_model(self) -> None:
+        """Shard each block and then the rest where the trainer's strategy is ModelParallelStrategy (FSDP2)."""
+        if self.device_mesh is not None:
+            mesh = self.device_mesh["data_parallel"]
+            for block in self.model.transformer.h:
+                fully_shard(block, mesh=mesh)
+            fully_shard(self.model, mesh=mesh)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return logits (B, T, vocab_size) of tokens (B, T)."""

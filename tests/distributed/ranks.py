@@ -1,0 +1,32 @@
+"""Real ranks on gloo over a file: no port to clash, and a rank that hangs fails its test, not the suite."""
+
+import contextlib
+import time
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+@contextlib.contextmanager
+def process_group(rank, world_size, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def spawn(work, world_size, folder, *args, seconds=120):
+    """Run `work(rank, world_size, folder, *args)` on each rank; a rank that hangs fails the test, not the suite."""
+    context = mp.start_processes(
+        work, (world_size, str(folder), *args), nprocs=world_size, join=False, start_method="spawn"
+    )
+    end = time.monotonic() + seconds
+    try:
+        while not context.join(timeout=1):
+            assert time.monotonic() < end, f"ranks still running after {seconds} s"
+    finally:
+        for process in context.processes:
+            process.kill()
