@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from emp_callbacks.core.bounds import mass_bound
     from emp_callbacks.core.effective_number import effective_number, keep_count
     from emp_callbacks.core.selection import emp_mask, preserved_mass
+    from emp_callbacks.integrations.deepspeed import EMPHook
     from emp_callbacks.integrations.lightning import EMPCallback
     from emp_callbacks.metrics import EffectiveNumber
     from emp_callbacks.pruner import EMPPruner
@@ -24,6 +25,7 @@ _HOMES = {
     "BetaSchedule": "schedule",
     "EMPCallback": "integrations.lightning",
     "EMPConfig": "config",
+    "EMPHook": "integrations.deepspeed",
     "EMPPruner": "pruner",
     "EffectiveNumber": "metrics",
     "PruneEvent": "trajectory",
@@ -39,6 +41,7 @@ __all__ = [
     "BetaSchedule",
     "EMPCallback",
     "EMPConfig",
+    "EMPHook",
     "EMPPruner",
     "EffectiveNumber",
     "PruneEvent",

@@ -347,3 +347,25 @@ def test_a_fingerprint_covers_what_trains_a_run_and_nothing_else(tmp_path):
         fingerprint("random", 0, "--study.arms", "[training_freeze, random]"),
     ]
     assert len({base, *others}) == 5
+
+
+def test_cells_run_alone_and_the_last_call_merges_them(study, fits, tmp_path, capsys):
+    _, whole = study
+    file = write(tmp_path, seeds=[0], arms=["dense", "one_shot", "training_feedback", "random"])
+    words = ["compare", "--config", str(file), "--out", str(tmp_path / "out")]
+    assert main([*words, "--list-cells"]) == 0
+    assert capsys.readouterr().out.split() == ["dense:0", "training_feedback:0", "random:0"]
+    assert main([*words, "--only", "random:0"]) == 2
+    assert "random:0 takes its density from training_feedback:0" in capsys.readouterr().err
+    assert main([*words, "--only", "dens:0"]) == 2
+    assert "no cell 'dens:0' in this study; did you mean 'dense:0'?" in capsys.readouterr().err
+    assert not fits
+    for cell, finished in (("dense:0", False), ("training_feedback:0", False), ("random:0", True)):
+        assert main([*words, "--only", cell]) == 0
+        assert (tmp_path / "out" / "results.json").exists() == finished
+    assert len(fits) == 3
+    assert main(words) == 0
+    assert len(fits) == 3, "the merging call trains nothing"
+    merged = by_arm(json.loads((tmp_path / "out" / "results.json").read_text()), 0)
+    for arm, run in merged.items():
+        assert run["metrics"] == by_arm(whole, 0)[arm]["metrics"]
