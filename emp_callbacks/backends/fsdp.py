@@ -35,9 +35,11 @@ class FSDP2Backend(Backend):
         super().__init__(module, optimizers)
         # A forward without gradients leaves the root's parameters gathered, and the module then shows plain tensors.
         self.refresh_copies()
+        self._homes: dict[Tensor, tuple[nn.Module, str]] = {}
 
     def segments(self, targets: Sequence[WeightTarget]) -> list[Segment]:
         """Return this rank's part of every target, in order. Collective."""
+        self._homes = {p: (m, name) for m in self.module.modules() for name, p in m.named_parameters(recurse=False)}
         whole = LocalBackend(self.module, self.optimizers).segments(targets)
         segments = [
             _dtensor_segment(segment, target.parameter) if isinstance(target.parameter, DTensor) else segment
@@ -50,6 +52,14 @@ class FSDP2Backend(Backend):
         for module in self.module.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+    def forward_copies(self, segment: Segment) -> list[Tensor]:
+        module, name = self._homes[segment.owner]
+        shown = getattr(module, name)
+        # Under tensor parallelism the gathered copy is a DTensor that lies elsewhere: not looked into.
+        if shown is segment.owner or isinstance(shown, DTensor):
+            return []
+        return [shown.detach() if segment.replicated else _at(shown.detach().reshape(-1), segment)]
 
 
 @final
@@ -120,6 +130,13 @@ class FSDP1Backend(Backend):
             if handle.uses_sharded_strategy and hasattr(handle.flat_param, "_full_param_padded"):
                 _reshard(wrapper, handle, True)
 
+    def forward_copies(self, segment: Segment) -> list[Tensor]:
+        part = self._parts.get(segment.owner)
+        gathered = None if part is None else getattr(part.flat_parameter, "_full_param_padded", None)
+        if part is None or gathered is None or not part.is_sharded or not gathered.untyped_storage().size():
+            return []
+        return [gathered[part.offset : part.offset + part.numel]]
+
 
 # ---- FSDP2 --------------------------------------------------------------------------------------------------------
 
@@ -160,6 +177,12 @@ def _run_or_indices(positions: Tensor, local: Tensor) -> int | Tensor:
     return first if last - first + 1 == positions.numel() else positions.to(local.device)
 
 
+def _at(full: Tensor, segment: Segment) -> Tensor:
+    """Return the part of a full parameter, flat, that lies where the segment does."""
+    at = segment.positions
+    return full[at : at + segment.weight.numel()] if isinstance(at, int) else full[at]
+
+
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -174,12 +197,15 @@ def _local_flat(tensor: Tensor) -> Tensor:
 class _FlatPart(NamedTuple):
     """What of one original parameter lies in this rank's shard of a flat parameter.
 
-    `start` is the flat index in the full parameter of the first of `numel` elements.
+    `start` is the flat index in the full parameter of the first of `numel` elements, `offset` its index in the flat
+    parameter of all ranks.
     """
 
     shape: torch.Size
     start: int
     numel: int
+    flat_parameter: Any
+    offset: int
     is_sharded: bool
     is_contiguous: bool
 
@@ -197,7 +223,9 @@ def _flat_parts(wrapper: FullyShardedDataParallel) -> Iterator[tuple[nn.Paramete
     """
     handle = _handle(wrapper)
     flat = handle.flat_param
+    first = handle.rank * flat._sharded_size.numel()  # of this rank's shard in the padded whole
     rows = zip(flat._params, flat._shapes, flat._shard_param_infos, flat._contiguities, strict=True)
     for parameter, shape, info, is_contiguous in rows:
         start, numel = (info.intra_param_start_idx, info.numel_in_shard) if info.in_shard else (0, 0)
-        yield parameter, _FlatPart(shape, start, numel, handle.uses_sharded_strategy, is_contiguous)
+        offset = first + (info.offset_in_shard or 0)
+        yield parameter, _FlatPart(shape, start, numel, flat, offset, handle.uses_sharded_strategy, is_contiguous)

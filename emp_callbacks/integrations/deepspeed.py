@@ -116,22 +116,22 @@ class EMPHook:
     def _load_checkpoint(
         self, load: Callable[..., Any], load_dir: Any, tag: Any = None, *rest: Any, **more: Any
     ) -> Any:
-        tag = _latest_tag(Path(load_dir)) if tag is None else str(tag)
+        tag = self._latest_tag(Path(load_dir)) if tag is None else str(tag)
         if tag is None:
             return load(load_dir, tag, *rest, **more)  # DeepSpeed says what is missing, and loads nothing
-        folder = Path(load_dir) / tag / CHECKPOINT_FOLDER
-        if not folder.is_dir():
+        # DeepSpeed's converter to universal checkpoints leaves our folder in the one that it was given.
+        tags = (tag, tag.removesuffix("_universal"))
+        folders = [folder for name in tags if (folder := Path(load_dir) / name / CHECKPOINT_FOLDER).is_dir()]
+        if not folders:
             raise FileNotFoundError(
-                f"{folder} does not exist: the checkpoint was saved without EMP. To begin EMP from its weights, make "
-                "the EMPHook after engine.load_checkpoint"
+                f"{Path(load_dir) / tag / CHECKPOINT_FOLDER} does not exist: the checkpoint was saved without EMP, or "
+                "converted since (then copy the folder). To begin EMP from its weights, make the EMPHook after "
+                "engine.load_checkpoint"
             )
         result = load(load_dir, tag, *rest, **more)
-        self.pruner.load(folder)
+        self.pruner.load(folders[0])
         return result
 
-
-def _latest_tag(folder: Path) -> str | None:
-    for name in ("latest_universal", "latest"):
-        if (folder / name).is_file():
-            return (folder / name).read_text().strip()
-    return None
+    def _latest_tag(self, folder: Path) -> str | None:
+        latest = folder / ("latest_universal" if self._engine.load_universal_checkpoint() else "latest")
+        return latest.read_text().strip() if latest.is_file() else None

@@ -43,6 +43,8 @@ def train(rank, world_size, way, mode, scope):
             optimizer.zero_grad()
             loss = model(x[rank::world_size]).square().mean()
             loss.backward()
+            if (mode, scope) == ("freeze", "global"):
+                clip(model, pruner)
             return loss
 
         if scope == "tensor":  # as Lightning does
@@ -73,6 +75,15 @@ def train(rank, world_size, way, mode, scope):
         "clean": [audit.clean for audit in audits],
         "same_owners": same_owners(model, pruner),
     }
+
+
+def clip(model, pruner):
+    """Clip by a norm in which the frozen weights' gradients have no part."""
+    if isinstance(model, FullyShardedDataParallel):
+        pruner.mask_gradients()
+        model.clip_grad_norm_(0.05)
+    else:  # masked as they arrive, also by fully_shard
+        nn.utils.clip_grad_norm_(model.parameters(), 0.05)
 
 
 def states_of(pruner, weight):

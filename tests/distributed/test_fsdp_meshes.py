@@ -31,7 +31,10 @@ def places(weight):
 
 
 def built_late(way):
-    """Build the pruner when a forward without gradients has left gathered copies; return masks and violations."""
+    """Build the pruner when a forward without gradients has left gathered copies.
+
+    Returns masks, violations in the next forward, and what an audit finds in gathered copies, stale and dropped.
+    """
     net = make_net()
     watch = ForwardWatch(net)
     model = WAYS[way](net)
@@ -40,9 +43,16 @@ def built_late(way):
         model(x)
     pruner = EMPPruner(model)
     pruner.refresh()
-    watch.masks = full_masks(pruner)
-    model(x)
-    return watch.masks, watch.violations
+    watch.masks = masks = full_masks(pruner)
+    with torch.no_grad():
+        model(x)
+        violations = watch.violations
+        for weight in pruner._weights:
+            weight.mask.fill_(value=False)
+            weight.weight.zero_()  # behind the back of the gathered copy
+    stale = pruner.audit()
+    pruner._backend.refresh_copies()
+    return masks, violations, (stale.owner, stale.forward, pruner.audit().forward)
 
 
 def tensor_parallel(mesh):
@@ -157,10 +167,19 @@ def test_a_mesh_with_replicas_counts_every_weight_once(way, ranks):
 @pytest.mark.parametrize("way", ["fsdp2", "fsdp1"])
 def test_a_pruner_built_after_a_validation_forward_prunes_the_next_forward(way, ranks):
     for result in ranks:
-        masks, violations = result["late"][way]
+        masks, violations, _ = result["late"][way]
         assert violations == 0
         for name, mask in alone().items():
             assert torch.equal(masks[name], mask), name
+
+
+@pytest.mark.parametrize("way", ["fsdp2", "fsdp1"])
+def test_an_audit_looks_into_gathered_copies(way, ranks):
+    for result in ranks:
+        masks, _, (owner, stale, dropped) = result["late"][way]
+        # what the root gathered; the inner wrapper let go of its copy after the forward
+        assert stale == sum(int(mask.sum()) for name, mask in masks.items() if name != "first.weight") > 0
+        assert owner == dropped == 0
 
 
 @pytest.mark.parametrize("way", ["fsdp2", "fsdp1"])
