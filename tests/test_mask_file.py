@@ -1,22 +1,19 @@
-"""Masks on disk: any layout of ranks writes them, any other reads them, a kill or damage loses nothing."""
+"""Masks on disk: a resumed run is the run that was not stopped; damage is refused and a kill loses nothing."""
 
 import json
 import os
 import signal
-import threading
 
 import pytest
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from emp_callbacks import EMPPruner, mask_file, mask_part
 from emp_callbacks.config import EMPConfig
-from emp_callbacks.mask_mode import MASK_MODES, MaskedWeight
-from emp_callbacks.pruner_state import describe
-from emp_callbacks.segment import Segment
+from emp_callbacks.mask_mode import MASK_MODES
 from emp_callbacks.trajectory import Trajectory
 from tests.test_resume import SETTINGS, STEPS, Run, assert_equal
+from tests.thread_ranks import flat, full_tensors, load_to, on_ranks, save_from, weights_of, whole
 
 
 def parts_of(folder):
@@ -88,208 +85,6 @@ def test_a_new_save_replaces_the_old_one_and_leaves_other_files_alone(tmp_path):
     assert len(parts_of(tmp_path)) == 2
     assert set(parts_of(tmp_path)) & set(old) == {"model.safetensors"}
     assert index_of(tmp_path)["position"] == [7, 3, 6, 6]
-
-
-# ---- any layout of ranks, as threads ------------------------------------------------------------------------------
-
-SHAPES = {"a": (7, 13), "b.bits": (1, 1), "b": (5, 9)}
-
-
-class ThreadRank:
-    """A rank among threads: sums like a backend."""
-
-    def __init__(self, rank, world_size, shared):
-        self.rank, self.world_size, self._shared, self.refreshed = rank, world_size, shared, 0
-
-    def all_sum(self, value):
-        barrier, values = self._shared
-        values[self.rank] = value
-        barrier.wait()
-        total = sum(values[1:], start=values[0].clone())
-        barrier.wait()
-        return total
-
-    def refresh_copies(self):
-        self.refreshed += 1
-
-
-def on_ranks(world_size, work):
-    """Return what `work(backend)` returns, or raises, on each of `world_size` threads."""
-    shared, results = (threading.Barrier(world_size, timeout=20), [None] * world_size), [None] * world_size
-
-    def one(rank):
-        try:
-            results[rank] = work(ThreadRank(rank, world_size, shared))
-        except Exception as error:
-            results[rank] = error
-
-    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(world_size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
-    return results
-
-
-def whole(rank, ranks, shape):
-    size = shape[0] * shape[1]
-    return 0, size, slice(size * rank // ranks, size * (rank + 1) // ranks)
-
-
-def flat(rank, ranks, shape):
-    """Chunks of one size, the last cut short or empty: ZeRO."""
-    size, chunk = shape[0] * shape[1], -(-shape[0] * shape[1] // ranks) + 3
-    start, stop = min(size, rank * chunk), min(size, (rank + 1) * chunk)
-    return start, stop - start, slice(0, stop - start)
-
-
-def columns(rank, ranks, shape):
-    """A range of columns: positions that do not follow each other."""
-    low, high = shape[1] * rank // ranks, shape[1] * (rank + 1) // ranks
-    positions = torch.arange(shape[0] * shape[1]).view(shape)[:, low:high].reshape(-1)
-    return positions, len(positions), slice(0, len(positions))
-
-
-def strided(rank, ranks, shape):
-    positions = torch.arange(shape[0] * shape[1])[rank::ranks]
-    return positions, len(positions), slice(0, len(positions))
-
-
-def replicas_of_columns(rank, ranks, shape):
-    """Two halves of the ranks hold the same columns, the first half counts them."""
-    half = (ranks + 1) // 2
-    positions, size, _ = columns(rank % half, half, shape)
-    return positions, size, slice(0, size if rank < half else 0)
-
-
-LAYOUTS = [whole, flat, columns, strided, replicas_of_columns]
-
-
-def full_tensors(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        name: (torch.rand(shape, generator=generator) > 0.4, torch.randn(shape, generator=generator))
-        for name, shape in SHAPES.items()
-    }
-
-
-def weights_of(layout, backend, full=None):
-    """Return this rank's weights in `feedback`, masked and hidden as in `full`; without it dense ones of 1."""
-    weights = []
-    for name, shape in SHAPES.items():
-        positions, size, counted = layout(backend.rank, backend.world_size, shape)
-        index = torch.arange(positions, positions + size) if isinstance(positions, int) else positions
-        values = torch.ones(size) if full is None else full[name][1].reshape(-1)[index].clone()
-        segment = Segment(
-            name=name,
-            shape=torch.Size(shape),
-            output_dim=0,
-            owner=values,
-            view=lambda tensor: tensor,
-            positions=positions,
-            replicated=layout is whole,
-            counted=counted,
-        )
-        weight = MaskedWeight(segment)
-        if full is not None:
-            weight.mask = full[name][0].reshape(-1)[index]
-            weight.hide()
-        weights.append(weight)
-    return weights
-
-
-def some_rows():
-    trajectory = Trajectory()
-    torch.manual_seed(0)
-    trajectory.extend(EMPPruner(nn.Linear(3, 2)).refresh())
-    return trajectory
-
-
-def save_from(layout, ranks, folder, full):
-    rows = some_rows()
-
-    def work(backend):
-        weights = weights_of(layout, backend, full)
-        state = describe(EMPConfig(), MASK_MODES["feedback"](), weights, rows, (5, 2, 4, 4))
-        mask_file.save_masks(folder, state, weights, backend)
-
-    assert on_ranks(ranks, work) == [None] * ranks
-
-
-def load_to(layout, ranks, folder):
-    def work(backend):
-        weights = weights_of(layout, backend)
-        untouched = [weight.weight.clone() for weight in weights]
-        rows = Trajectory()
-        try:
-            position = mask_file.load_masks(folder, EMPConfig(), MASK_MODES["feedback"](), weights, rows, backend)
-        except Exception:
-            for weight, before in zip(weights, untouched, strict=True):
-                assert weight.mask is None
-                assert torch.equal(weight.weight, before)
-            assert not backend.refreshed
-            assert not rows
-            raise
-        assert position == (5, 2, 4, 4)
-        assert backend.refreshed == 1
-        assert len(rows) == 1
-        return weights
-
-    return on_ranks(ranks, work)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
-def test_what_any_ranks_wrote_any_other_ranks_read(layout, ranks, tmp_path):
-    full = full_tensors()
-    save_from(layout, ranks, tmp_path, full)
-    assert len(parts_of(tmp_path)) == ranks
-    for other in LAYOUTS:
-        for other_ranks in (1, 2, 3, 4):
-            for rank, weights in enumerate(load_to(other, other_ranks, tmp_path)):
-                assert not isinstance(weights, Exception), weights
-                for weight in weights:
-                    positions, size, _ = other(rank, other_ranks, SHAPES[weight.name])
-                    index = slice(positions, positions + size) if isinstance(positions, int) else positions
-                    mask, dense = (tensor.reshape(-1)[index] for tensor in full[weight.name])
-                    assert torch.equal(weight.mask, mask)
-                    assert torch.equal(weight.stash, dense[~mask])
-                    assert not weight.weight[~mask].any()
-
-
-def test_each_rank_writes_only_what_it_counts_and_ranges_split_bytes(tmp_path):
-    save_from(flat, 3, tmp_path, full_tensors())
-    held = []
-    for name in parts_of(tmp_path):
-        with safe_open(tmp_path / name, framework="pt") as file:
-            held += [file.get_tensor(key).tolist() for key in file.keys() if key == "a.runs"]  # noqa: SIM118
-    assert held == [[[0, 34]], [[34, 68]], [[68, 91]]]
-
-
-def test_only_the_needed_ranges_are_read(tmp_path, monkeypatch):
-    save_from(whole, 1, tmp_path, full_tensors())
-    read = []
-
-    class Slice:
-        def __init__(self, inner, key):
-            self.inner, self.key = inner, key
-
-        def __getitem__(self, part):
-            read.append((self.key, part.start, part.stop))
-            return self.inner[part]
-
-    class File:
-        def __init__(self, file):
-            self.keys, self.get_tensor = file.keys, file.get_tensor
-            self.get_slice = lambda key: Slice(file.get_slice(key), key)
-
-    pieces = mask_part._pieces
-    monkeypatch.setattr(mask_part, "_pieces", lambda file, *rest: pieces(File(file), *rest))
-    weights = weights_of(flat, ThreadRank(0, 9, None))
-    [first, *_] = mask_part.read_parts([tmp_path / parts_of(tmp_path)[0]], weights, dense=True)
-    pruned = int((~full_tensors()["a"][0].reshape(-1)[:14]).sum())
-    assert read[:2] == [("a.bits", None, 2), ("a.dense", 0, pruned)]
-    assert len(first[1]) == pruned
 
 
 # ---- damage -------------------------------------------------------------------------------------------------------

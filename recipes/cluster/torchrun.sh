@@ -9,14 +9,15 @@ STRATEGY=${STRATEGY:-ddp}                          # ddp | fsdp2 | zero2 | zero3
 # --------------------------------------------------------------------------------------------------------------------
 
 HERE=$(cd "$(dirname "$0")" && pwd)
+CLASSES=pytorch_lightning.strategies
 case "$STRATEGY" in
-  ddp)   STRATEGY_ARGS=(--trainer.strategy ddp) ;;
-  fsdp2) STRATEGY_ARGS=(--trainer.strategy pytorch_lightning.strategies.ModelParallelStrategy) ;;
-  zero2|zero3) STRATEGY_ARGS=(--trainer.strategy pytorch_lightning.strategies.DeepSpeedStrategy
-                              --trainer.strategy.init_args.config "$HERE/deepspeed_$STRATEGY.json") ;;
+  ddp)         CHOICE=ddp ;;
+  fsdp2)       CHOICE="{\"class_path\": \"$CLASSES.ModelParallelStrategy\"}" ;;
+  zero2|zero3) CHOICE="{\"class_path\": \"$CLASSES.DeepSpeedStrategy\",
+                        \"init_args\": {\"config\": \"$HERE/deepspeed_$STRATEGY.json\"}}" ;;
   *) echo "STRATEGY must be ddp, fsdp2, zero2 or zero3, got '$STRATEGY'" >&2; exit 2 ;;
 esac
 
 exec torchrun --standalone --nproc_per_node "$PROCESSES" --no-python \
   emp fit --config "$HERE/../gpt_stdlib.yaml" \
-  --trainer.accelerator auto --trainer.devices "$PROCESSES" "${STRATEGY_ARGS[@]}" "$@"
+  --trainer.accelerator auto --trainer.devices "$PROCESSES" --trainer.strategy "$CHOICE" "$@"
