@@ -34,8 +34,10 @@ class EMPPruner:
     step hooks, so accumulated micro-batches and steps that a GradScaler skipped are not counted.
 
     Args:
-        model: The module to prune, plain, compiled or wrapped in DistributedDataParallel.
-        optimizer: The optimizer (or optimizers) that update it; None to prune a finished model by hand.
+        model: The module to prune: plain, compiled, wrapped in DistributedDataParallel or FullyShardedDataParallel,
+            sharded by `fully_shard`; or a DeepSpeed engine.
+        optimizer: The optimizer (or optimizers) that update it; None to prune a finished model by hand, and for a
+            DeepSpeed engine, which brings its own.
         config: All settings; default `EMPConfig()`: no schedule, `refresh()` by hand.
         trajectory_path: JSON-lines file for the trajectory; written by rank 0. Default: memory only.
         **settings: Fields of EMPConfig by name, put over `config`.
@@ -49,7 +51,7 @@ class EMPPruner:
     Raises:
         ValueError: A setting is invalid or selects no weights.
         TypeError: An argument has the wrong type, or a setting an unknown name.
-        NotImplementedError: The model is sharded.
+        NotImplementedError: The model is sharded in a way that is not supported.
 
     Example:
         >>> model = nn.Linear(4, 2)
@@ -132,7 +134,7 @@ class EMPPruner:
     def mask_gradients(self) -> None:
         """Take the pruned entries out of the gradients now, in `freeze`: before a clip that reads their norm.
 
-        Needed only where gradients are sharded (FSDP); elsewhere they are masked as they arrive.
+        Needed only under FSDP1; elsewhere they are masked as they arrive, or by DeepSpeed's step before it clips.
         """
         for weight in self._weights:
             self._mode.mask_gradient(weight)
@@ -167,6 +169,8 @@ class EMPPruner:
     @property
     def masks(self) -> dict[str, Tensor]:
         """Parameter name -> bool mask of its shape, True = kept; all kept before the first refresh.
+
+        Where the parameter is sharded: of this rank's part, flat.
 
         With `observe_only` these are the masks that EMP would apply.
         """

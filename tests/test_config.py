@@ -55,7 +55,7 @@ def test_defaults_and_overrides():
 
 
 def test_wrong_arguments_are_named():
-    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got dict"):
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module or a DeepSpeed engine, got dict"):
         EMPPruner({})
     with pytest.raises(TypeError, match=r"optimizer must be a torch.optim.Optimizer .* got float"):
         EMPPruner(nn.Linear(2, 2), [torch.optim.SGD([torch.zeros(1, requires_grad=True)]), 0.1])

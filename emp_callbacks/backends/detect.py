@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -38,19 +38,28 @@ def detect_backend(model: Any, optimizer: Optimizers) -> Backend:
         raise TypeError(f"model must be a torch.nn.Module or a DeepSpeed engine, got {type(model).__name__}")
     if isinstance(model, (DistributedDataParallel, DataParallel)):
         model = model.module
-    for name, parameter in model.named_parameters():
-        if hasattr(parameter, "ds_id"):
-            raise TypeError(f"parameter {name!r} is sharded by DeepSpeed ZeRO-3; pass the engine instead of the model")
     optimizers = _optimizers(optimizer)
-    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+    modules, parameters = list(model.modules()), list(model.parameters())
+    if any(isinstance(module, FullyShardedDataParallel) for module in modules):
         from emp_callbacks.backends.fsdp import FSDP1Backend
 
         return FSDP1Backend(model, optimizers)
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+    _check_not_an_inside(parameters)
+    # After a forward without gradients a root that fully_shard wrapped shows plain parameters.
+    if any(isinstance(module, FSDPModule) for module in modules) or any(isinstance(p, DTensor) for p in parameters):
         from emp_callbacks.backends.fsdp import FSDP2Backend
 
         return FSDP2Backend(model, optimizers)
     return LocalBackend(model, optimizers)
+
+
+def _check_not_an_inside(parameters: Sequence[nn.Parameter]) -> None:
+    """Raise where the model's shards are known to an engine or wrapper that was not passed."""
+    for parameter in parameters:
+        if hasattr(parameter, "ds_id"):
+            raise TypeError("the model is sharded by DeepSpeed ZeRO-3; pass the engine instead of the model")
+        if hasattr(parameter, "_fsdp_flattened"):
+            raise TypeError("the model is the inside of a FullyShardedDataParallel; pass the outermost wrapper instead")
 
 
 def _optimizers(optimizer: Optimizers) -> list[torch.optim.Optimizer]:

@@ -152,7 +152,7 @@ class LanguageModel(pl.LightningModule):
         """Shard each block and then the rest where the trainer's strategy is ModelParallelStrategy (FSDP2)."""
         if self.device_mesh is not None:
             mesh = self.device_mesh["data_parallel"]
-            for block in self.model.transformer.h:
+            for block in self.model.get_submodule("transformer.h").children():
                 fully_shard(block, mesh=mesh)
             fully_shard(self.model, mesh=mesh)
 

@@ -90,7 +90,10 @@ def fit(pl, name, folder, world_size, rank, mode, ckpt=None, epochs=3):
 
     callback = EMPCallback(every_n_epochs=1, mode=mode, summary=False)
     saver = pl.callbacks.ModelCheckpoint(dirpath=folder, filename="{epoch}", save_top_k=-1)
+    # Freeze is where clipping and accumulation meet the mask; Lightning's FSDP1 cannot clip by norm.
+    hard = {"accumulate_grad_batches": 2, "gradient_clip_val": 1e-3} if mode == "freeze" else {}
     trainer = pl.Trainer(
+        **hard,
         max_epochs=epochs,
         callbacks=[callback, saver],
         accelerator="cpu",
@@ -163,4 +166,4 @@ def test_rows_of_one_process_and_an_exact_resume(name, mode, alone, tmp_path):
         for parameter, mask in whole["masks"].items():
             assert torch.equal(resumed["masks"][parameter], mask)
     lines = (tmp_path / "resumed" / "emp_trajectory.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [4, 8, 12]
+    assert [json.loads(line)["step"] for line in lines] == ([2, 4, 6] if mode == "freeze" else [4, 8, 12])

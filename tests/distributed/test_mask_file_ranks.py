@@ -150,7 +150,8 @@ def test_a_chain_of_strategies_continues_with_identical_masks(name, tmp_path):
         ours, alone = tmp_path / "chain" / mode, tmp_path / "alone" / mode
         for number in range(len(chain)):
             saved = read(ours / f"masks{number}", mode)
-            assert all(0.05 < mask.float().mean() < 0.95 for mask in saved[0].values())
+            kept = torch.cat([mask.flatten() for mask in saved[0].values()])
+            assert 0.1 < kept.float().mean() < 0.9
             assert_same(saved, read(alone / f"masks{number}", mode), exact=False)
             if number:
                 assert_same(read(ours / f"loaded{number}", mode), read(ours / f"masks{number - 1}", mode), exact=True)

@@ -369,13 +369,14 @@ def test_a_folder_that_is_a_file_stops_the_fit_before_training(pl, tmp_path):
     assert (tmp_path / "rows").read_text() == "mine"
 
 
-def test_sharded_strategies_are_refused(pl):
+def test_an_unknown_way_of_sharding_is_refused(pl):
     from types import SimpleNamespace
 
     from emp_callbacks.integrations.lightning import _check_strategy
 
-    with pytest.raises(NotImplementedError, match="FSDPStrategy shards the model"):
-        _check_strategy(SimpleNamespace(strategy=type("FSDPStrategy", (), {})()))
+    with pytest.raises(NotImplementedError, match="EMPCallback does not support XLAStrategy"):
+        _check_strategy(SimpleNamespace(strategy=type("XLAStrategy", (), {})()))
+    _check_strategy(SimpleNamespace(strategy=type("FSDPStrategy", (), {})()))
 
 
 @pytest.mark.parametrize("missing", ["lightning", "pytorch_lightning"])
