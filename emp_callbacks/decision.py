@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from emp_callbacks.core.effective_number import ScoreMoments, effective_numbers, keep_counts, score_moments
+from emp_callbacks.core.row_selection import top_rows, top_rows_sharded
 from emp_callbacks.core.selection import (
     ScoredPart,
     Threshold,
     find_threshold,
     key_dtype,
-    top_rows,
-    top_rows_sharded,
 )
 from emp_callbacks.segment import Segment
 

@@ -1,4 +1,4 @@
-"""Exactly the nu highest scores, by value and then by lowest index, without a sort.
+"""Exactly the nu highest scores of one group, by value and then by lowest index, without a sort.
 
 A non-negative IEEE float and its bit pattern read as an integer have the same order. The nu-th highest value
 is therefore found by counting the leading bits in histograms, digit by digit (radix select): every pass adds
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from emp_callbacks.core.effective_number import (
-    CHUNK,
     check_beta,
     check_scores,
     chunks,
@@ -151,7 +150,7 @@ def _kth_highest(parts: Sequence[ScoredPart], keep: int, dtype: torch.dtype, all
 def _nth_tie(parts: Sequence[ScoredPart], key: int, rank: int, dtype: torch.dtype, all_sum: AllSum) -> int:
     """Return the group position of the rank-th lowest score equal to `key` (rank >= 1)."""
     end = max((part.end for part in parts), default=0)
-    whole = done = max(1, _longest(end, all_sum))
+    whole = done = max(1, longest_in_bits(end, all_sum))
     prefix, need = 0, rank
     while done:
         width = min(DIGIT_BITS, done)
@@ -169,7 +168,7 @@ def _nth_tie(parts: Sequence[ScoredPart], key: int, rank: int, dtype: torch.dtyp
     return prefix
 
 
-def _longest(number: int, all_sum: AllSum) -> int:
+def longest_in_bits(number: int, all_sum: AllSum) -> int:
     """Return the length in bits of the highest `number` of any rank, found by summing one-hot lengths."""
     lengths = torch.zeros(64, dtype=torch.int64)
     lengths[number.bit_length()] = 1
@@ -187,78 +186,6 @@ def _tie_positions(parts: Sequence[ScoredPart], key: int, dtype: torch.dtype) ->
         for at in chunks(part.scores.numel()):
             ties = (score_bits(part.scores[at], dtype) == key).nonzero().squeeze(1)
             yield part.positions_at(ties + at.start)
-
-
-def top_rows(scores_gn: Tensor, keep_g: Tensor) -> Tensor:
-    """Return the mask of the keep_g[g] highest scores of each row, ties by lowest index.
-
-    Args:
-        scores_gn: Shape (G, N), any floating dtype, either sign.
-        keep_g: Shape (G,), int64, each in [0, N].
-
-    Returns:
-        Shape (G, N), bool, True = kept.
-    """
-    rows = max(1, CHUNK // max(1, scores_gn.shape[1]))
-    blocks = zip(torch.split(scores_gn, rows), torch.split(keep_g.to(scores_gn.device), rows), strict=True)
-    return torch.cat([_top_rows_block(block, keep) for block, keep in blocks])
-
-
-def _top_rows_block(scores_gn: Tensor, keep_g: Tensor) -> Tensor:
-    dtype = key_dtype([scores_gn.dtype])
-    bits = score_bits(scores_gn, dtype)
-    keep = keep_g[:, None]
-    key = torch.zeros_like(keep)
-    # Bisection over the bit pattern: the largest key that at least `keep` scores of the row reach.
-    for bit in reversed(range(63 if dtype == torch.float64 else 31)):
-        candidate = key | (1 << bit)
-        reached = (bits >= candidate).sum(1, keepdim=True) >= keep
-        key = torch.where(reached, candidate, key)
-    above = bits > key
-    ties = bits == key
-    return above | (ties & (ties.cumsum(1) <= keep - above.sum(1, keepdim=True)))
-
-
-def top_rows_sharded(
-    scores_n: Tensor, row_n: Tensor, column_n: Tensor, keep_g: Tensor, all_sum: AllSum
-) -> tuple[Tensor, Tensor]:
-    """Return what `top_rows` would, for rows that are spread over ranks. Collective.
-
-    Args:
-        scores_n: This rank's part, flat, shape (n,), floating, either sign; may be empty.
-        row_n: Row of each element, shape (n,), int64, in [0, G).
-        column_n: Index of each element within its row, shape (n,), int64.
-        keep_g: Shape (G,), int64, on the CPU, the same on every rank.
-        all_sum: Returns the sum of an int64 tensor over all ranks.
-
-    Returns:
-        The mask, shape (n,), bool, and the bit pattern of each row's lowest kept score, shape (G,), int64.
-    """
-    dtype = key_dtype([scores_n.dtype])
-    bits = score_bits(scores_n, dtype).long()
-
-    def count(chosen: Tensor) -> Tensor:
-        return all_sum(torch.bincount(row_n[chosen], minlength=keep_g.numel()).cpu())
-
-    key = _largest_per_row(63 if dtype == torch.float64 else 31, lambda at: count(bits >= at[row_n]) >= keep_g, keep_g)
-    above, ties = bits > key[row_n], bits == key[row_n]
-    need = keep_g - count(above)
-    cut = torch.full_like(key, torch.iinfo(torch.int64).max)
-    if bool((count(ties) != need).any()):
-        width = _longest(int(column_n.max()) + 1 if column_n.numel() else 0, all_sum)
-        # the highest column that fewer than `need` ties lie below: the need-th tie itself
-        cut = _largest_per_row(width, lambda at: count(ties & (column_n < at[row_n])) < need, keep_g)
-        cut = cut.masked_fill(need == 0, -1)
-    return above | (ties & (column_n <= cut.to(column_n.device)[row_n])), key
-
-
-def _largest_per_row(width: int, holds: Callable[[Tensor], Tensor], like_g: Tensor) -> Tensor:
-    """Return for each row the largest number of `width` bits for which `holds`, a falling condition, is true."""
-    found = torch.zeros_like(like_g)
-    for bit in reversed(range(width)):
-        candidate = found | (1 << bit)
-        found = torch.where(holds(candidate), candidate, found)
-    return found
 
 
 def emp_mask(scores: Tensor, beta: float = 1.0) -> Tensor:

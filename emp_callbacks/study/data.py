@@ -1,12 +1,7 @@
 """Data of the studies, all of it on the machine: digits, Fashion-MNIST files, text as bytes."""
 
-import ast
-import gzip
 import os
-import sysconfig
-import zlib
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +10,8 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from emp_callbacks.study.sources import read_idx, stdlib_text
 
 Batch = tuple[Tensor, Tensor]
 
@@ -27,11 +24,6 @@ _FASHION_FILES = {
     ("test", "images"): "t10k-images-idx3-ubyte.gz",
     ("test", "labels"): "t10k-labels-idx1-ubyte.gz",
 }
-# Tests and test data are no documentation; the others are not part of every Python 3 or of this text's kind.
-_SKIPPED_FOLDERS = {
-    "test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "pydoc_data",
-    "site-packages", "dist-packages", "__pycache__",
-}  # fmt: skip
 
 
 class EpochSampler(DistributedSampler[Any]):
@@ -217,32 +209,6 @@ class FashionMNISTData(InMemoryData):
         return images, labels
 
 
-def read_idx(path: Path, dims: int) -> np.ndarray:
-    """Return the uint8 array of `dims` dimensions in a gzip idx file.
-
-    Raises:
-        FileNotFoundError: No such file; says how to get Fashion-MNIST.
-        ValueError: Not a gzip file, truncated, or another magic number or length than an idx file of uint8.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path.name} not found in {path.parent}: on Debian or Ubuntu run `apt-get install "
-            f"dataset-fashion-mnist` (they are then in /usr/share/datasets/fashion-mnist), or download the "
-            f"four files in data/fashion of github.com/zalandoresearch/fashion-mnist and pass --data.folder FOLDER"
-        )
-    try:
-        content = gzip.decompress(path.read_bytes())
-    except (EOFError, OSError, zlib.error) as error:
-        raise ValueError(f"{path} is truncated or not a gzip file ({error}); get the file again") from error
-    magic, header = 0x0800 + dims, 4 + 4 * dims
-    if len(content) < header or int.from_bytes(content[:4], "big") != magic:
-        raise ValueError(f"{path} starts with {content[:4].hex()}, not with the idx magic number {magic:08x}")
-    shape = np.frombuffer(content, ">u4", dims, offset=4).astype(np.int64)
-    if len(content) - header != shape.prod():
-        raise ValueError(f"{path} holds {len(content) - header} bytes of data, its header says {shape.prod()}")
-    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
-
-
 class TextData(InMemoryData):
     """Text as bytes (vocabulary 256), cut into windows; train, val and test are contiguous: 90 / 5 / 5 %.
 
@@ -294,31 +260,3 @@ class TextData(InMemoryData):
             raise FileNotFoundError(f"no text file {path}; pass --data.file, or leave it out for Python's own text")
         with path.open("rb") as stream:
             return stream.read(self.max_bytes)
-
-
-@lru_cache(maxsize=1)
-def stdlib_text(max_bytes: int = 2_000_000) -> bytes:
-    """Return the standard library's help topics, then its docstrings in sorted file order, as UTF-8.
-
-    The same for every run of one Python release; another release has another text.
-    """
-    from pydoc_data.topics import topics
-
-    pieces = [topics[name] for name in sorted(topics)]
-    size = sum(len(piece.encode()) for piece in pieces)
-    root = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(root.rglob("*.py")):
-        if size >= max_bytes:
-            break
-        if not _SKIPPED_FOLDERS.intersection(path.relative_to(root).parts):
-            found = _docstrings(path)
-            pieces += found
-            size += sum(len(piece.encode()) for piece in found)
-    return "\n\n".join(pieces).encode()[:max_bytes]
-
-
-def _docstrings(path: Path) -> list[str]:
-    tree = ast.parse(path.read_bytes())
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented))
-    return [docstring for docstring in found if docstring]

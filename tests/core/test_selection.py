@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emp_callbacks import effective_number, emp_mask, keep_count, preserved_mass
-from emp_callbacks.core import selection
-from emp_callbacks.core.selection import ScoredPart, find_threshold, key_dtype, top_rows
+from emp_callbacks.core.selection import ScoredPart, find_threshold, key_dtype
 from tests.core.reference import reference_mask
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -121,26 +120,6 @@ def test_mixed_dtypes_compare_exactly():
     parts = [ScoredPart(torch.tensor([1.0, 2.0]).half(), 0), ScoredPart(torch.tensor([1.5, 3.0]), 2)]
     threshold = find_threshold(parts, 2, torch.float32)
     assert torch.cat([threshold.mask(part) for part in parts]).tolist() == [False, True, False, True]
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 12), st.integers(1, 30), st.integers(0, 2**31), st.sampled_from(DTYPES))
-def test_rows_equal_a_stable_sort_of_each_row(rows, columns, seed, dtype):
-    scores = (torch.randn(rows, columns, generator=rng(seed)) * 2).round().to(dtype)
-    keep = torch.randint(0, columns + 1, (rows,), generator=rng(seed + 1))
-    mask = top_rows(scores, keep)
-    for row, count, kept in zip(scores, keep.tolist(), mask, strict=True):
-        expected = torch.zeros(columns, dtype=torch.bool)
-        expected[torch.sort(row.abs(), descending=True, stable=True).indices[:count]] = True
-        assert torch.equal(kept, expected)
-
-
-def test_rows_in_blocks(monkeypatch):
-    scores = torch.randn(50, 20, generator=rng())
-    keep = torch.full((50,), 7)
-    whole = top_rows(scores, keep)
-    monkeypatch.setattr(selection, "CHUNK", 60)
-    assert torch.equal(top_rows(scores, keep), whole)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -8,7 +8,8 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from emp_callbacks.study.data import DigitsData, EpochSampler, FashionMNISTData, TextData, stdlib_text
+from emp_callbacks.study.data import DigitsData, EpochSampler, FashionMNISTData, TextData
+from emp_callbacks.study.sources import stdlib_text
 
 
 def ready(data):
