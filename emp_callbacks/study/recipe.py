@@ -213,7 +213,7 @@ def _as_list(callbacks: Any) -> list[pl.Callback]:
 
 @contextmanager
 def _without_notices() -> Iterator[None]:
-    """Hide what Lightning's own use of jsonargparse warns about; users can do nothing about it."""
+    """Hide what Lightning's own use of jsonargparse and torch warns about; users can do nothing about it."""
     with warnings.catch_warnings():
         message = r"(?s).*(was deprecated in v4\.|JsonargparseDeprecationWarning)"
         warnings.filterwarnings("ignore", message=message, module=r"pytorch_lightning\.cli")
