@@ -217,4 +217,5 @@ def _without_notices() -> Iterator[None]:
     with warnings.catch_warnings():
         message = r"(?s).*(was deprecated in v4\.|JsonargparseDeprecationWarning)"
         warnings.filterwarnings("ignore", message=message, module=r"pytorch_lightning\.cli")
+        warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
         yield
