@@ -51,7 +51,7 @@ class EMPCallback(*_callback_classes()):  # type: ignore[misc]
     Raises:
         ValueError: A setting is invalid; when the fit starts: it selects no weights.
         TypeError: A setting has an unknown name.
-        NotImplementedError: When the fit starts: the strategy shards the model.
+        NotImplementedError: When the fit starts: the strategy shards the model in a way that is not supported.
     """
 
     def __init__(
