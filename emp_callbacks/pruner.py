@@ -229,7 +229,7 @@ class EMPPruner:
         Tensors, numbers, strings, lists and dicts only: it loads with `torch.load(..., weights_only=True)`.
         The weights themselves are in the model's own state_dict, masked.
         """
-        self._settle()
+        self._settle_if_attached()
         return pack_state(self.config, self._mode, self._weights, self.trajectory, self._position())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -254,7 +254,7 @@ class EMPPruner:
         Raises:
             OSError: A rank could not write; the folder's old checkpoint is still whole.
         """
-        self._settle()
+        self._settle_if_attached()
         state = describe(self.config, self._mode, self._weights, self.trajectory, self._position())
         save_masks(folder, state, self._weights, self._backend)
 
@@ -279,6 +279,11 @@ class EMPPruner:
         """Bring every weight to what forward sees, also after an optimizer step that raised half-way."""
         for weight in self._weights:
             self._mode.after_update(weight)
+
+    def _settle_if_attached(self) -> None:
+        # After finalize() the model is the user's alone: reading the state must not touch it.
+        if self._attached:
+            self._settle()
 
     def _position(self) -> tuple[int, int, int, int]:
         return self.steps, self.epochs, self._last_position, self._steps_at_refresh

@@ -293,6 +293,21 @@ def test_nothing_is_renamed_added_or_left_behind(mode):
     assert (net[0].weight == 0).sum() == 0, "after finalize the model trains like any other"
 
 
+@pytest.mark.parametrize("mode", ["feedback", "project", "freeze"])
+def test_reading_the_state_after_finalize_leaves_the_model_alone(mode):
+    net = mlp(5, 6)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    pruner = EMPPruner(net, optimizer, every_n_steps=1, mode=mode)
+    train_step(net, optimizer)
+    pruner.step()
+    pruner.finalize()
+    train_step(net, optimizer, seed=1)
+    before = net[0].weight.detach().clone()
+    pruner.state_dict()
+    assert torch.equal(net[0].weight, before)
+    assert bool((before != 0).all())
+
+
 def test_finalize_in_project_closes_with_a_refresh():
     net = mlp(5, 6)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
