@@ -106,6 +106,7 @@ def all_cases_rank(rank, world_size, folder, names):
 # On three ranks: every stage and mode once, and what cuts parameters in its own way.
 ON_THREE = ["0-fp32-freeze", "1-fp32-project", "1-fp32-freeze", "2-fp32-freeze", "3-fp32-freeze", "3-fp32-rows"]
 ON_THREE += ["1-fp32-feedback", "3-fp32-feedback", "1-bf16-feedback", "2-bf16-project", "3-bf16-feedback"]
+ON_THREE += ["0-fp32-feedback", "0-fp32-project", "2-fp32-feedback", "2-fp32-project", "3-fp32-project"]
 ON_THREE += ["2-fp32-round-robin", "3-fp32-pieces", "3-fp32-offload", "1-bf16-grad32"]
 
 
