@@ -58,12 +58,12 @@ def check_ranks_agree(
     """
     if ranks.world_size == 1:
         return
-    digests = torch.zeros(ranks.world_size, len(masks), dtype=torch.int64)
+    own = []
     of_decision = {i: decision.digest for decision in decisions for i in decision.members}
     for i, (weight, mask) in enumerate(zip(weights, masks, strict=True)):
         bits = zlib.crc32(pack_bits(mask).numpy().tobytes()) if weight.segment.replicated else 0
-        digests[ranks.rank, i] = bits ^ of_decision[i]
-    for weight, column in zip(weights, ranks.all_sum(digests).unbind(1), strict=True):
+        own.append(bits ^ of_decision[i])
+    for weight, column in zip(weights, ranks.from_all(torch.tensor(own)).unbind(1), strict=True):
         differ = (column != column[0]).nonzero().flatten().tolist()
         if differ:
             raise RuntimeError(

@@ -54,6 +54,9 @@ class Ranks(Protocol):
     def all_sum(self, value: Tensor) -> Tensor:
         """Return the sum of `value` over all ranks. Collective."""
 
+    def from_all(self, value: Tensor) -> Tensor:
+        """Return the `value` of every rank, shape (world_size, *value.shape). Collective."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class KeepRule:
@@ -134,11 +137,9 @@ def _layer_moments(weights: Sequence[ScoredWeight], ranks: Ranks, step: int) -> 
     sums = ranks.all_sum(local)
     broken = ~torch.isfinite(sums[:, 0])
     if bool(broken.any()):
-        seen = torch.zeros(len(weights), ranks.world_size, dtype=torch.int64)
-        seen[:, ranks.rank] = (~torch.isfinite(local[:, 0])).long()
-        seen = ranks.all_sum(seen)
+        seen = ranks.from_all((~torch.isfinite(local[:, 0])).long())
         where = "; ".join(
-            f"{weights[i].segment.name!r} (rank {', '.join(map(str, seen[i].nonzero().flatten().tolist()))})"
+            f"{weights[i].segment.name!r} (rank {', '.join(map(str, seen[:, i].nonzero().flatten().tolist()))})"
             for i in broken.nonzero().flatten().tolist()
         )
         raise FloatingPointError(

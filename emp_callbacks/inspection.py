@@ -262,7 +262,7 @@ def _names_in_callback_state(checkpoint: Any) -> list[str]:
     callbacks = checkpoint.get("callbacks") if isinstance(checkpoint, Mapping) else None
     for key, state in (callbacks or {}).items():
         if str(key).startswith("EMPCallback") and isinstance(state, Mapping):
-            shapes = state.get("pruner", state).get("shapes")
+            shapes = state.get("shapes")
             return list(shapes) if isinstance(shapes, Mapping) else []
     return []
 

@@ -48,13 +48,11 @@ def save_masks(
         _remove(folder / names[rank])
 
     size, digest = _on_all(backend, lambda: write_part(folder / names[rank], weights), undo)
-    table = torch.zeros(ranks, 5, dtype=torch.int64)
-    table[rank] = torch.tensor(
-        [size, *(int.from_bytes(digest[i : i + 8], "big", signed=True) for i in range(0, 32, 8))]
-    )
+    words = [int.from_bytes(digest[i : i + 8], "big", signed=True) for i in range(0, 32, 8)]
+    table = backend.from_all(torch.tensor([size, *words]))
     files = [
         {"name": name, "bytes": row[0], "sha256": b"".join(w.to_bytes(8, "big", signed=True) for w in row[1:]).hex()}
-        for name, row in zip(names, backend.all_sum(table).tolist(), strict=True)
+        for name, row in zip(names, table.tolist(), strict=True)
     ]
     masked = any(weight.mask is not None for weight in weights)
     index = {**state, "masked": masked, "world_size": ranks, "files": files}
@@ -114,9 +112,7 @@ def _on_all(backend: Backend, work: Callable[[], Result], undo: Callable[[], Non
         result = work()
     except Exception as error:  # whatever it is: a rank that leaves here alone would hang the others
         problem = error
-    failed = torch.zeros(backend.world_size, dtype=torch.int64)
-    failed[backend.rank] = problem is not None
-    failed = backend.all_sum(failed)
+    failed = backend.from_all(torch.tensor(int(problem is not None)))
     if not bool(failed.any()):
         return result
     undo()
@@ -135,9 +131,7 @@ def _on_all(backend: Backend, work: Callable[[], Result], undo: Callable[[], Non
 
 def _check_same(path: Path, digest: int, backend: Backend) -> None:
     """Check that all ranks read the same index. Collective."""
-    seen = torch.zeros(backend.world_size, dtype=torch.int64)
-    seen[backend.rank] = digest
-    seen = backend.all_sum(seen)
+    seen = backend.from_all(torch.tensor(digest))
     if bool((seen != seen[0]).any()):
         differ = (seen != seen[0]).nonzero().flatten().tolist()
         raise ValueError(f"{path}: ranks {differ} see another file than rank 0; use a folder that all ranks share")

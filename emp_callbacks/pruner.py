@@ -75,6 +75,7 @@ class EMPPruner:
     ) -> None:
         check_names(settings)
         self.config = replace(config or EMPConfig(), **settings)
+        self._schedule = self.config.schedule
         self._backend = detect_backend(model, optimizer)
         self._criterion = CRITERIA[self.config.criterion]()
         targets = prunable_weights(
@@ -109,11 +110,9 @@ class EMPPruner:
         applied = self._backend.take_applied()
         self.steps += applied
         self.epochs += end_of_epoch
-        schedule = self.config.schedule
-        position = self.epochs if schedule.unit == "epoch" else self.steps
-        if not applied or not schedule.is_due(self._last_position, position):
+        if not applied or not self._schedule.is_due(self._last_position, self._now):
             return []
-        return self._refresh(position, self.epochs - end_of_epoch)
+        return self._refresh(self.epochs - end_of_epoch)
 
     def refresh(self) -> list[PruneEvent]:
         """Recompute the masks now and return the rows. Collective.
@@ -121,15 +120,14 @@ class EMPPruner:
         Raises:
             FloatingPointError: A score is NaN or Inf; no mask was changed.
         """
-        return self._refresh(self.epochs if self.config.schedule.unit == "epoch" else self.steps, self.epochs)
+        return self._refresh(self.epochs)
 
     def end_epoch(self) -> list[PruneEvent]:
         """Count a finished epoch where the loop learns of it only after its last `step()`; refresh if one is due."""
         self.epochs += 1
-        schedule = self.config.schedule
-        if schedule.unit != "epoch" or not schedule.is_due(self._last_position, self.epochs):
+        if self._schedule.unit != "epoch" or not self._schedule.is_due(self._last_position, self._now):
             return []
-        return self._refresh(self.epochs, self.epochs - 1)
+        return self._refresh(self.epochs - 1)
 
     def mask_gradients(self) -> None:
         """Take the pruned entries out of the gradients now, in `freeze`: before a clip that reads their norm.
@@ -146,9 +144,9 @@ class EMPPruner:
         """
         if self.needs_closing_refresh:
             self.refresh()
-        if self._attached and self.config.schedule.unit is not None and not self.trajectory and self.steps:
+        if self._attached and self._schedule.unit is not None and not self.trajectory and self.steps:
             warnings.warn(
-                f"the schedule {self.config.schedule} asked for no refresh in {self.steps} steps and {self.epochs} "
+                f"the schedule {self._schedule} asked for no refresh in {self.steps} steps and {self.epochs} "
                 "finished epochs: nothing was pruned (in a plain loop, epochs end with step(end_of_epoch=True))",
                 stacklevel=2,
             )
@@ -206,10 +204,12 @@ class EMPPruner:
 
         Collective where the parameters are sharded.
         """
-        with self._dense_owners():
+        try:
+            with self._dense_owners():
+                self._backend.refresh_copies()
+                yield
+        finally:
             self._backend.refresh_copies()
-            yield
-        self._backend.refresh_copies()
 
     @contextmanager
     @torch.no_grad()
@@ -273,7 +273,7 @@ class EMPPruner:
     def start_at(self, steps: int, epochs: int) -> None:
         """Take over the position of a training run that was begun without EMP."""
         self.steps, self.epochs = steps, epochs
-        self._last_position = epochs if self.config.schedule.unit == "epoch" else steps
+        self._last_position = self._now
 
     def _settle(self) -> None:
         """Bring every weight to what forward sees, also after an optimizer step that raised half-way."""
@@ -284,6 +284,11 @@ class EMPPruner:
         # After finalize() the model is the user's alone: reading the state must not touch it.
         if self._attached:
             self._settle()
+
+    @property
+    def _now(self) -> int:
+        """The position in the schedule's own unit."""
+        return self.epochs if self._schedule.unit == "epoch" else self.steps
 
     def _position(self) -> tuple[int, int, int, int]:
         return self.steps, self.epochs, self._last_position, self._steps_at_refresh
@@ -327,9 +332,9 @@ class EMPPruner:
     # ---- the refresh ----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _refresh(self, position: int, epoch: int) -> list[PruneEvent]:
+    def _refresh(self, epoch: int) -> list[PruneEvent]:
         started = time.perf_counter()
-        beta = self.config.beta_at(position)
+        beta = self.config.beta_at(self._now)
         rule = KeepRule(beta=beta, density=self.config.density, min_density=self.config.min_density)
         with self._dense_owners():
             scored = [ScoredWeight(w.segment, self._criterion.score(w.segment)) for w in self._weights]
@@ -356,7 +361,7 @@ class EMPPruner:
         }
         events = [prune_event(decision, scored, counts, common) for decision in decisions]
         self.trajectory.extend(events)
-        self._last_position, self._steps_at_refresh = position, self.steps
+        self._last_position, self._steps_at_refresh = self._now, self.steps
         return events
 
 

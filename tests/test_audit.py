@@ -59,6 +59,17 @@ def test_nothing_is_checked_where_nothing_is_applied():
     assert pruner.audit().clean
 
 
+def test_copies_are_masked_again_after_an_error_among_dense_weights(monkeypatch):
+    net, _, pruner = trained("feedback")
+    owners_at_refresh = []
+    monkeypatch.setattr(
+        pruner._backend, "refresh_copies", lambda: owners_at_refresh.append(int((net[0].weight == 0).sum()))
+    )
+    with pytest.raises(RuntimeError, match="on purpose"), pruner.dense_weights():
+        raise RuntimeError("on purpose")
+    assert owners_at_refresh == [0, int((~pruner.masks["0.weight"]).sum())]
+
+
 def test_dense_weights_are_seen_and_hidden_again():
     net, _, pruner = trained("feedback")
     with pruner.dense_weights():

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from emp_callbacks import EMPPruner, mask_file
+from emp_callbacks.backends import Backend
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.mask_mode import MASK_MODES, MaskedWeight
 from emp_callbacks.pruner_state import describe
@@ -28,6 +29,8 @@ class ThreadRank:
         total = sum(values[1:], start=values[0].clone())
         barrier.wait()
         return total
+
+    from_all = Backend.from_all
 
     def refresh_copies(self):
         self.refreshed += 1

@@ -79,6 +79,12 @@ class Backend(ABC):
         dist.all_reduce(on_wire)
         return on_wire.to(value.device)
 
+    def from_all(self, value: Tensor) -> Tensor:
+        """Return the `value` of every rank, shape (world_size, *value.shape), in order of rank. Collective."""
+        rows = value.new_zeros(self.world_size, *value.shape)
+        rows[self.rank] = value
+        return self.all_sum(rows)
+
     # ---- optimizer steps ------------------------------------------------------------------------------------------
 
     def optimizer_states(self, segment: Segment) -> list[Tensor]:

@@ -29,9 +29,7 @@ def counted_once(segments: Sequence[Segment], backend: Backend, made_by: str) ->
     """
     _check_same_model(segments, backend)
     _check_updated(segments, backend.optimizers, made_by)
-    held = torch.zeros(backend.world_size, len(segments), 4, dtype=torch.int64)
-    held[backend.rank] = torch.tensor([_place(segment) for segment in segments])
-    held = backend.all_sum(held)
+    held = backend.from_all(torch.tensor([_place(segment) for segment in segments]))
     once = []
     for i, segment in enumerate(segments):
         if held[:, i, 3].any():
@@ -58,9 +56,8 @@ def _place(segment: Segment) -> tuple[int, int, int, bool]:
 
 
 def _check_same_model(segments: Sequence[Segment], backend: Backend) -> None:
-    listing = torch.zeros(backend.world_size, dtype=torch.int64)
-    listing[backend.rank] = zlib.crc32(repr([(s.name, tuple(s.shape)) for s in segments]).encode())
-    if len(set(backend.all_sum(listing).tolist())) > 1:
+    listing = zlib.crc32(repr([(s.name, tuple(s.shape)) for s in segments]).encode())
+    if len(set(backend.from_all(torch.tensor(listing)).tolist())) > 1:
         raise RuntimeError(
             "the ranks hold different parameters (pipeline or expert parallelism?); EMP needs the same model on all"
         )
