@@ -9,17 +9,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from emp_callbacks.assembly import DynamicSite
 from emp_callbacks.core.bounds import mass_bound
 from emp_callbacks.core.effective_number import keep_count
 from emp_callbacks.core.packing import pack_bits
 from emp_callbacks.core.selection import kept_mass
-from emp_callbacks.decision import Decision, Ranks, ScoredWeight
-from emp_callbacks.mask_mode import MaskedWeight
+from emp_callbacks.decision import Decision, Scored
+from emp_callbacks.layer import Layer, Ranks
+from emp_callbacks.targets.attention_edges import EdgeSite
 from emp_callbacks.trajectory import LayerStats, PruneEvent
 
 
 class MaskCounts(NamedTuple):
-    """Sums over one parameter, on all ranks.
+    """Sums over one layer, on all ranks.
 
     `kept`, `flipped` and `regrown` count components; `kept_mass` and `mass` are in units of the score.
     """
@@ -32,14 +34,14 @@ class MaskCounts(NamedTuple):
 
 
 def count_masks(
-    weights: Sequence[MaskedWeight], scored: Sequence[ScoredWeight], masks: Sequence[Tensor], ranks: Ranks
+    layers: Sequence[Layer], scored: Sequence[Scored], masks: Sequence[Tensor], ranks: Ranks
 ) -> list[MaskCounts]:
-    """Return the counts of every parameter's new mask, against its scores and its old mask. Collective."""
+    """Return the counts of every layer's new mask, against its scores and its old mask. Collective."""
     rows = []
-    for weight, (segment, scores), mask in zip(weights, scored, masks, strict=True):
-        part = segment.counted
+    for layer, (span, scores), mask in zip(layers, scored, masks, strict=True):
+        part = span.counted
         new, flat = mask.reshape(-1)[part], scores.reshape(-1)[part]
-        old = weight.mask_or_ones.reshape(-1)[part]
+        old = layer.mask_or_ones.reshape(-1)[part]
         mass = kept_mass(flat, torch.ones_like(new))
         flipped, regrown = int((new != old).sum()), int((new & ~old).sum())
         rows.append([int(new.sum()), kept_mass(flat, new), mass, flipped, regrown])
@@ -47,51 +49,51 @@ def count_masks(
 
 
 def check_ranks_agree(
-    decisions: Sequence[Decision], masks: Sequence[Tensor], weights: Sequence[MaskedWeight], ranks: Ranks, step: int
+    decisions: Sequence[Decision], masks: Sequence[Tensor], layers: Sequence[Layer], ranks: Ranks, step: int
 ) -> None:
     """Raise unless every rank came to the same masks: by their bits where all hold them, else by what decides them.
 
     Collective.
 
     Raises:
-        RuntimeError: Names the parameter and the ranks; no mask was changed.
+        RuntimeError: Names the layer and the ranks; no mask was changed.
     """
     if ranks.world_size == 1:
         return
     own = []
     of_decision = {i: decision.digest for decision in decisions for i in decision.members}
-    for i, (weight, mask) in enumerate(zip(weights, masks, strict=True)):
-        bits = zlib.crc32(pack_bits(mask).numpy().tobytes()) if weight.segment.replicated else 0
+    for i, (layer, mask) in enumerate(zip(layers, masks, strict=True)):
+        bits = zlib.crc32(pack_bits(mask).numpy().tobytes()) if layer.span.replicated else 0
         own.append(bits ^ of_decision[i])
-    for weight, column in zip(weights, ranks.from_all(torch.tensor(own)).unbind(1), strict=True):
+    for layer, column in zip(layers, ranks.from_all(torch.tensor(own)).unbind(1), strict=True):
         differ = (column != column[0]).nonzero().flatten().tolist()
         if differ:
             raise RuntimeError(
-                f"ranks {differ} computed another mask than rank 0 for {weight.name!r} at step {step}; no mask was "
+                f"ranks {differ} computed another mask than rank 0 for {layer.name!r} at step {step}; no mask was "
                 "changed. The replicas' weights have drifted apart, or random scores were seeded differently: call "
                 "seed_everything on every rank"
             )
 
 
 def prune_event(
-    decision: Decision, scored: Sequence[ScoredWeight], counts: Sequence[MaskCounts], common: dict[str, Any]
+    decision: Decision, scored: Sequence[Scored], counts: Sequence[MaskCounts], common: dict[str, Any]
 ) -> PruneEvent:
     """Return the row of one group.
 
     Args:
         decision: What the group keeps.
-        scored: Every scored parameter, as `decide` was given them.
-        counts: Of every parameter.
-        common: The fields that all rows of a refresh share: step, epoch, mode, criterion, scope, beta, seconds.
+        scored: The scores of every layer, as `decide` was given them.
+        counts: Of every layer.
+        common: The fields that all rows of a refresh share: step, epoch, mode, criterion, scope, beta.
     """
     own = [counts[i] for i in decision.members]
     layers = tuple(
         LayerStats(
-            name=scored[i].segment.name,
-            n=scored[i].segment.size,
+            name=scored[i].span.name,
+            n=scored[i].span.size,
             n_eff=n_eff,
             keep=int(counts[i].kept),
-            density=counts[i].kept / scored[i].segment.size,
+            density=counts[i].kept / scored[i].span.size,
             preserved_mass=_share(counts[i].kept_mass, counts[i].mass),
         )
         for i, n_eff in zip(decision.members, decision.layer_n_eff, strict=True)
@@ -110,14 +112,70 @@ def prune_event(
         mass_bound=_bound(decision, keep, common),
         churn=sum(count.flipped for count in own) / decision.n,
         regrown=int(sum(count.regrown for count in own)),
+        seconds=0.0,
         note=decision.note,
         layers=layers,
     )
 
 
+def dynamic_event(sites: Sequence[DynamicSite], sums: Sequence[dict[str, float]], common: dict[str, Any]) -> PruneEvent:
+    """Return the row of masks that every sample, or query row, makes for itself: means since the last refresh.
+
+    Args:
+        sites: Where they are made.
+        sums: Each site's statistics over all ranks.
+        common: As for `prune_event`.
+
+    Raises:
+        RuntimeError: Nothing passed a site.
+    """
+    layers = tuple(_dynamic_layer(site, found) for site, found in zip(sites, sums, strict=True))
+    n, n_eff = sum(layer.n for layer in layers), sum(layer.n_eff for layer in layers)
+    kept = sum(layer.density * layer.n for layer in layers)
+    skipped = int(sum(found["not_finite"] for found in sums))
+    return PruneEvent(
+        **common,
+        group="global",
+        n=n,
+        n_eff=n_eff,
+        n_eff_fraction=n_eff / n,
+        keep=round(kept),
+        threshold=0.0,
+        density=kept / n,
+        preserved_mass=sum(layer.preserved_mass * layer.n for layer in layers) / n,
+        mass_bound=None,
+        churn=0.0,
+        regrown=0,
+        seconds=0.0,
+        note=f"{skipped} rows with NaN or Inf were kept whole and not counted" if skipped else "",
+        layers=layers,
+    )
+
+
+def _dynamic_layer(site: DynamicSite, sums: dict[str, float]) -> LayerStats:
+    """Return a site's means per sample, or per query row: its components are then the keys that the row may read."""
+    rows = sums.get("samples", sums.get("rows", 0.0))
+    if not rows:
+        raise RuntimeError(
+            f"nothing passed {site.name!r} since the last refresh; no mask was changed. Run training steps before the "
+            "refresh, or exclude the module"
+        )
+    n = sums["allowed"] / rows if isinstance(site, EdgeSite) else float(site.size or 0)
+    several = sums.get("first_token_rows", 0.0)
+    return LayerStats(
+        name=site.name,
+        n=round(n),
+        n_eff=sums["n_eff"] / rows,
+        keep=round(sums["keep"] / rows),
+        density=sums["keep"] / rows / n,
+        preserved_mass=sums["mass"] / rows,
+        first_token=sums["first_token"] / several if several else None,
+    )
+
+
 def _bound(decision: Decision, keep: int, common: dict[str, Any]) -> float | None:
     """Return the mass bound where it holds: one vector of scores, of which exactly floor(N_eff) are kept."""
-    if common["scope"] == "row" or common["beta"] != 1.0 or not 2 <= keep <= decision.n - 1:
+    if not decision.is_top or common["beta"] != 1.0 or not 2 <= keep <= decision.n - 1:
         return None
     return mass_bound(keep, decision.n) if keep == keep_count(decision.n_eff, decision.n) else None
 

@@ -8,11 +8,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
 from emp_callbacks.core.effective_number import check_beta
-from emp_callbacks.criteria import CRITERIA
+from emp_callbacks.criteria import DEFAULT_CRITERIA, ScoreFunction, criterion_name, make_criterion
 from emp_callbacks.mask_mode import MASK_MODES
-from emp_callbacks.schedule import BetaSchedule, Schedule
-from emp_callbacks.targets import TARGETS
+from emp_callbacks.schedule import BetaSchedule, Schedule, check_count
+from emp_callbacks.targets.features import FeatureForm
 
+TARGETS = tuple(DEFAULT_CRITERIA)
 SCOPES = ("global", "tensor", "row")
 
 
@@ -25,17 +26,32 @@ class EMPConfig:
         every_n_steps: Refresh the masks after every n-th optimizer step, >= 1.
         start: First epoch (or step) that ends in a refresh, counted from 1; default: `every_n_...`.
         stop: Last epoch (or step) that may end in a refresh; default: none. The last mask then stays.
-        target: What is pruned together: "weights".
-        criterion: How components are scored: "magnitude", or "random" (fixed random scores, a control).
-        scope: Where scores compete: "global" (all tensors together), "tensor", or "row" (each output unit).
+        target: What is pruned together: "weights", "heads" (of attention), "neurons" (rows of Linear layers, channels
+            of convolutions), "kan_nodes"; or in the forward pass "features" (of activations), "attention_edges".
+        criterion: How components are scored; default: the target's first. Weights: "magnitude", "taylor", "saliency",
+            "wanda". Heads: "weight_norm", "taylor", "saliency", "activation". Neurons: the same and "bn_scale". KAN
+            nodes: "spline", "weight_norm", "taylor", "saliency". Features: "activation", "taylor", "saliency".
+            Attention edges: "attention_weight", "attention_logit". All but edges: "random" (fixed random scores, a
+            control). Or a function of your own, in a recipe as "module.function": see `Criterion.score`.
+        evidence_steps: Criteria that read gradients, inputs or activations gather them in this many optimizer steps
+            before each refresh, >= 1; in the epoch before it if `every_n_epochs` counts.
+        scope: Where scores compete: "global" (all layers together), "tensor" (within a layer), or "row" (within an
+            output unit; weights only). Attention edges and dynamic features compete within a query row or a sample.
         beta: Factor on N_eff, > 0, or a BetaSchedule from one value to another. 1 keeps N_eff components.
         mode: What a mask means between refreshes: "feedback" (dense weights keep training behind it),
             "project" (zeroed at the refresh, may grow back), "freeze" (zero for good).
-        include: Glob patterns on parameter names that replace the default choice of weights.
-        exclude: Glob patterns on parameter names to leave out.
+        include: Glob patterns that replace the default choice: on parameter names for weights, else on module names.
+        exclude: Glob patterns of the same kind to leave out.
         min_density: Keep at least this fraction of each group, 0 to 1: a guard for the compounding modes.
+        min_units: Keep at least this many heads, neurons, nodes or features of each layer, >= 0.
+        tolerance: Keep floor(beta * N_eff + tolerance) units, in [0, 1): N_eff = 3.998 of 4 alike heads then keeps 4.
+            Not for weights, of which there are enough.
         density: Keep this fixed fraction of each group, in (0, 1], instead of N_eff: for baselines.
         observe_only: Measure and log, prune nothing.
+        axis: What a feature is: "channel", "token" or "patch" (see `FeatureForm`).
+        dynamic: Whether each sample keeps its own N_eff features, chosen anew in every forward pass.
+        center: What a pruned feature becomes: "zero" or "mean".
+        patch_size: Pixels per side of a patch.
 
     Raises:
         ValueError: A value or a combination is invalid; the message names it and the remedy.
@@ -46,19 +62,26 @@ class EMPConfig:
     start: int | None = None
     stop: int | None = None
     target: str = "weights"
-    criterion: str = "magnitude"
+    criterion: str | ScoreFunction | None = None
+    evidence_steps: int = 32
     scope: str = "global"
     beta: float | BetaSchedule = 1.0
     mode: str = "feedback"
     include: Sequence[str] | None = None
     exclude: Sequence[str] | None = None
     min_density: float = 0.0
+    min_units: int = 1
+    tolerance: float = 0.01
     density: float | None = None
     observe_only: bool = False
+    axis: str = "channel"
+    dynamic: bool = False
+    center: str = "zero"
+    patch_size: int = 4
 
     def __post_init__(self) -> None:
         _check_choice("target", self.target, TARGETS)
-        _check_choice("criterion", self.criterion, tuple(CRITERIA))
+        make_criterion(self.criterion, self.target)
         _check_choice("scope", self.scope, SCOPES)
         _check_choice("mode", self.mode, tuple(MASK_MODES))
         for name in ("include", "exclude"):
@@ -67,6 +90,36 @@ class EMPConfig:
             check_beta(self.beta)
         self._check_densities()
         self._check_schedule()
+        check_count("evidence_steps", self.evidence_steps, least=1)
+        check_count("min_units", self.min_units, least=0)
+        if not (isinstance(self.tolerance, (int, float)) and 0 <= self.tolerance < 1):
+            raise ValueError(f"tolerance must be a number of units in [0, 1), got {self.tolerance!r}")
+        self._check_forward()
+        self._check_combination()
+
+    def _check_forward(self) -> None:
+        form = self.feature_form
+        if self.target != "features" and form != FeatureForm():
+            plain = vars(FeatureForm())
+            given = ", ".join(f"{key}={value!r}" for key, value in vars(form).items() if value != plain[key])
+            raise ValueError(f"{given} says what a feature is, and target={self.target!r}; use target='features'")
+        if self.is_dynamic and self.target == "features" and self.criterion_name != "activation":
+            raise ValueError(
+                f"dynamic features are scored by 'activation' in the forward pass, not by {self.criterion_name!r}; "
+                "drop criterion, or use dynamic=False"
+            )
+
+    def _check_combination(self) -> None:
+        """Raise where a setting means nothing for the target."""
+        if self.scope == "row" and self.target != "weights":
+            raise ValueError(
+                f"scope='row' lets the weights of an output unit compete; target={self.target!r} has no such rows: use "
+                "'global' or 'tensor'"
+            )
+        if self.is_dynamic and self.mode != "feedback":
+            raise ValueError(f"mode={self.mode!r} keeps a mask, but here each sample has its own; use 'feedback'")
+        if self.target == "features" and self.mode == "project":
+            raise ValueError("mode='project' zeroes weights, and features have none; use 'feedback' or 'freeze'")
 
     def _check_densities(self) -> None:
         _check_fraction("min_density", self.min_density, lowest_allowed=True)
@@ -91,6 +144,21 @@ class EMPConfig:
             )
         if isinstance(self.beta, BetaSchedule) and self.schedule.unit is None:
             raise ValueError("a BetaSchedule needs every_n_epochs or every_n_steps to count in; give one")
+
+    @property
+    def criterion_name(self) -> str:
+        """Name of the criterion, as in the trajectory and in checkpoints."""
+        return criterion_name(self.criterion, self.target)
+
+    @property
+    def feature_form(self) -> FeatureForm:
+        """What a feature is."""
+        return FeatureForm(axis=self.axis, dynamic=self.dynamic, center=self.center, patch_size=self.patch_size)
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether masks are made in every forward pass, for each sample or query row by itself."""
+        return self.target == "attention_edges" or (self.target == "features" and self.dynamic)
 
     @property
     def schedule(self) -> Schedule:

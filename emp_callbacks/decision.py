@@ -6,7 +6,8 @@ import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,52 +20,45 @@ from emp_callbacks.core.selection import (
     find_threshold,
     key_dtype,
 )
-from emp_callbacks.segment import Segment
+from emp_callbacks.layer import Ranks
+from emp_callbacks.segment import Span
 
 
-class ScoredWeight(NamedTuple):
-    """The scores of one segment: layout of `segment.weight`, either sign."""
+class Scored(NamedTuple):
+    """The scores of one layer: this rank's components in their layout, either sign."""
 
-    segment: Segment
+    span: Span
     scores: Tensor
 
     @property
     def counted(self) -> ScoredPart:
-        """The part of the scores that this rank counts, flat, and its place in the parameter."""
-        part = self.segment.counted
-        return ScoredPart(self.scores.reshape(-1)[part], self.segment.positions_of(part))
+        """The part of the scores that this rank counts, flat, and its place in the layer."""
+        part = self.span.counted
+        return ScoredPart(self.scores.reshape(-1)[part], self.span.positions_of(part))
 
     @property
     def all(self) -> ScoredPart:
-        """All of this rank's scores, flat, and their place in the parameter."""
-        return ScoredPart(self.scores.reshape(-1), self.segment.positions)
-
-
-class Ranks(Protocol):
-    """What a decision needs to know of the job's processes; every backend offers it."""
-
-    @property
-    def rank(self) -> int:
-        """This process's number, from 0."""
-
-    @property
-    def world_size(self) -> int:
-        """Number of processes."""
-
-    def all_sum(self, value: Tensor) -> Tensor:
-        """Return the sum of `value` over all ranks. Collective."""
-
-    def from_all(self, value: Tensor) -> Tensor:
-        """Return the `value` of every rank, shape (world_size, *value.shape). Collective."""
+        """All of this rank's scores, flat, and their place in the layer."""
+        return ScoredPart(self.scores.reshape(-1), self.span.positions)
 
 
 @dataclass(frozen=True, kw_only=True)
 class KeepRule:
-    """How many components of a group stay: floor(beta * N_eff), or a fixed fraction."""
+    """How many components of a group stay: floor(beta * N_eff), or a fixed fraction.
+
+    Attributes:
+        beta: Factor on N_eff.
+        density: Fixed fraction instead.
+        min_density: Fraction of a group that stays in any case.
+        min_units: Components of each layer that stay in any case, where layers compete with each other.
+        tolerance: Added to beta * N_eff before the floor, in components.
+    """
 
     beta: float = 1.0
     density: float | None = None
     min_density: float = 0.0
+    min_units: int = 0
+    tolerance: float = 0.0
 
     def counts(self, n_eff: Tensor, size: int, nonzero: Tensor) -> Tensor:
         """Return the keep counts of G groups of `size` components, shape (G,), int64.
@@ -73,6 +67,7 @@ class KeepRule:
         """
         wanted, beta = (n_eff, self.beta) if self.density is None else (torch.full_like(n_eff, size), self.density)
         least = max(1, math.ceil(self.min_density * size * (1 - 1e-12)))
+        wanted = wanted + self.tolerance / beta
         return keep_counts(wanted, nonzero, beta, least).masked_fill(nonzero == 0, size)
 
 
@@ -81,8 +76,8 @@ class Decision:
     """What one group keeps.
 
     Attributes:
-        group: "global" or the name of the parameter.
-        members: Indices of the group's parameters in the list that was decided on.
+        group: "global" or the name of the layer.
+        members: Indices of the group's layers in the list that was decided on.
         n: Components in the group.
         n_eff: Effective number, in components; with `scope="row"` the sum over rows.
         keep: Keep count, with `scope="row"` the sum over rows.
@@ -90,7 +85,8 @@ class Decision:
         layer_n_eff: Each member's own N_eff, in components.
         digest: Of what decides the masks; every rank must have the same.
         note: What was out of the ordinary; empty if nothing.
-        mask: Member index -> mask, shape of that parameter, bool, True = kept.
+        is_top: Whether exactly the `keep` highest are kept; False where a layer's guard changed that.
+        mask: Member index -> mask, layout of that layer's scores, bool, True = kept.
     """
 
     group: str
@@ -102,44 +98,46 @@ class Decision:
     layer_n_eff: tuple[float, ...]
     digest: int
     note: str
+    is_top: bool
     mask: Callable[[int], Tensor]
 
 
-def decide(weights: Sequence[ScoredWeight], scope: str, rule: KeepRule, ranks: Ranks, step: int) -> list[Decision]:
+def decide(layers: Sequence[Scored], scope: str, rule: KeepRule, ranks: Ranks, step: int) -> list[Decision]:
     """Return one decision per group. Collective; changes nothing.
 
     Args:
-        weights: Every scored parameter, in the same order on every rank.
-        scope: "global": one group; "tensor" or "row": one group per parameter.
+        layers: The scores of every layer, in the same order on every rank.
+        scope: "global": one group; "tensor" or "row": one group per layer.
         rule: How many to keep.
         ranks: Who counts what.
         step: Optimizer step, for error messages.
 
     Raises:
-        FloatingPointError: A score is NaN or Inf, on any rank; names parameter, step and ranks.
+        FloatingPointError: A score is NaN or Inf, on any rank; names layer, step and ranks.
     """
-    layers = _layer_moments(weights, ranks, step)
-    layer_n_eff = effective_numbers(layers).tolist()
+    moments = _layer_moments(layers, ranks, step)
+    layer_n_eff = effective_numbers(moments).tolist()
     if scope == "row":
-        return [_decide_rows(i, weight, rule, layer_n_eff[i], ranks) for i, weight in enumerate(weights)]
+        return [_decide_rows(i, layer, rule, layer_n_eff[i], ranks) for i, layer in enumerate(layers)]
     if scope == "global":
-        return [_decide_pooled("global", tuple(range(len(weights))), weights, layers.sum(), layer_n_eff, rule, ranks)]
-    moments = [ScoreMoments.unstack(row[None]) for row in layers.stack()]
+        everything = tuple(range(len(layers)))
+        return [_decide_pooled("global", everything, layers, moments.sum(), layer_n_eff, rule, ranks)]
+    own = [ScoreMoments.unstack(row[None]) for row in moments.stack()]
     return [
-        _decide_pooled(weight.segment.name, (i,), weights, moments[i], layer_n_eff, rule, ranks)
-        for i, weight in enumerate(weights)
+        _decide_pooled(layer.span.name, (i,), layers, own[i], layer_n_eff, rule, ranks)
+        for i, layer in enumerate(layers)
     ]
 
 
-def _layer_moments(weights: Sequence[ScoredWeight], ranks: Ranks, step: int) -> ScoreMoments:
-    """Return the moments of each parameter, shape (P,), over all ranks. Collective."""
-    local = torch.cat([score_moments(weight.counted.scores[None]).stack().cpu() for weight in weights])
+def _layer_moments(layers: Sequence[Scored], ranks: Ranks, step: int) -> ScoreMoments:
+    """Return the moments of each layer, shape (L,), over all ranks. Collective."""
+    local = torch.cat([score_moments(layer.counted.scores[None]).stack().cpu() for layer in layers])
     sums = ranks.all_sum(local)
     broken = ~torch.isfinite(sums[:, 0])
     if bool(broken.any()):
         seen = ranks.from_all((~torch.isfinite(local[:, 0])).long())
         where = "; ".join(
-            f"{weights[i].segment.name!r} (rank {', '.join(map(str, seen[:, i].nonzero().flatten().tolist()))})"
+            f"{layers[i].span.name!r} (rank {', '.join(map(str, seen[:, i].nonzero().flatten().tolist()))})"
             for i in broken.nonzero().flatten().tolist()
         )
         raise FloatingPointError(
@@ -152,7 +150,7 @@ def _layer_moments(weights: Sequence[ScoredWeight], ranks: Ranks, step: int) -> 
 def _decide_pooled(
     group: str,
     members: tuple[int, ...],
-    weights: Sequence[ScoredWeight],
+    layers: Sequence[Scored],
     moments: ScoreMoments,
     layer_n_eff: list[float],
     rule: KeepRule,
@@ -162,44 +160,84 @@ def _decide_pooled(
     starts, size = {}, 0
     for i in members:
         starts[i] = size
-        size += weights[i].segment.size
+        size += layers[i].span.size
     n_eff = effective_numbers(moments)
     keep = int(rule.counts(n_eff, size, moments.nonzero)[0])
     own = tuple(layer_n_eff[i] for i in members)
     if not int(moments.nonzero[0]):
         note = "every score is 0: no information, everything is kept"
-        return Decision(group, members, size, 0.0, size, 0.0, own, 0, note, lambda i: _all_kept(weights[i]))
-    parts = [ScoredPart(part.scores, part.positions + starts[i]) for i in members for part in [weights[i].counted]]
-    threshold = find_threshold(parts, keep, key_dtype([weights[i].scores.dtype for i in members]), ranks.all_sum)
-
-    def mask(i: int) -> Tensor:
-        part = weights[i].all
-        return threshold.mask(ScoredPart(part.scores, part.positions + starts[i])).view(weights[i].scores.shape)
-
+        return Decision(group, members, size, 0.0, size, 0.0, own, 0, note, False, lambda i: _all_kept(layers[i]))
+    scores = {i: layers[i].scores for i in members}
+    pool = _Pool(layers, scores, starts)
+    threshold = pool.threshold(keep, ranks)
+    lowest, note = threshold.value, ""
+    short = [i for i in members if rule.min_units and len(members) > 1 and _is_short(pool.mask(i, threshold), rule)]
+    if short:
+        best = {i: _best_units(layers[i], rule.min_units) for i in members}
+        keep = max(keep, sum(int(chosen.sum()) for chosen in best.values()))
+        pool = _Pool(layers, {i: scores[i].masked_fill(best[i], torch.inf) for i in members}, starts)
+        threshold = pool.threshold(keep, ranks)
+        lowest = min(float(scores[i].abs()[pool.mask(i, threshold)].min()) for i in members)
+        names = ", ".join(layers[i].span.name for i in short)
+        note = f"kept so that no layer falls below min_units={rule.min_units}: {names}"
     digest = zlib.crc32(f"{keep} {threshold.key} {threshold.last_tie}".encode())
-    return Decision(group, members, size, float(n_eff[0]), keep, threshold.value, own, digest, "", mask)
+    chosen = partial(pool.mask, threshold=threshold)
+    return Decision(group, members, size, float(n_eff[0]), keep, lowest, own, digest, note, not short, chosen)
 
 
-def _all_kept(weight: ScoredWeight) -> Tensor:
-    return torch.ones_like(weight.scores, dtype=torch.bool)
+class _Pool(NamedTuple):
+    """The scores of layers that compete with each other, by their index, and each layer's place in the group."""
+
+    layers: Sequence[Scored]
+    scores: dict[int, Tensor]
+    starts: dict[int, int]
+
+    def threshold(self, keep: int, ranks: Ranks) -> Threshold:
+        """Return what keeps exactly `keep` of the group. Collective."""
+        dtype = key_dtype([scores.dtype for scores in self.scores.values()])
+        return find_threshold([self._part(i, counted=True) for i in self.scores], keep, dtype, ranks.all_sum)
+
+    def mask(self, i: int, threshold: Threshold) -> Tensor:
+        """Return the mask of a layer, layout of its scores."""
+        return threshold.mask(self._part(i, counted=False)).view(self.scores[i].shape)
+
+    def _part(self, i: int, *, counted: bool) -> ScoredPart:
+        scored = Scored(self.layers[i].span, self.scores[i])
+        part = scored.counted if counted else scored.all
+        return ScoredPart(part.scores, part.positions + self.starts[i])
 
 
-def _decide_rows(member: int, weight: ScoredWeight, rule: KeepRule, layer_n_eff: float, ranks: Ranks) -> Decision:
+def _is_short(mask: Tensor, rule: KeepRule) -> bool:
+    return int(mask.sum()) < min(rule.min_units, mask.numel())
+
+
+def _best_units(layer: Scored, count: int) -> Tensor:
+    """Return the mask of the best few units of one layer, which every rank holds whole."""
+    keep = torch.tensor([min(count, layer.span.size)])
+    return top_rows(layer.scores.reshape(1, -1), keep).view(layer.scores.shape)
+
+
+def _all_kept(layer: Scored) -> Tensor:
+    return torch.ones_like(layer.scores, dtype=torch.bool)
+
+
+def _decide_rows(member: int, layer: Scored, rule: KeepRule, layer_n_eff: float, ranks: Ranks) -> Decision:
     """Decide on each output unit of one parameter by itself. Collective where the parameter is sharded."""
-    segment = weight.segment
-    decide_rows = _whole_rows if segment.replicated else _sharded_rows
-    rows = decide_rows(weight, rule, ranks)
+    span = layer.span
+    decide_rows = _whole_rows if span.replicated else _sharded_rows
+    rows = decide_rows(layer, rule, ranks)
     silent = int((rows.moments.nonzero == 0).sum())
     return Decision(
-        group=segment.name,
+        group=span.name,
         members=(member,),
-        n=segment.size,
+        n=span.size,
         n_eff=float(rows.n_eff.sum()),
         keep=int(rows.keep.sum()),
         threshold=rows.threshold,
         layer_n_eff=(layer_n_eff,),
         digest=zlib.crc32(rows.keep.numpy().tobytes()),
         note=f"{silent} rows whose scores are all 0 are kept whole" if silent else "",
+        is_top=False,
         mask=lambda _: rows.mask,
     )
 
@@ -214,10 +252,10 @@ class _Rows(NamedTuple):
     mask: Tensor
 
 
-def _whole_rows(weight: ScoredWeight, rule: KeepRule, ranks: Ranks) -> _Rows:  # noqa: ARG001
+def _whole_rows(layer: Scored, rule: KeepRule, ranks: Ranks) -> _Rows:  # noqa: ARG001
     """Every rank reads the whole parameter, and reads the same."""
-    dim = weight.segment.output_dim
-    moved = weight.scores.movedim(dim, 0)
+    dim = layer.span.output_dim
+    moved = layer.scores.movedim(dim, 0)
     rows = moved.reshape(moved.shape[0], -1)
     moments = ScoreMoments.unstack(score_moments(rows).stack().cpu())
     n_eff = effective_numbers(moments)
@@ -227,28 +265,28 @@ def _whole_rows(weight: ScoredWeight, rule: KeepRule, ranks: Ranks) -> _Rows:  #
     return _Rows(moments, n_eff, keep, threshold, mask.view(moved.shape).movedim(0, dim).contiguous())
 
 
-def _sharded_rows(weight: ScoredWeight, rule: KeepRule, ranks: Ranks) -> _Rows:
+def _sharded_rows(layer: Scored, rule: KeepRule, ranks: Ranks) -> _Rows:
     """Rows begin on one rank and end on another: their sums and counts are reduced. Collective."""
-    segment, scores = weight.segment, weight.scores.reshape(-1)
-    units = segment.shape[segment.output_dim]
-    row, column = _row_and_column(segment)
+    span, scores = layer.span, layer.scores.reshape(-1)
+    units = span.shape[span.output_dim]
+    row, column = _row_and_column(span, scores)
     wide = scores.detach().double().abs()
     sums = torch.zeros(units, 3, dtype=torch.float64, device=scores.device)
-    part = segment.counted
+    part = span.counted
     sums.index_add_(0, row[part], torch.stack([wide, wide.square(), (wide > 0).double()], dim=1)[part])
     moments = ScoreMoments.unstack(ranks.all_sum(sums.cpu()))
     n_eff = effective_numbers(moments)
-    keep = rule.counts(n_eff, segment.size // units, moments.nonzero)
+    keep = rule.counts(n_eff, span.size // units, moments.nonzero)
     mask, key = top_rows_sharded(scores, row, column, keep, ranks.all_sum)
     lowest = Threshold(int(key.min()), 0, key_dtype([scores.dtype])).value
     return _Rows(moments, n_eff, keep, lowest, mask)
 
 
-def _row_and_column(segment: Segment) -> tuple[Tensor, Tensor]:
-    """Return for each element of a segment its output unit and its place among the unit's weights."""
-    count, device = segment.weight.numel(), segment.weight.device
-    at = segment.positions
+def _row_and_column(span: Span, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Return for each component of a span its output unit and its place among the unit's components."""
+    count, device = scores.numel(), scores.device
+    at = span.positions
     flat = torch.arange(at, at + count, device=device) if isinstance(at, int) else at.to(device)
-    inner = math.prod(segment.shape[segment.output_dim + 1 :])
-    units = segment.shape[segment.output_dim]
+    inner = math.prod(span.shape[span.output_dim + 1 :])
+    units = span.shape[span.output_dim]
     return (flat // inner) % units, flat // (inner * units) * inner + flat % inner

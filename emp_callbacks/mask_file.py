@@ -20,9 +20,11 @@ import torch
 
 from emp_callbacks.backends.base import Backend
 from emp_callbacks.config import EMPConfig
+from emp_callbacks.layer import Layer
 from emp_callbacks.mask_mode import MaskedWeight, MaskMode
 from emp_callbacks.mask_part import read_parts, sha256, write_part
-from emp_callbacks.pruner_state import FoundMask, Position, check_fits, fit_masks, put_back
+from emp_callbacks.pruner_state import FoundMask, check_fits, fit_masks, masked_weights, put_back
+from emp_callbacks.schedule import Clock
 from emp_callbacks.trajectory import Trajectory
 
 INDEX = "emp_masks.json"
@@ -67,11 +69,11 @@ def load_masks(
     folder: str | os.PathLike[str],
     config: EMPConfig,
     mode: MaskMode,
-    weights: Sequence[MaskedWeight],
+    layers: Sequence[Layer],
     trajectory: Trajectory,
     backend: Backend,
-) -> Position:
-    """Put back what `save_masks` wrote and return its position. Collective.
+) -> Clock:
+    """Put back what `save_masks` wrote and return its clock. Collective.
 
     Raises:
         FileNotFoundError: The folder holds no finished save, or a file of it is missing.
@@ -80,26 +82,28 @@ def load_masks(
     """
     folder = Path(folder)
 
-    def read() -> tuple[int, dict[str, Any], Position, list[FoundMask]]:
-        digest, index, position = _read_index(folder, config, mode, weights)
+    weights = masked_weights(layers)
+
+    def read() -> tuple[int, dict[str, Any], Clock, list[FoundMask]]:
+        digest, index, clock = _read_index(folder, config, mode, layers)
         found: list[FoundMask] = [(None, None)] * len(weights)
         paths = _checked_files(folder, index, backend)
         try:
             if index["masked"]:
                 found = read_parts(paths, weights, dense=mode.name == "feedback")
-            return digest, index, position, fit_masks(mode, weights, found)
+            return digest, index, clock, fit_masks(mode, weights, found)
         except ValueError as error:
             raise ValueError(f"{folder / INDEX}: {error}") from error
 
-    digest, index, position, fitting = _on_all(backend, read)
+    digest, index, clock, fitting = _on_all(backend, read)
     _check_same(folder / INDEX, digest, backend)
     # Rank 0 first: it alone writes a file here, which can fail.
     _on_all(backend, lambda: trajectory.restore(index["trajectory"]) if backend.rank == 0 else None)
     if backend.rank:
         trajectory.restore(index["trajectory"])
-    put_back(mode, weights, fitting)
+    put_back(mode, layers, fitting, index["units"])
     backend.refresh_copies()
-    return position
+    return clock
 
 
 # ---- ranks --------------------------------------------------------------------------------------------------------
@@ -155,8 +159,8 @@ def _remove(path: Path) -> None:
 
 
 def _read_index(
-    folder: Path, config: EMPConfig, mode: MaskMode, weights: Sequence[MaskedWeight]
-) -> tuple[int, dict[str, Any], Position]:
+    folder: Path, config: EMPConfig, mode: MaskMode, layers: Sequence[Layer]
+) -> tuple[int, dict[str, Any], Clock]:
     path = folder / INDEX
     try:
         text = path.read_bytes()
@@ -167,12 +171,12 @@ def _read_index(
         ) from error
     try:
         index = json.loads(text)
-        position = check_fits(index, config, mode, weights)
+        clock = check_fits(index, config, mode, layers)
         if not isinstance(index.get("masked"), bool):
             raise ValueError("it does not say whether there are masks; go back to an older checkpoint")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return zlib.crc32(text), index, position
+    return zlib.crc32(text), index, clock
 
 
 def _checked_files(folder: Path, index: dict[str, Any], backend: Backend) -> list[Path]:

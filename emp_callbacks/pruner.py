@@ -14,16 +14,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from emp_callbacks.accounting import check_ranks_agree, count_masks, prune_event
+from emp_callbacks.accounting import check_ranks_agree, count_masks, dynamic_event, prune_event
+from emp_callbacks.assembly import DynamicSite, find_dynamic_sites, find_layers
 from emp_callbacks.audit import Audit, audit_masks
 from emp_callbacks.backends import detect_backend
 from emp_callbacks.config import EMPConfig, check_names
-from emp_callbacks.criteria import CRITERIA
-from emp_callbacks.decision import KeepRule, ScoredWeight, decide
+from emp_callbacks.criteria import make_criterion
+from emp_callbacks.decision import KeepRule, Scored, decide
+from emp_callbacks.evidence import pack_evidence, share_evidence, unpack_evidence
+from emp_callbacks.layer import Layer
 from emp_callbacks.mask_file import load_masks, save_masks
 from emp_callbacks.mask_mode import MASK_MODES, MaskedWeight, MaskMode, Observe
-from emp_callbacks.pruner_state import describe, install_state, pack_state
-from emp_callbacks.targets import prunable_weights
+from emp_callbacks.pruner_state import describe, install_state, masked_weights, pack_state
+from emp_callbacks.schedule import Clock
+from emp_callbacks.targets.forward_site import ForwardSite
 from emp_callbacks.trajectory import LayerStats, PruneEvent, Trajectory
 
 
@@ -45,8 +49,7 @@ class EMPPruner:
     Attributes:
         config: The settings.
         trajectory: One PruneEvent per refresh and group.
-        steps: Applied optimizer steps so far.
-        epochs: Finished epochs so far.
+        clock: Steps and epochs so far, and where the schedule stands.
 
     Raises:
         ValueError: A setting is invalid or selects no weights.
@@ -77,18 +80,20 @@ class EMPPruner:
         self.config = replace(config or EMPConfig(), **settings)
         self._schedule = self.config.schedule
         self._backend = detect_backend(model, optimizer)
-        self._criterion = CRITERIA[self.config.criterion]()
-        targets = prunable_weights(
-            self._backend.module, self.config.include, self.config.exclude, self._backend.full_shape
-        )
-        self._weights = [MaskedWeight(segment) for segment in self._backend.segments(targets)]
-        self._parameters = [target.parameter for target in targets]
-        self._by_owner = _by_owner(self._weights)
+        self._criterion = make_criterion(self.config.criterion, self.config.target)
         self._mode: MaskMode = Observe() if self.config.observe_only else MASK_MODES[self.config.mode]()
+        self._layers: list[Layer] = []
+        self._dynamic: list[DynamicSite] = []
+        self._rule = self._rule_at(0)
+        if self.config.is_dynamic:
+            self._dynamic = find_dynamic_sites(self.config, self._criterion, self._backend, self._count)
+        else:
+            self._layers = find_layers(self.config, self._criterion, self._backend)
+        self._weights = masked_weights(self._layers)
+        self._by_owner = _by_owner(self._weights)
         self.trajectory = Trajectory(trajectory_path if self._backend.rank == 0 else None)
-        self.steps = self.epochs = 0
-        self._last_position = 0
-        self._steps_at_refresh = 0
+        self.clock = Clock()
+        self._batches: list[int] = []  # the optimizer steps whose gradients are evidence
         self._gradient_hooks: list[RemovableHandle] = []
         self._attach()
 
@@ -108,26 +113,40 @@ class EMPPruner:
             FloatingPointError: A score is NaN or Inf; no mask was changed.
         """
         applied = self._backend.take_applied()
-        self.steps += applied
-        self.epochs += end_of_epoch
-        if not applied or not self._schedule.is_due(self._last_position, self._now):
-            return []
-        return self._refresh(self.epochs - end_of_epoch)
+        self.clock.steps += applied
+        if end_of_epoch:
+            self.clock.end_epoch()
+        due = applied and self._schedule.is_due(self.clock.last_position, self._now)
+        events = self._refresh(self.epochs - end_of_epoch) if due else []
+        self._observe_if_near()
+        return events
 
     def refresh(self) -> list[PruneEvent]:
         """Recompute the masks now and return the rows. Collective.
 
         Raises:
             FloatingPointError: A score is NaN or Inf; no mask was changed.
+            RuntimeError: The criterion needs evidence (gradients, inputs, activations) and none was gathered.
         """
-        return self._refresh(self.epochs)
+        events = self._refresh(self.epochs)
+        self._observe_if_near()
+        return events
 
     def end_epoch(self) -> list[PruneEvent]:
         """Count a finished epoch where the loop learns of it only after its last `step()`; refresh if one is due."""
-        self.epochs += 1
-        if self._schedule.unit != "epoch" or not self._schedule.is_due(self._last_position, self._now):
-            return []
-        return self._refresh(self.epochs - 1)
+        self.clock.end_epoch()
+        due = self._schedule.unit == "epoch" and self._schedule.is_due(self.clock.last_position, self._now)
+        events = self._refresh(self.epochs - 1) if due else []
+        self._observe_if_near()
+        return events
+
+    def collect(self) -> None:
+        """Take the gradients that are there now as the evidence of one batch, where no optimizer step follows.
+
+        For a finished model: `loss.backward(); pruner.collect(); model.zero_grad()` for some batches, then `refresh()`.
+        Inputs and activations are gathered in forward by themselves.
+        """
+        self._gather({id(weight.segment.owner) for weight in self._weights}, -1 - len(self._batches), None)
 
     def mask_gradients(self) -> None:
         """Take the pruned entries out of the gradients now, in `freeze`: before a clip that reads their norm.
@@ -138,12 +157,14 @@ class EMPPruner:
             self._mode.mask_gradient(weight)
 
     def finalize(self) -> None:
-        """Take every hook off; the model stays masked, and what was recorded stays here. Twice is once.
+        """Take every hook off; what was recorded stays here. Twice is once.
 
-        In `project`, weights that grew back since the last refresh are projected by a closing refresh. Collective.
+        Masked weights stay masked. Features and attention edges are masked by hooks, so from now on only inside
+        `masked_forward()`. In `project`, weights that grew back since the last refresh are projected by a closing
+        refresh. Collective.
         """
         if self.needs_closing_refresh:
-            self.refresh()
+            self.close()
         if self._attached and self._schedule.unit is not None and not self.trajectory and self.steps:
             warnings.warn(
                 f"the schedule {self._schedule} asked for no refresh in {self.steps} steps and {self.epochs} "
@@ -151,6 +172,31 @@ class EMPPruner:
                 stacklevel=2,
             )
         self.detach()
+
+    @torch.no_grad()
+    def close(self) -> list[PruneEvent]:
+        """Project what grew back since the last refresh; return the rows of a refresh, if it took one. Collective.
+
+        A criterion that needs evidence has none outside its window: the last mask is put in place again.
+        """
+        if self._criterion.needs is None:
+            return self.refresh()
+        for weight in self._weights:
+            self._mode.install(weight, weight.mask_or_ones, self._backend.optimizer_states(weight.segment))
+        self._backend.refresh_copies()
+        self.clock.steps_at_refresh = self.steps
+        return []
+
+    @contextmanager
+    def masked_forward(self) -> Iterator[None]:
+        """Inside the block, features and attention edges are masked also after `finalize()`."""
+        attached = self._attached
+        self.attach_sites()
+        try:
+            yield
+        finally:
+            if not attached:
+                self._detach_sites()
 
     @property
     def sharded(self) -> bool:
@@ -160,30 +206,48 @@ class EMPPruner:
     @property
     def needs_closing_refresh(self) -> bool:
         """Whether weights have moved away from the mask since the last refresh (only in `project`)."""
-        return self._mode.name == "project" and bool(self.trajectory) and self.steps > self._steps_at_refresh
+        grown = self.steps > self.clock.steps_at_refresh
+        return self._mode.name == "project" and bool(self.trajectory) and grown
+
+    @property
+    def steps(self) -> int:
+        """Applied optimizer steps so far."""
+        return self.clock.steps
+
+    @property
+    def epochs(self) -> int:
+        """Finished epochs so far."""
+        return self.clock.epochs
 
     # ---- what a user reads ----------------------------------------------------------------------------------------
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """Parameter name -> bool mask of its shape, True = kept; all kept before the first refresh.
+        """Layer name -> bool mask of its components, True = kept; all kept before the first refresh.
 
-        Where the parameter is sharded: of this rank's part, flat.
-
-        With `observe_only` these are the masks that EMP would apply.
+        Weights: parameter name -> its shape, or this rank's part, flat, where it is sharded. Heads, neurons, nodes and
+        features: module name -> shape (units,). Empty where every sample has its own mask. With `observe_only` these
+        are the masks that EMP would apply.
         """
-        return {w.name: w.mask_or_ones.clone() for w in self._weights}
+        return {layer.name: layer.mask_or_ones.clone() for layer in self._layers}
+
+    @property
+    def weight_masks(self) -> dict[str, Tensor]:
+        """Parameter name -> bool mask of what is zeroed in it (False), like `masks` for weights; {} for features."""
+        return {weight.name: weight.mask_or_ones.clone() for weight in self._weights}
 
     @property
     def density(self) -> float:
-        """Kept share of all scored weights, in [0, 1]. Collective."""
-        kept = sum(int(w.mask_or_ones.reshape(-1)[w.segment.counted].sum()) for w in self._weights)
+        """Kept share of all scored components, in [0, 1]. Collective. Where each sample has its own: the last mean."""
+        if self._dynamic:
+            return self.trajectory[-1].density if self.trajectory else 1.0
+        kept = sum(int(layer.mask_or_ones.reshape(-1)[layer.span.counted].sum()) for layer in self._layers)
         total = int(self._backend.all_sum(torch.tensor([kept]))[0])
-        return total / sum(w.segment.size for w in self._weights)
+        return total / sum(layer.span.size for layer in self._layers)
 
     @property
     def layers(self) -> list[LayerStats]:
-        """Every scored parameter as the last refresh left it; empty before the first."""
+        """Every layer as the last refresh left it; empty before the first."""
         return [layer for event in self.last_events for layer in event.layers]
 
     @property
@@ -191,7 +255,7 @@ class EMPPruner:
         """The rows of the last refresh, one per group."""
         if not self.trajectory:
             return []
-        groups = 1 if self.config.scope == "global" else len(self._weights)
+        groups = 1 if self.config.scope == "global" or self._dynamic else len(self._layers)
         return self.trajectory[-groups:]
 
     def audit(self) -> Audit:
@@ -227,10 +291,13 @@ class EMPPruner:
         """Return masks (packed bits), the dense values behind them, schedule position and trajectory.
 
         Tensors, numbers, strings, lists and dicts only: it loads with `torch.load(..., weights_only=True)`.
-        The weights themselves are in the model's own state_dict, masked.
+        The weights themselves are in the model's own state_dict, masked. Between two refreshes it also holds the
+        evidence gathered by this rank: where one rank saves for all, call `share_evidence()` on all ranks first.
         """
         self._settle_if_attached()
-        return pack_state(self.config, self._mode, self._weights, self.trajectory, self._position())
+        state = pack_state(self.config, self._mode, self._layers, self.trajectory, self.clock)
+        evidence = {"batches": list(self._batches), "tensors": pack_evidence(self._layers, self._sites)}
+        return {**state, "evidence": evidence}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`'s state, bit for bit, together with the model's and optimizer's own states.
@@ -238,9 +305,15 @@ class EMPPruner:
         Raises:
             ValueError: The state is of another mode, scope or model; nothing was changed.
         """
-        position = install_state(state, self.config, self._mode, self._weights, self.trajectory)
+        self.clock = install_state(state, self.config, self._mode, self._layers, self.trajectory)
         self._backend.refresh_copies()
-        self.steps, self.epochs, self._last_position, self._steps_at_refresh = position
+        self._batches = list(state["evidence"]["batches"])
+        unpack_evidence(state["evidence"]["tensors"], self._layers, self._sites, self._backend.rank)
+        self._take_up()
+
+    def share_evidence(self) -> None:
+        """Move the evidence that each rank has gathered to rank 0, whose state then stands for all. Collective."""
+        share_evidence(self._layers, self._sites, self._batches, self._backend)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write what `state_dict()` returns into a folder from which any number of ranks can continue. Collective.
@@ -255,7 +328,7 @@ class EMPPruner:
             OSError: A rank could not write; the folder's old checkpoint is still whole.
         """
         self._settle_if_attached()
-        state = describe(self.config, self._mode, self._weights, self.trajectory, self._position())
+        state = describe(self.config, self._mode, self._layers, self.trajectory, self.clock)
         save_masks(folder, state, self._weights, self._backend)
 
     def load(self, folder: str | os.PathLike[str]) -> None:
@@ -267,13 +340,27 @@ class EMPPruner:
             FileNotFoundError: The folder holds no finished save, or one of its files is missing.
             ValueError: A file is damaged, or of another mode, scope or model. All ranks raise; nothing was changed.
         """
-        position = load_masks(folder, self.config, self._mode, self._weights, self.trajectory, self._backend)
-        self.steps, self.epochs, self._last_position, self._steps_at_refresh = position
+        self.clock = load_masks(folder, self.config, self._mode, self._layers, self.trajectory, self._backend)
+        self._take_up()
 
-    def start_at(self, steps: int, epochs: int) -> None:
-        """Take over the position of a training run that was begun without EMP."""
-        self.steps, self.epochs = steps, epochs
-        self._last_position = self._now
+    def start_at(self, steps: int, epochs: int, epoch_length: int | None = None) -> None:
+        """Take over the position of a training run that was begun without EMP.
+
+        Args:
+            steps: Optimizer steps so far.
+            epochs: Finished epochs so far.
+            epoch_length: Optimizer steps of an epoch, if known.
+        """
+        self.clock = Clock(steps=steps, epochs=epochs, steps_at_epoch=steps, epoch_length=epoch_length)
+        self.clock.last_position = self._now
+        self._observe_if_near()
+
+    def _take_up(self) -> None:
+        """Go on from a clock and a trajectory that a checkpoint brought back."""
+        for site in self._dynamic:
+            site.active = bool(self.trajectory) and not self.config.observe_only
+        self._rule = self._rule_at(self.clock.last_position)
+        self._observe_if_near()
 
     def _settle(self) -> None:
         """Bring every weight to what forward sees, also after an optimizer step that raised half-way."""
@@ -290,28 +377,66 @@ class EMPPruner:
         """The position in the schedule's own unit."""
         return self.epochs if self._schedule.unit == "epoch" else self.steps
 
-    def _position(self) -> tuple[int, int, int, int]:
-        return self.steps, self.epochs, self._last_position, self._steps_at_refresh
-
     # ---- hooks ----------------------------------------------------------------------------------------------------
 
     def detach(self) -> None:
-        """Take every hook off the optimizer and the parameters; the state stays."""
+        """Take every hook off the optimizer, the parameters and the modules; the state stays."""
         self._settle()
         self._backend.detach()
         while self._gradient_hooks:
             self._gradient_hooks.pop().remove()
+        self._detach_sites()
         self._attached = False
 
     def _attach(self) -> None:
         self._attached = True
         self._backend.attach(self)
+        parameters = {id(parameter) for parameter in self._backend.module.parameters()}
         if self._mode.masks_gradient:
-            for weight, parameter in zip(self._weights, self._parameters, strict=True):
-                if weight.segment.owner is parameter and parameter.requires_grad:
+            for weight in self._weights:
+                owner = weight.segment.owner
+                if id(owner) in parameters and owner.requires_grad:
                     # As the gradient arrives: before clipping reads its norm and before DDP sums it.
-                    hook = parameter.register_post_accumulate_grad_hook(self._mask_gradient)
-                    self._gradient_hooks.append(hook)
+                    self._gradient_hooks.append(owner.register_post_accumulate_grad_hook(self._mask_gradient))
+        self.attach_sites()
+        self._observe_if_near()
+
+    def attach_sites(self) -> None:
+        """Put the hooks on modules in place, again where another tool cleared them; they change no gradient."""
+        for site in self._sites:
+            site.attach()
+
+    def _detach_sites(self) -> None:
+        for site in self._sites:
+            site.observing = False
+            site.detach()
+
+    @property
+    def _sites(self) -> list[ForwardSite]:
+        return [*(site for layer in self._layers for site in layer.sites), *self._dynamic]
+
+    def _observe_if_near(self) -> None:
+        """Gather evidence from now on if a refresh is near, else gather none."""
+        near = self._attached and self.clock.is_near_refresh(self._schedule, self.config.evidence_steps)
+        for site in self._sites:
+            site.observing = near
+            site.in_eval = self._schedule.unit is None
+        self._gathers_gradients = near and self._criterion.needs == "gradients"
+
+    def _gather(self, owners: set[int], batch: int, scale: Tensor | None) -> None:
+        def per_weight(weight: Tensor, gradient: Tensor) -> Tensor:
+            return self._criterion.of_batch(weight, gradient if scale is None else gradient / scale)
+
+        with torch.no_grad():
+            for layer in self._layers:
+                layer.gather(owners, batch, per_weight)
+        if not self._batches or self._batches[-1] != batch:
+            self._batches.append(batch)
+
+    def gradients_ready(self, owners: Sequence[Tensor], scale: Tensor | None) -> None:
+        """Called by the backend once per step that will be applied, when the owners hold their final gradients."""
+        if self._gathers_gradients:
+            self._gather({id(owner) for owner in owners}, self.steps, scale)
 
     def before_update(self, owners: Sequence[Tensor]) -> None:
         """Called by the backend when gradients are ready and the update comes next."""
@@ -334,35 +459,71 @@ class EMPPruner:
     @torch.no_grad()
     def _refresh(self, epoch: int) -> list[PruneEvent]:
         started = time.perf_counter()
-        beta = self.config.beta_at(self._now)
-        rule = KeepRule(beta=beta, density=self.config.density, min_density=self.config.min_density)
-        with self._dense_owners():
-            scored = [ScoredWeight(w.segment, self._criterion.score(w.segment)) for w in self._weights]
-            decisions = decide(scored, self.config.scope, rule, self._backend, self.steps)
-            masks = [
-                self._mode.merge(self._weights[i].mask, decision.mask(i))
-                for decision in decisions
-                for i in decision.members
-            ]
-            check_ranks_agree(decisions, masks, self._weights, self._backend, self.steps)
-            counts = count_masks(self._weights, scored, masks, self._backend)
-            for weight, mask in zip(self._weights, masks, strict=True):
-                self._mode.install(weight, mask, self._backend.optimizer_states(weight.segment))
-        self._backend.refresh_copies()
-        seconds = time.perf_counter() - started
+        self._rule = self._rule_at(self._now)
         common = {
             "step": self.steps,
             "epoch": epoch,
             "mode": self._mode.name,
-            "criterion": self.config.criterion,
-            "scope": self.config.scope,
-            "beta": beta if self.config.density is None else None,
-            "seconds": seconds,
+            "criterion": self.config.criterion_name,
+            "scope": "sample" if self._dynamic else self.config.scope,
+            "beta": self._rule.beta if self.config.density is None else None,
         }
-        events = [prune_event(decision, scored, counts, common) for decision in decisions]
+        events = self._refresh_dynamic(common) if self._dynamic else self._refresh_masks(common)
+        seconds = time.perf_counter() - started
+        events = [replace(event, seconds=seconds) for event in events]
         self.trajectory.extend(events)
-        self._last_position, self._steps_at_refresh = self._now, self.steps
+        self.clock.last_position, self.clock.steps_at_refresh = self._now, self.steps
+        self._batches.clear()
+        for site in self._sites:
+            site.reset()
+        for layer in self._layers:
+            layer.release()
         return events
+
+    def _refresh_masks(self, common: dict[str, Any]) -> list[PruneEvent]:
+        self._criterion.batches = tuple(self._batches)
+        with self._dense_owners():
+            scored = [Scored(layer.span, self._visible_scores(layer)) for layer in self._layers]
+            decisions = decide(scored, self.config.scope, self._rule, self._backend, self.steps)
+            masks = [
+                self._mode.merge(self._layers[i].mask, decision.mask(i))
+                for decision in decisions
+                for i in decision.members
+            ]
+            check_ranks_agree(decisions, masks, self._layers, self._backend, self.steps)
+            counts = count_masks(self._layers, scored, masks, self._backend)
+            for layer, mask in zip(self._layers, masks, strict=True):
+                for weight, part in zip(layer.weights, layer.put_mask(mask), strict=True):
+                    self._mode.install(weight, part, self._backend.optimizer_states(weight.segment))
+        self._backend.refresh_copies()
+        return [prune_event(decision, scored, counts, common) for decision in decisions]
+
+    def _visible_scores(self, layer: Layer) -> Tensor:
+        """Return a layer's scores; what `freeze` has pruned scores 0, also where a criterion does not see that."""
+        scores = self._criterion.score(layer)
+        hidden = self._mode.name == "freeze" and layer.mask is not None and not self._criterion.zero_scores_zero
+        return scores.masked_fill(~layer.mask_or_ones, 0) if hidden else scores
+
+    def _refresh_dynamic(self, common: dict[str, Any]) -> list[PruneEvent]:
+        sums = [
+            {key: float(self._backend.all_sum(value)) for key, value in sorted(site.statistics().items())}
+            for site in self._dynamic
+        ]
+        event = dynamic_event(self._dynamic, sums, common)
+        for site in self._dynamic:
+            site.active = not self.config.observe_only
+        return [event]
+
+    def _rule_at(self, position: int) -> KeepRule:
+        config = self.config
+        rule = KeepRule(beta=config.beta_at(position), density=config.density, min_density=config.min_density)
+        # Of weights there are so many that neither guard matters.
+        few = config.target != "weights"
+        return replace(rule, min_units=config.min_units, tolerance=config.tolerance) if few else rule
+
+    def _count(self, n_eff: Tensor, size: int, nonzero: Tensor) -> Tensor:
+        # Looked up at every call: a dynamic site must see the beta of the last refresh.
+        return self._rule.counts(n_eff, size, nonzero)
 
 
 def _by_owner(weights: Sequence[MaskedWeight]) -> dict[int, list[MaskedWeight]]:

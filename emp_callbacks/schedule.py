@@ -29,11 +29,11 @@ class Schedule:
 
     def __post_init__(self) -> None:
         name = f"every_n_{self.unit}s" if self.unit else "every"
-        _check_count(name, self.every)
+        check_count(name, self.every)
         if self.start is not None:
-            _check_count("start", self.start)
+            check_count("start", self.start)
         if self.stop is not None:
-            _check_count("stop", self.stop)
+            check_count("stop", self.stop)
             if self.stop < self.first:
                 raise ValueError(
                     f"stop={self.stop} lies before the first refresh at {self.unit} {self.first}: nothing would be "
@@ -49,9 +49,58 @@ class Schedule:
         """Return whether a refresh lies in (last, now]: one that was missed at its own position is late, not lost."""
         return self.unit is not None and self._refreshes_up_to(now) > self._refreshes_up_to(last)
 
+    def next_after(self, last: int) -> int | None:
+        """Return the position of the first refresh beyond `last`; None if there is none."""
+        position = self.first + self._refreshes_up_to(last) * self.every
+        return None if self.unit is None or (self.stop is not None and position > self.stop) else position
+
     def _refreshes_up_to(self, position: int) -> int:
         end = position if self.stop is None else min(position, self.stop)
         return max((end - self.first) // self.every + 1, 0)
+
+
+@dataclass
+class Clock:
+    """Where a training run stands.
+
+    Attributes:
+        steps: Applied optimizer steps.
+        epochs: Finished epochs.
+        last_position: Position of the schedule, in its own unit, up to which refreshes are done.
+        steps_at_refresh: Steps at the last refresh.
+        steps_at_epoch: Steps when the current epoch began.
+        epoch_length: Optimizer steps of an epoch; None while unknown.
+    """
+
+    steps: int = 0
+    epochs: int = 0
+    last_position: int = 0
+    steps_at_refresh: int = 0
+    steps_at_epoch: int = 0
+    epoch_length: int | None = None
+
+    def end_epoch(self) -> None:
+        """Count a finished epoch."""
+        self.epochs += 1
+        self.epoch_length = self.steps - self.steps_at_epoch or None
+        self.steps_at_epoch = self.steps
+
+    def is_near_refresh(self, schedule: Schedule, window: int) -> bool:
+        """Return whether the next step is one of the last `window` before a refresh.
+
+        Without a schedule every step may be the last before one. While the length of an epoch is unknown, all of the
+        epoch before a refresh counts.
+        """
+        if schedule.unit is None:
+            return True
+        due = schedule.next_after(self.last_position)
+        if due is None:
+            return False
+        if schedule.unit == "step":
+            return self.steps >= due - window
+        if self.epochs + 1 < due:
+            return False
+        return self.epoch_length is None or self.steps - self.steps_at_epoch >= self.epoch_length - window
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +122,7 @@ class BetaSchedule:
     def __post_init__(self) -> None:
         check_beta(self.first)
         check_beta(self.last)
-        _check_count("until", self.until)
+        check_count("until", self.until)
         if self.shape not in ("linear", "cosine", "cubic"):
             raise ValueError(f"shape must be 'linear', 'cosine' or 'cubic', got {self.shape!r}")
 
@@ -84,6 +133,7 @@ class BetaSchedule:
         return self.first + (self.last - self.first) * moved
 
 
-def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+def check_count(name: str, value: int, least: int = 1) -> None:
+    """Raise ValueError unless `value` is an integer >= `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")

@@ -1,4 +1,4 @@
-"""Where a parameter lives on this rank: the one idea of sharding that the rest of the package knows."""
+"""Where components lie on this rank: the one idea of sharding that the rest of the package knows."""
 
 from __future__ import annotations
 
@@ -11,32 +11,56 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Segment:
-    """This rank's part of one parameter.
+class Span:
+    """This rank's part of the components of one layer.
 
     Attributes:
-        name: Name of the parameter in the user's model.
-        shape: Shape of the full parameter.
-        output_dim: Dimension of the full parameter that counts output units: the rows of `scope="row"`.
-        owner: The tensor that the innermost optimizer updates: the parameter, its local shard, or a flat fp32 master
-            that holds parts of many parameters.
-        view: Takes a tensor laid out like `owner` (its values, its gradient, an optimizer state) and returns this
-            segment's part of it, in the same memory. The full parameter keeps its shape, a shard is flat.
-        positions: Flat index in the full parameter of the segment's first element, the others following; or the
-            index of each, shape (n,), int64, where they do not follow each other.
-        replicated: Whether every rank holds the full parameter.
-        counted: The part of the segment, in flat order, that this rank counts in sums. Over all ranks the counted
-            parts cover the parameter once.
+        name: Name of the layer in the user's model: a parameter, or the module whose units are the components.
+        shape: Shape of all components.
+        output_dim: Dimension of `shape` that counts output units: the rows of `scope="row"`.
+        positions: Flat index in the whole of the first component here, the others following; or the index of each,
+            shape (n,), int64, where they do not follow each other.
+        replicated: Whether every rank holds all components.
+        counted: The part, in flat order, that this rank counts in sums. Over all ranks the counted parts cover the
+            components once.
     """
 
     name: str
     shape: torch.Size
     output_dim: int
-    owner: Tensor
-    view: Callable[[Tensor], Tensor]
     positions: int | Tensor
     replicated: bool
     counted: slice
+
+    @property
+    def size(self) -> int:
+        """Components of the whole layer."""
+        return math.prod(self.shape)
+
+    @property
+    def length(self) -> int:
+        """Components that this rank holds."""
+        return self.size
+
+    def positions_of(self, part: slice) -> int | Tensor:
+        """Return `positions` of a flat part of the components that this rank holds."""
+        start, _, _ = part.indices(self.length)
+        return self.positions + start if isinstance(self.positions, int) else self.positions[part]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Segment(Span):
+    """This rank's part of one parameter.
+
+    Attributes:
+        owner: The tensor that the innermost optimizer updates: the parameter, its local shard, or a flat fp32 master
+            that holds parts of many parameters.
+        view: Takes a tensor laid out like `owner` (its values, its gradient, an optimizer state) and returns this
+            segment's part of it, in the same memory. The full parameter keeps its shape, a shard is flat.
+    """
+
+    owner: Tensor
+    view: Callable[[Tensor], Tensor]
 
     @property
     def weight(self) -> Tensor:
@@ -49,11 +73,12 @@ class Segment:
         return None if self.owner.grad is None else self.view(self.owner.grad)
 
     @property
-    def size(self) -> int:
-        """Components of the full parameter."""
-        return math.prod(self.shape)
+    def length(self) -> int:
+        return self.weight.numel()
 
-    def positions_of(self, part: slice) -> int | Tensor:
-        """Return `positions` of a flat part of the segment."""
-        start, _, _ = part.indices(self.weight.numel())
-        return self.positions + start if isinstance(self.positions, int) else self.positions[part]
+    def indices_along(self, dim: int) -> Tensor:
+        """Return the index along one dimension of the full parameter of each element here, flat, int64."""
+        inner, count = math.prod(self.shape[dim + 1 :]), self.length
+        at = self.positions
+        flat = torch.arange(at, at + count) if isinstance(at, int) else at
+        return (flat.to(self.weight.device) // inner) % self.shape[dim]

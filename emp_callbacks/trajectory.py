@@ -14,15 +14,17 @@ from rich.table import Table
 
 @dataclass(frozen=True, kw_only=True)
 class LayerStats:
-    """One parameter at one refresh.
+    """One layer at one refresh. Where every sample (or query row) has its own mask: means over them.
 
     Attributes:
-        name: Parameter name.
+        name: Name of the parameter, or of the module whose heads, neurons, nodes, features or edges are scored.
         n: Components.
-        n_eff: The parameter's own N_eff, in components.
+        n_eff: The layer's own N_eff, in components.
         keep: Components kept.
         density: keep / n.
-        preserved_mass: Share of the parameter's score mass that is kept, in [0, 1].
+        preserved_mass: Share of the layer's score mass that is kept, in [0, 1].
+        first_token: Of attention edges: the softmax weight of the first key before pruning, averaged over the queries
+            that can read another one (an attention sink takes much of it); else None.
     """
 
     name: str
@@ -31,6 +33,7 @@ class LayerStats:
     keep: int
     density: float
     preserved_mass: float
+    first_token: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +43,11 @@ class PruneEvent:
     Attributes:
         step: Optimizer steps finished.
         epoch: Epoch that the step belongs to, from 0.
-        group: "global" or the parameter name.
+        group: "global" or the layer's name.
         mode: "feedback", "project", "freeze", or "observe" (measured, not pruned).
         criterion: How components were scored.
-        scope: "global", "tensor" or "row".
+        scope: "global", "tensor" or "row"; "sample" where every sample or query row has its own mask: the numbers are
+            then means since the last refresh, and `threshold` is 0.
         beta: Factor on N_eff at this refresh; None where a fixed density decided.
         n: Components of the group.
         n_eff: Effective number, in components; with scope "row" the sum over rows.
@@ -57,7 +61,7 @@ class PruneEvent:
         regrown: Components that were pruned and are kept again.
         seconds: Wall time of the refresh (shared by the groups of one refresh).
         note: What was out of the ordinary; empty if nothing.
-        layers: Every parameter of the group.
+        layers: Every layer of the group.
     """
 
     step: int
@@ -194,9 +198,10 @@ def layer_table(events: Sequence[PruneEvent]) -> Table:
     table.add_column("kept", justify="right", footer=f"{keep:,}")
     table.add_column("density", justify="right", footer=f"{keep / n:.3f}")
     table.add_column("mass kept", justify="right")
+    if any(layer.first_token is not None for event in events for layer in event.layers):
+        table.add_column("first token", justify="right")
     for layer in (layer for event in events for layer in event.layers):
-        mass = f"{layer.preserved_mass:.3f}"
-        table.add_row(
-            layer.name, f"{layer.n:,}", f"{layer.n_eff / layer.n:.3f}", f"{layer.keep:,}", f"{layer.density:.3f}", mass
-        )
+        sizes = (f"{layer.n:,}", f"{layer.n_eff / layer.n:.3f}", f"{layer.keep:,}", f"{layer.density:.3f}")
+        sink = () if layer.first_token is None else (f"{layer.first_token:.3f}",)
+        table.add_row(layer.name, *sizes, f"{layer.preserved_mass:.3f}", *sink)
     return table

@@ -13,7 +13,7 @@ from emp_callbacks.config import EMPConfig
 from emp_callbacks.mask_mode import MASK_MODES
 from emp_callbacks.trajectory import Trajectory
 from tests.test_resume import SETTINGS, STEPS, Run, assert_equal
-from tests.thread_ranks import flat, full_tensors, load_to, on_ranks, save_from, weights_of, whole
+from tests.thread_ranks import flat, full_tensors, layers_of, load_to, on_ranks, save_from, weights_of, whole
 
 
 def parts_of(folder):
@@ -84,7 +84,8 @@ def test_a_new_save_replaces_the_old_one_and_leaves_other_files_alone(tmp_path):
     run.train(4, 7).pruner.save(tmp_path)
     assert len(parts_of(tmp_path)) == 2
     assert set(parts_of(tmp_path)) & set(old) == {"model.safetensors"}
-    assert index_of(tmp_path)["position"] == [7, 3, 6, 6]
+    clock = index_of(tmp_path)["clock"]
+    assert (clock["steps"], clock["epochs"], clock["last_position"], clock["steps_at_refresh"]) == (7, 3, 6, 6)
 
 
 # ---- damage -------------------------------------------------------------------------------------------------------
@@ -157,7 +158,7 @@ DAMAGES = {
     "scope": edit(scope="row", message="scope='row', this run has scope='global'"),
     "shape": edit(shapes={"a": [7, 13]}, message="masks belong to other parameters: b"),
     "no-shapes": edit(shapes=None, message="no parameter shapes"),
-    "position": edit(position=[1], message="position or trajectory cannot be read"),
+    "clock": edit(clock=[1], message="position or trajectory cannot be read"),
     "rows": edit(trajectory=[{"step": 1}], message="position or trajectory cannot be read"),
     "files": edit(files=[{"name": "x"}], message="no valid list of files"),
     "few-files": edit(world_size=9, message="3 files of 9 ranks"),
@@ -190,9 +191,9 @@ def test_ranks_that_see_different_folders_are_refused(tmp_path):
         save_from(whole, 1, tmp_path / str(i), full_tensors(i))
 
     def work(backend):
-        weights = weights_of(whole, backend)
+        layers = layers_of(whole, backend)
         folder = tmp_path / str(backend.rank)
-        mask_file.load_masks(folder, EMPConfig(), MASK_MODES["feedback"](), weights, Trajectory(), backend)
+        mask_file.load_masks(folder, EMPConfig(), MASK_MODES["feedback"](), layers, Trajectory(), backend)
 
     for error in on_ranks(2, work):
         with pytest.raises(ValueError, match=r"ranks \[1\] see another file than rank 0"):

@@ -8,11 +8,14 @@ from torch import nn
 from emp_callbacks import EMPPruner, mask_file
 from emp_callbacks.backends import Backend
 from emp_callbacks.config import EMPConfig
-from emp_callbacks.mask_mode import MASK_MODES, MaskedWeight
-from emp_callbacks.pruner_state import describe
+from emp_callbacks.layer import WeightLayer
+from emp_callbacks.mask_mode import MASK_MODES
+from emp_callbacks.pruner_state import describe, masked_weights
+from emp_callbacks.schedule import Clock
 from emp_callbacks.segment import Segment
 from emp_callbacks.trajectory import Trajectory
 
+CLOCK = Clock(steps=5, epochs=2, last_position=4, steps_at_refresh=4, steps_at_epoch=4, epoch_length=2)
 SHAPES = {"a": (7, 13), "b.bits": (1, 1), "b": (5, 9)}
 
 
@@ -98,7 +101,11 @@ def full_tensors(seed=0):
 
 def weights_of(layout, backend, full=None):
     """Return this rank's weights in `feedback`, masked and hidden as in `full`; without it dense ones of 1."""
-    weights = []
+    return masked_weights(layers_of(layout, backend, full))
+
+
+def layers_of(layout, backend, full=None):
+    layers = []
     for name, shape in SHAPES.items():
         positions, size, counted = layout(backend.rank, backend.world_size, shape)
         index = torch.arange(positions, positions + size) if isinstance(positions, int) else positions
@@ -113,12 +120,12 @@ def weights_of(layout, backend, full=None):
             replicated=layout is whole,
             counted=counted,
         )
-        weight = MaskedWeight(segment)
+        layers.append(WeightLayer(segment, backend))
+        (weight,) = layers[-1].weights
         if full is not None:
             weight.mask = full[name][0].reshape(-1)[index]
             weight.hide()
-        weights.append(weight)
-    return weights
+    return layers
 
 
 def some_rows():
@@ -132,20 +139,21 @@ def save_from(layout, ranks, folder, full):
     rows = some_rows()
 
     def work(backend):
-        weights = weights_of(layout, backend, full)
-        state = describe(EMPConfig(), MASK_MODES["feedback"](), weights, rows, (5, 2, 4, 4))
-        mask_file.save_masks(folder, state, weights, backend)
+        layers = layers_of(layout, backend, full)
+        state = describe(EMPConfig(), MASK_MODES["feedback"](), layers, rows, CLOCK)
+        mask_file.save_masks(folder, state, masked_weights(layers), backend)
 
     assert on_ranks(ranks, work) == [None] * ranks
 
 
 def load_to(layout, ranks, folder):
     def work(backend):
-        weights = weights_of(layout, backend)
+        layers = layers_of(layout, backend)
+        weights = masked_weights(layers)
         untouched = [weight.weight.clone() for weight in weights]
         rows = Trajectory()
         try:
-            position = mask_file.load_masks(folder, EMPConfig(), MASK_MODES["feedback"](), weights, rows, backend)
+            clock = mask_file.load_masks(folder, EMPConfig(), MASK_MODES["feedback"](), layers, rows, backend)
         except Exception:
             for weight, before in zip(weights, untouched, strict=True):
                 assert weight.mask is None
@@ -153,7 +161,7 @@ def load_to(layout, ranks, folder):
             assert not backend.refreshed
             assert not rows
             raise
-        assert position == (5, 2, 4, 4)
+        assert clock == CLOCK
         assert backend.refreshed == 1
         assert len(rows) == 1
         return weights

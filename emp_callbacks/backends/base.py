@@ -21,6 +21,9 @@ class UpdateListener(Protocol):
     def before_update(self, owners: Sequence[Tensor]) -> None:
         """The gradients of these tensors are ready, the update comes next; may be told twice."""
 
+    def gradients_ready(self, owners: Sequence[Tensor], scale: Tensor | None) -> None:
+        """The tensors hold the gradients, times `scale` if given, that will be applied; told once per step."""
+
     def after_update(self, owners: Sequence[Tensor]) -> None:
         """These tensors were updated, or a new forward and backward begins; may be told twice."""
 
@@ -112,26 +115,37 @@ class Backend(ABC):
     def _post_hook(self, listener: UpdateListener) -> Callable[..., None]:
         def post(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG001
             listener.after_update(_owners(optimizer))
-            # Fused optimizers run their hooks even where GradScaler makes the step do nothing.
-            found_inf = getattr(optimizer, "found_inf", None)
-            if found_inf is None or not bool(found_inf):
+            if not _will_skip(optimizer):
                 self._step_was_applied = True
 
         return post
+
+
+def _will_skip(optimizer: torch.optim.Optimizer) -> bool:
+    # Fused optimizers run their hooks even where GradScaler makes the step do nothing.
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and bool(found_inf)
+
+
+def _announce(listener: UpdateListener, optimizer: torch.optim.Optimizer) -> None:
+    owners = _owners(optimizer)
+    listener.before_update(owners)
+    if not _will_skip(optimizer):
+        listener.gradients_ready(owners, getattr(optimizer, "grad_scale", None))
 
 
 def _pre_hook(listener: UpdateListener) -> Callable[..., Any]:
     def pre(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
-            listener.before_update(_owners(optimizer))
+            _announce(listener, optimizer)
             return None
 
         # With a closure (Lightning's automatic optimization, LBFGS) forward and backward run inside step().
         def closure_on_masked_weights() -> Any:
             listener.after_update(_owners(optimizer))
             result = closure()
-            listener.before_update(_owners(optimizer))
+            _announce(listener, optimizer)
             return result
 
         return (args[0], closure_on_masked_weights), {k: v for k, v in kwargs.items() if k != "closure"}

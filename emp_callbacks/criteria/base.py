@@ -1,22 +1,83 @@
 """What every criterion offers."""
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, final
 
 from torch import Tensor
 
-from emp_callbacks.segment import Segment
+from emp_callbacks.layer import Layer
+
+Evidence = Literal["gradients", "inputs", "activations"]
+ScoreFunction = Callable[[Any], Tensor]
+"""A criterion of the user's: takes a layer (see `Criterion.score`) and returns its scores."""
 
 
 class Criterion(ABC):
-    """A rule that gives each component a score; EMP uses the absolute value."""
+    """A rule that gives each component a score; EMP uses the absolute value.
+
+    Attributes:
+        targets: What it can score.
+        needs: Evidence that must be gathered before a refresh; None if the weights say everything.
+        zero_scores_zero: Whether a component whose weights are 0 has the score 0.
+    """
+
+    targets: ClassVar[tuple[str, ...]]
+    needs: ClassVar[Evidence | None] = None
+    zero_scores_zero: ClassVar[bool] = False
 
     @abstractmethod
-    def score(self, segment: Segment) -> Tensor:
-        """Return the scores of one segment, whose dense weights are in place.
+    def score(self, layer: Any) -> Tensor:
+        """Return the scores of one layer, whose dense weights are in place. Collective.
 
         Args:
-            segment: Only read.
+            layer: Only read. `layer.name`, `layer.span` (shape and place of its components); for weights
+                `layer.weight`; for heads, neurons and nodes `layer.unit_sums(...)`, `layer.members`.
 
         Returns:
-            Layout of `segment.weight`, floating dtype, either sign. May be `segment.weight` itself.
+            Floating dtype, either sign: layout of `layer.weight`, or shape (units,). May be `layer.weight` itself.
         """
+
+    def of_batch(self, weight: Tensor, gradient: Tensor) -> Tensor:
+        """Return what one batch says of each weight, same shape; for criteria that need gradients.
+
+        It is summed over the weights of a unit, taken absolutely, and averaged over batches.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not read gradients")
+
+    def check(self, layer: Layer) -> None:
+        """Raise ValueError unless this layer can be scored."""
+
+    def evidence(self, layer: Layer) -> Tensor:
+        """Return what was gathered for a layer. Collective."""
+        return layer.evidence(self.batches)
+
+    batches: tuple[int, ...] = ()
+    """The optimizer steps whose gradients were gathered; set by the pruner before it asks for scores."""
+
+
+@final
+class UserCriterion(Criterion):
+    """A function of the user's.
+
+    Args:
+        function: Takes a layer, returns scores; see `Criterion.score`.
+    """
+
+    targets = ("weights", "heads", "neurons", "kan_nodes")
+
+    def __init__(self, function: ScoreFunction) -> None:
+        self._function = function
+
+    def score(self, layer: Any) -> Tensor:
+        scores = self._function(layer)
+        expected = layer.mask_or_ones.shape
+        if not isinstance(scores, Tensor) or not scores.is_floating_point() or scores.shape != expected:
+            got = f"{tuple(scores.shape)} of {scores.dtype}" if isinstance(scores, Tensor) else type(scores).__name__
+            raise ValueError(
+                f"the criterion returned {got} for {layer.name!r}; it must return a floating tensor of shape "
+                f"{tuple(expected)}"
+            )
+        return scores.detach()

@@ -5,12 +5,15 @@ from typing import final
 from torch import Tensor
 
 from emp_callbacks.criteria.base import Criterion
-from emp_callbacks.segment import Segment
+from emp_callbacks.layer import WeightLayer
 
 
 @final
 class Magnitude(Criterion):
     """Weight magnitude, s = |w| (Han et al., arXiv:1506.02626)."""
 
-    def score(self, segment: Segment) -> Tensor:
-        return segment.weight  # EMP takes |.| itself: no copy of the model
+    targets = ("weights",)
+    zero_scores_zero = True
+
+    def score(self, layer: WeightLayer) -> Tensor:
+        return layer.weight  # EMP takes |.| itself: no copy of the model

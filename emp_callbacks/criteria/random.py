@@ -7,24 +7,27 @@ import torch
 from torch import Tensor
 
 from emp_callbacks.criteria.base import Criterion
-from emp_callbacks.segment import Segment
+from emp_callbacks.layer import Layer
 
 
 @final
 class Random(Criterion):
-    """Uniform random scores in (0, 1], fixed per parameter name for the whole run.
+    """Uniform random scores in (0, 1], fixed per layer name for the whole run.
 
     Args:
         seed: Default: torch's initial seed, so that `seed_everything(k)` decides. A generator of its own draws the
             numbers; torch's global random state is neither read nor moved.
     """
 
+    targets = ("weights", "heads", "neurons", "features", "kan_nodes")
+
     def __init__(self, seed: int | None = None) -> None:
         self.seed = torch.initial_seed() if seed is None else seed
 
-    def score(self, segment: Segment) -> Tensor:
-        key = (self.seed ^ zlib.crc32(segment.name.encode())) & 0x7FFF_FFFF_FFFF_FFFF
-        full = 1.0 - torch.rand(segment.size, generator=torch.Generator().manual_seed(key))
-        weight, at = segment.weight, segment.positions
-        own = full[at : at + weight.numel()] if isinstance(at, int) else full[at.cpu()]
-        return own.view(weight.shape).to(weight.device)
+    def score(self, layer: Layer) -> Tensor:
+        span, like = layer.span, layer.mask_or_ones
+        key = (self.seed ^ zlib.crc32(span.name.encode())) & 0x7FFF_FFFF_FFFF_FFFF
+        full = 1.0 - torch.rand(span.size, generator=torch.Generator().manual_seed(key))
+        at = span.positions
+        own = full[at : at + span.length] if isinstance(at, int) else full[at.cpu()]
+        return own.view(like.shape).to(like.device)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+from contextlib import AbstractContextManager
 from dataclasses import fields
 from importlib import import_module
 from importlib.util import find_spec
@@ -68,6 +70,7 @@ class EMPCallback(*_callback_classes()):  # type: ignore[misc]
         self._restored: dict[str, Any] | None = None
         self._module: Any = None
         self._companion: CheckpointCompanion | None = None
+        self._evaluation: AbstractContextManager[None] | None = None
 
     @classmethod
     def from_config(cls, config: EMPConfig, **kwargs: Any) -> EMPCallback:
@@ -87,7 +90,7 @@ class EMPCallback(*_callback_classes()):  # type: ignore[misc]
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """Parameter name -> bool mask, True = kept; empty before the first fit."""
+        """Layer name -> bool mask, True = kept, see `EMPPruner.masks`; empty before the first fit."""
         return {} if self.pruner is None else self.pruner.masks
 
     # ---- Trainer hooks --------------------------------------------------------------------------------------------
@@ -112,7 +115,7 @@ class EMPCallback(*_callback_classes()):  # type: ignore[misc]
     def _restore(self, trainer: Any, pruner: EMPPruner, continued: dict[str, Any] | None) -> None:
         state = self._restored or continued
         if not state:
-            pruner.start_at(trainer.global_step, trainer.current_epoch)
+            pruner.start_at(trainer.global_step, trainer.current_epoch, _epoch_length(trainer))
         elif state == _IN_FILES:
             pruner.load(masks_folder(trainer.ckpt_path))
         elif pruner.sharded and self._restored:
@@ -131,7 +134,7 @@ class EMPCallback(*_callback_classes()):  # type: ignore[misc]
         assert self.pruner is not None
         events = self.pruner.step(end_of_epoch=trainer.is_last_batch)
         if not events and self.pruner.needs_closing_refresh and _is_last_step(trainer):
-            events = self.pruner.refresh()
+            events = self.pruner.close()
         if events:
             for logger in trainer.loggers:
                 logger.log_metrics(log_values(events), step=trainer.global_step)
@@ -145,7 +148,38 @@ class EMPCallback(*_callback_classes()):  # type: ignore[misc]
         if self.summary and trainer.is_global_zero and self.pruner.last_events:
             Console().print(layer_table(self.pruner.last_events))
 
+    # DeepSpeed's strategy clears module hooks for every evaluation; after a fit, features are masked by hooks alone.
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002
+        self._evaluation_begins(pl_module)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002
+        self._evaluation_ends()
+
+    def on_test_start(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002
+        self._evaluation_begins(pl_module)
+
+    def on_test_end(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002
+        self._evaluation_ends()
+
+    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002
+        self._evaluation_begins(pl_module)
+
+    def on_predict_end(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002
+        self._evaluation_ends()
+
+    def _evaluation_begins(self, pl_module: Any) -> None:
+        if self.pruner is not None and self._module is pl_module:
+            self._evaluation = self.pruner.masked_forward()
+            self._evaluation.__enter__()
+
+    def _evaluation_ends(self) -> None:
+        if self._evaluation is not None:
+            self._evaluation.__exit__(None, None, None)
+            self._evaluation = None
+
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:  # noqa: ARG002
+        self._evaluation_ends()
         if self.pruner is not None:
             self.pruner.detach()
 
@@ -153,6 +187,7 @@ class EMPCallback(*_callback_classes()):  # type: ignore[misc]
 
     def state_dict(self) -> dict[str, Any]:
         if self.pruner is not None:
+            self.pruner.share_evidence()  # Lightning asks every rank and keeps the answer of rank 0
             return dict(_IN_FILES) if self.pruner.sharded else self.pruner.state_dict()
         return self._restored or {}
 
@@ -190,11 +225,18 @@ def log_values(events: list[PruneEvent]) -> dict[str, float]:
         if suffix:
             measured |= {"density": e.density, "n_eff_fraction": e.n_eff_fraction}
         values |= {f"emp/{name}{suffix}": value for name, value in measured.items() if value is not None}
+        values |= {f"emp/first_token/{x.name}": x.first_token for x in e.layers if x.first_token is not None}
     return values
 
 
 def _density(events: list[PruneEvent]) -> float:
     return sum(e.keep for e in events) / sum(e.n for e in events)
+
+
+def _epoch_length(trainer: Any) -> int | None:
+    """Return the optimizer steps of an epoch; None where the data do not say."""
+    batches = trainer.num_training_batches
+    return math.ceil(batches / trainer.accumulate_grad_batches) if math.isfinite(batches) else None
 
 
 def _is_last_step(trainer: Any) -> bool:

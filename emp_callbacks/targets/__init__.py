@@ -1,7 +1,28 @@
 """What is pruned together, and how names select it."""
 
-from emp_callbacks.targets.weights import WeightTarget, prunable_weights
+from emp_callbacks.targets.attention_edges import EdgeSite, edge_sites
+from emp_callbacks.targets.features import FeatureForm, FeatureSite, feature_sites
+from emp_callbacks.targets.heads import attention_heads
+from emp_callbacks.targets.kan import kan_nodes
+from emp_callbacks.targets.neurons import neurons
+from emp_callbacks.targets.units import MemberTarget, UnitTarget
+from emp_callbacks.targets.weights import WeightTarget, canonical_name, prunable_weights
 
-TARGETS = ("weights",)
+UNIT_TARGETS = {"heads": attention_heads, "neurons": neurons, "kan_nodes": kan_nodes}
 
-__all__ = ["TARGETS", "WeightTarget", "prunable_weights"]
+__all__ = [
+    "UNIT_TARGETS",
+    "EdgeSite",
+    "FeatureForm",
+    "FeatureSite",
+    "MemberTarget",
+    "UnitTarget",
+    "WeightTarget",
+    "attention_heads",
+    "canonical_name",
+    "edge_sites",
+    "feature_sites",
+    "kan_nodes",
+    "neurons",
+    "prunable_weights",
+]

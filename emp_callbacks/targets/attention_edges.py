@@ -1,0 +1,264 @@
+"""Attention edges as units: which keys each query reads.
+
+Letters in shapes: `...` samples and heads, L queries, S keys, D channels of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from emp_callbacks.targets.compiled_site import choose, watch
+from emp_callbacks.targets.forward_site import CountRule, ForwardSite, RowChoice, choose_rows, in_backward, named_sites
+from emp_callbacks.targets.heads import projections
+
+SCORES = ("weight", "logit")
+
+_KEYS = ("rows", "n_eff", "allowed", "keep", "mass", "not_finite", "first_token", "first_token_rows")
+
+
+class EdgeSite(ForwardSite):
+    """One attention module whose edges are scored and masked before the softmax, in every query row by itself.
+
+    While neither observing nor active nothing is intercepted. Otherwise the L x S scores of every sample and head are
+    held in memory, which fused attention avoids: at most 24 bytes for each in a causal row of 1024 keys ("logit": 31),
+    for one module at a time; in training the weights of every module stay until its backward pass.
+
+    Attributes:
+        score: "weight": the softmax weight. "logit": what enters the softmax, less the row's lowest.
+        active: Whether edges are masked.
+    """
+
+    def __init__(self, name: str, module: nn.Module, score: str, rule: CountRule) -> None:
+        super().__init__(name, module)
+        self.score = score
+        self.active = False
+        self._rule = rule
+        self._intercept: _Intercept | None = None
+        self._device = torch.device("cpu")
+
+    def detach(self) -> None:
+        super().detach()
+        self._end()
+
+    def statistics(self) -> dict[str, Tensor]:
+        """Return this rank's sums since `reset`, float64, each of shape ().
+
+        "rows": query rows of all samples and heads in which a key is allowed, and summed over them "n_eff",
+        "allowed" (keys), "keep" (keys) and "mass" (kept share of the scores); "not_finite" counts rows with NaN or
+        Inf, which are in no other sum. "first_token": softmax weight, before pruning, of key 0, summed over the
+        "first_token_rows" rows in which more than one key is allowed.
+        """
+        return {key: self._sum(key, (), self._device) for key in _KEYS}
+
+    def _register(self) -> list[RemovableHandle]:
+        return [
+            self.module.register_forward_pre_hook(self._enter),
+            self.module.register_forward_hook(self._leave, always_call=True),
+        ]
+
+    def _enter(self, module: nn.Module, args: Any) -> None:  # noqa: ARG002
+        self._end()
+        if self.attached and (self.active or self._gathers):
+            self._intercept = _Intercept(self._attend)
+            self._intercept.__enter__()
+
+    def _end(self) -> _Intercept | None:
+        """End the interception, if one is under way: a forward that was interrupted from the keyboard runs no hooks."""
+        ended, self._intercept = self._intercept, None
+        if ended is not None:
+            ended.leave()
+        return ended
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG002
+        ended = self._end()
+        # output is None where the forward itself raised
+        if ended is not None and output is not None and not ended.calls:
+            raise RuntimeError(
+                f"{self.name!r} ({type(module).__name__}) ran without torch's scaled_dot_product_attention, "
+                'so its edges cannot be pruned; timm: set fused_attn = True; transformers: attn_implementation="sdpa"; '
+                "nn.MultiheadAttention: call it with need_weights=False; or exclude the module"
+            )
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """Stand in for torch's scaled_dot_product_attention: same arguments, same result but for the pruned edges."""
+        groups = query.shape[-3] // key.shape[-3] if enable_gqa else 1
+        compiling = torch.compiler.is_compiling()
+        with torch.set_grad_enabled(self.active and torch.is_grad_enabled()):
+            logits, seen = _logits(query, _repeat(key, groups), attn_mask, is_causal, scale)
+        if self.active:
+            kept = choose(seen, self._number) if compiling else self.choose(seen)
+            weights = _softmax(logits.masked_fill(~kept, -torch.inf)).to(value.dtype)
+            return F.dropout(weights, dropout_p) @ _repeat(value, groups)
+        output = F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+        if compiling:
+            return watch(output, seen, self._number, False)
+        self.see_forward(seen)
+        return output
+
+    @torch.no_grad()
+    def choose(self, scores: Tensor) -> Tensor:
+        """Return which edges are kept and gather statistics if it is time to.
+
+        Args:
+            scores: Logits, shape (..., L, S); -inf where a key is not allowed.
+
+        Returns:
+            Same shape, bool, True = kept; of a row in which no key is allowed, all.
+        """
+        rows = scores.flatten(0, -2)
+        allowed = rows != -torch.inf
+        weights = _softmax(rows)
+        choice = choose_rows(weights if self.score == "weight" else _above_lowest(rows, allowed), self._rule)
+        kept = choice.mask & allowed
+        if self._gathers and not in_backward():
+            self._gather(choice, kept, allowed, weights[:, 0])
+        return (kept | ~allowed.any(1, keepdim=True)).view(scores.shape)
+
+    def see_forward(self, activation: Tensor) -> None:
+        """Gather statistics of logits, see `choose`."""
+        self.choose(activation)
+
+    def see_gradient(self, activation: Tensor, gradient: Tensor) -> None:
+        """Edges are not scored by gradients."""
+
+    def _gather(self, choice: RowChoice, kept: Tensor, allowed: Tensor, first_weight: Tensor) -> None:
+        keys = allowed.sum(1)
+        counted = (keys > 0) & choice.finite
+        several = (keys > 1) & choice.finite
+        per_row = {
+            "rows": counted,
+            "n_eff": choice.n_eff * counted,
+            "allowed": keys * counted,
+            "keep": kept.sum(1) * counted,
+            "mass": choice.mass * counted,
+            "not_finite": (keys > 0) & ~choice.finite,
+            "first_token": first_weight.masked_fill(~several, 0.0),
+            "first_token_rows": several,
+        }
+        self._device = allowed.device
+        self._add({key: value.sum(dtype=torch.float64) for key, value in per_row.items()})
+
+
+class _Intercept(TorchFunctionMode):
+    """Hands calls of torch's scaled_dot_product_attention to `attend` and counts them."""
+
+    def __init__(self, attend: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.calls = 0
+        self._attend = attend
+        self._over = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._over:
+            return func(*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            return self._counted(*args, **kwargs)
+        if func is F.multi_head_attention_forward:
+            return _reading(func, scaled_dot_product_attention=self._counted)(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def leave(self) -> None:
+        """Stop intercepting; leave the stack of modes unless a mode that an interrupt left behind lies above."""
+        self._over = True
+        if torch.overrides._get_current_function_mode() is self:
+            self.__exit__(None, None, None)
+
+    def _counted(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.calls += 1
+        return self._attend(*args, **kwargs)
+
+
+def _reading(function: Any, **names: Any) -> FunctionType:
+    """Return the function with other things behind some global names that it reads.
+
+    torch calls the attention inside nn.MultiheadAttention while it already handles that module's own function, where
+    no mode is asked.
+    """
+    copy = FunctionType(function.__code__, {**function.__globals__, **names}, function.__name__, function.__defaults__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+def _repeat(heads: Tensor, groups: int) -> Tensor:
+    return heads if groups == 1 else heads.repeat_interleave(groups, -3)
+
+
+def _logits(
+    query: Tensor, key: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """Return what enters the softmax, shape (..., L, S), float32 or float64, and it with -inf for keys not allowed."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    wide = torch.promote_types(query.dtype, torch.float32)
+    with torch.autocast(query.device.type, enabled=False):
+        logits = (query.to(wide) * scale) @ key.to(wide).transpose(-2, -1)
+    if is_causal:
+        logits = logits.masked_fill(~_lower_triangle(logits), -torch.inf)
+    if attn_mask is None:
+        return logits, logits.detach()
+    if attn_mask.dtype == torch.bool:
+        logits = logits.masked_fill(~attn_mask, -torch.inf)
+        return logits, logits.detach()
+    # transformers may write a key that is not allowed as the lowest number; torch gives a row of only those weights
+    logits = logits + attn_mask
+    return logits, logits.detach().masked_fill(attn_mask <= torch.finfo(attn_mask.dtype).min, -torch.inf)
+
+
+def _lower_triangle(logits: Tensor) -> Tensor:
+    return torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    # not torch.softmax: a row without any key has weight 0, as in torch's attention
+    weights: Tensor = torch.ops.aten._safe_softmax(logits, -1)
+    return weights
+
+
+def _above_lowest(rows: Tensor, allowed: Tensor) -> Tensor:
+    lowest = rows.masked_fill(~allowed, torch.inf).amin(1, keepdim=True)
+    return (rows - lowest).masked_fill(~allowed, 0.0)
+
+
+def edge_sites(
+    model: nn.Module,
+    include: Sequence[str] | None,
+    exclude: Sequence[str] | None,
+    score: str,
+    rule: CountRule,
+) -> list[EdgeSite]:
+    """Return one site, not yet attached, for each attention module.
+
+    Args:
+        model: Any module whose attention runs torch's scaled_dot_product_attention.
+        include: Globs on module names, any module that runs it inside; None: the modules in which heads are found.
+        exclude: Globs on module names to leave out.
+        score: "weight" or "logit", see `EdgeSite`.
+        rule: Keep counts of a query row.
+
+    Raises:
+        ValueError: `score` is unknown, a pattern matches no module, or nothing is left.
+    """
+    if score not in SCORES:
+        raise ValueError(f"score={score!r} is unknown; choose one of {', '.join(SCORES)}")
+    chosen = named_sites(model, include, exclude, lambda module: bool(projections(module)), "attention modules")
+    return [EdgeSite(name, module, score, rule) for name, module in chosen]

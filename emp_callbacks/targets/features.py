@@ -1,0 +1,417 @@
+"""Intermediate activations as units: channels, tokens or patches of a module's output.
+
+A static site masks the same features for every sample until a new mask is installed. A dynamic one chooses
+anew for each sample, in each forward pass. Shapes below: B samples, F features, and what remains of an
+activation, the positions of a feature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from emp_callbacks.targets.compiled_site import choose, watch
+from emp_callbacks.targets.forward_site import CountRule, ForwardSite, choose_rows, in_backward, named_sites
+
+AXES = ("channel", "token", "patch")
+CENTERS = ("zero", "mean")
+STATISTICS = ("activation", "taylor", "saliency")
+
+_ACTIVATIONS = (
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish,
+    nn.Hardswish, nn.Hardtanh, nn.Softplus, nn.Softsign, nn.Tanh, nn.Tanhshrink, nn.Hardshrink, nn.Softshrink,
+    nn.Threshold,
+)  # fmt: skip
+# Activations that timm and transformers write themselves; sigmoids are left out: they are gates.
+_ACTIVATION_NAMES = (
+    "GELU", "GELUTanh", "HardMish", "HardMishMe", "HardSwish", "HardSwishMe", "Mish", "MishMe", "QuickGELU", "Swish",
+    "SwishMe", "Tanh",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureForm:
+    """What a feature is and what pruning makes of it.
+
+    Attributes:
+        axis: "channel": dimension 1 of (B, C, H, W), the last of (B, T, C) and (B, C). "token": dimension 1 of
+            (B, T, C). "patch": squares of (B, C, H, W) through all channels, counted row by row.
+        dynamic: Whether each sample prunes by its own scores.
+        center: What a pruned feature becomes: "zero", or "mean": of a static site the feature's mean over samples
+            and positions, of a dynamic one the mean over the sample's features, position by position.
+        patch_size: Pixels per side of a patch; H and W must be multiples.
+    """
+
+    axis: str = "channel"
+    dynamic: bool = False
+    center: str = "zero"
+    patch_size: int = 4
+
+    def __post_init__(self) -> None:
+        if self.axis not in AXES:
+            raise ValueError(f"axis={self.axis!r} is unknown; choose one of {', '.join(AXES)}")
+        if self.center not in CENTERS:
+            raise ValueError(f"center={self.center!r} is unknown; choose one of {', '.join(CENTERS)}")
+        if not isinstance(self.dynamic, bool):
+            raise TypeError(f"dynamic={self.dynamic!r} must be True or False")
+        if not isinstance(self.patch_size, int) or self.patch_size < 1:
+            raise ValueError(f"patch_size={self.patch_size!r} must be a whole number of pixels >= 1")
+
+
+class _Layout(NamedTuple):
+    """Where the features of one activation lie, once it is viewed in shape `view`."""
+
+    # lists, not generators, below: torch.compile cannot trace those
+
+    view: tuple[int, ...]
+    features: tuple[int, ...]
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        return tuple([d for d in range(1, len(self.view)) if d not in self.features])
+
+    @property
+    def size(self) -> int:
+        return prod([self.view[d] for d in self.features])
+
+    def spread(self, value: Tensor) -> Tensor:
+        """Return `value`, shape (F,) or (B, F), in a shape that broadcasts over the viewed activation."""
+        shape = [n if d in self.features else 1 for d, n in enumerate(self.view)]
+        shape[0] = value.shape[0] if value.dim() == 2 else 1
+        return value.view(shape)
+
+    def sum(self, viewed: Tensor) -> Tensor:
+        """Return the sum over positions, shape (B, F), float64."""
+        at = self.positions
+        return (viewed.sum(at, dtype=torch.float64) if at else viewed.double()).flatten(1)
+
+    def mean(self, viewed: Tensor) -> Tensor:
+        """Return the mean over positions, shape (B, F), float64."""
+        return self.sum(viewed) / prod([self.view[d] for d in self.positions])
+
+
+def _layout(form: FeatureForm, shape: torch.Size, name: str) -> _Layout:
+    """Return where the features lie in an activation of this shape, which the module `name` gave.
+
+    Raises:
+        ValueError: The shape has no such axis, or patches do not tile it.
+    """
+    if form.axis == "channel" and len(shape) >= 2:
+        return _Layout(tuple(shape), (len(shape) - 1 if len(shape) <= 3 else 1,))
+    if form.axis == "token" and len(shape) == 3:
+        return _Layout(tuple(shape), (1,))
+    if form.axis == "patch" and len(shape) == 4:
+        b, c, h, w = shape
+        p = form.patch_size
+        if h % p or w % p:
+            raise ValueError(
+                f"patch_size={p} does not tile the output of {name!r}, {h} x {w} pixels; choose a divisor of both or "
+                "exclude the module"
+            )
+        return _Layout((b, c, h // p, p, w // p, p), (2, 4))
+    wanted = {"channel": "(B, C), (B, T, C) or (B, C, H, W)", "token": "(B, T, C)", "patch": "(B, C, H, W)"}[form.axis]
+    raise ValueError(
+        f"axis={form.axis!r} needs an output {wanted}, {name!r} gave {tuple(shape)}; choose another axis or exclude it"
+    )
+
+
+class FeatureSite(ForwardSite):
+    """One module whose output features are scored and masked in the forward pass.
+
+    Attributes:
+        form: What a feature is.
+        size: Number of features F; None before the first forward.
+        mask: Of a static site, shape (F,), bool, True = kept; None: nothing was pruned yet.
+        active: Of a dynamic site: whether samples are masked.
+    """
+
+    def __init__(
+        self, name: str, module: nn.Module, form: FeatureForm, criterion_statistic: str, rule: CountRule
+    ) -> None:
+        super().__init__(name, module)
+        self.form = form
+        self.size: int | None = None
+        self.mask: Tensor | None = None
+        self.active = False
+        self._mean: Tensor | None = None
+        self._criterion = criterion_statistic
+        self._rule = rule
+        self._device = torch.device("cpu")
+
+    def statistics(self) -> dict[str, Tensor]:
+        """Return this rank's sums since `reset`, float64, always the same keys and shapes.
+
+        A static site: "samples", shape (), and, each shape (F,), summed over samples: "activation" (mean over
+        positions of |a|), "taylor" (|sum over positions of a * dL/dy|) or "saliency" (mean over positions of |dL/dy|),
+        whichever the criterion reads; with center="mean" also "value" (mean over positions of a) and, in place of
+        "activation", "square" (of a^2). `a` is the activation before the mask and y the output after it, so a pruned
+        feature is scored as if let through. L is what backward() was called on: the mean over a batch makes dL/dy B
+        times smaller than a sum, and a gradient scaler multiplies it; neither is undone. What a criterion reads
+        from gradients counts samples in the backward pass.
+
+        A dynamic site, each shape (): "samples", and summed over them "n_eff", "keep" (features) and "mass" (kept
+        share of the scores); "not_finite" counts samples with NaN or Inf, which are in no other sum.
+
+        Raises:
+            RuntimeError: No forward pass reached the module.
+        """
+        if self.size is None:
+            raise RuntimeError(
+                f"no forward pass has reached {self.name!r} ({type(self.module).__name__}): run the model first, or "
+                "exclude the module if the model does not call it"
+            )
+        shapes = {key: (() if key in _SCALARS else (self.size,)) for key in self._keys()}
+        return {key: self._sum(key, shape, self._device) for key, shape in shapes.items()}
+
+    def _keys(self) -> tuple[str, ...]:
+        if self.form.dynamic:
+            return ("samples", "n_eff", "keep", "mass", "not_finite")
+        if self.form.center == "zero":
+            return ("samples", self._criterion)
+        return ("samples", "square" if self._criterion == "activation" else self._criterion, "value")
+
+    def means(self, sums: dict[str, Tensor]) -> Tensor:
+        """Return the mean of each feature from (all ranks') statistics with center="mean", shape (F,), float64."""
+        return sums["value"] / sums["samples"].clamp(min=1)
+
+    def scores(self, sums: dict[str, Tensor]) -> Tensor:
+        """Return the score of each feature from (all ranks') statistics of a static site, shape (F,), float64.
+
+        The mean over samples of what the criterion reads; with center="mean" the activation criterion is the standard
+        deviation sqrt(E a^2 - (E a)^2), what is lost when the feature becomes its mean.
+        """
+        if "square" not in sums:
+            return sums[self._criterion] / sums["samples"].clamp(min=1)
+        variance = sums["square"] / sums["samples"].clamp(min=1) - self.means(sums).square()
+        return variance.clamp(min=0).sqrt()
+
+    @torch.inference_mode(False)
+    def install(self, mask: Tensor, mean: Tensor | None = None) -> None:
+        """Mask the same features for every sample from now on.
+
+        Args:
+            mask: Shape (F,), bool, True = kept; copied into the mask in use, so compiled code stays valid.
+            mean: What pruned features become with center="mean", shape (F,), floating.
+
+        Raises:
+            TypeError: The mask is not bool.
+            ValueError: The site is dynamic, a shape is not (F,), or center="mean" and there is no mean.
+        """
+        self._check_install(mask, mean)
+        if self.mask is None:
+            self.mask = mask.detach().to(self._device, copy=True)
+        else:
+            self.mask.copy_(mask)
+        if self.form.center == "mean" and mean is not None:
+            if self._mean is None:
+                self._mean = mean.detach().to(self._device, torch.float64, copy=True)
+            else:
+                self._mean.copy_(mean)
+
+    def _check_install(self, mask: Tensor, mean: Tensor | None) -> None:
+        if self.form.dynamic:
+            raise ValueError(f"{self.name!r} is dynamic: each sample has its own mask; set active=True instead")
+        if mask.dtype != torch.bool:
+            raise TypeError(f"the mask of {self.name!r} must be bool (True = kept), got {mask.dtype}; call .bool()")
+        if self.form.center == "mean" and mean is None:
+            raise ValueError(f"{self.name!r} has center='mean': install needs the mean of each feature")
+        held = (self.size,) if self.mask is None else tuple(self.mask.shape)
+        size = mask.shape if held == (None,) else held
+        for what, value in (("mask", mask), ("mean", mean)):
+            if value is not None and (value.dim() != 1 or tuple(value.shape) != tuple(size)):
+                raise ValueError(f"{what} of {self.name!r} has shape {tuple(value.shape)}, must be {tuple(size)}")
+
+    def _register(self) -> list[RemovableHandle]:
+        return [self.module.register_forward_hook(self._hook)]
+
+    def _hook(self, module: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG002
+        if not self.attached:
+            return None
+        activation = self._activation_of(output)
+        layout = _layout(self.form, activation.shape, self.name)
+        if layout.size != self.size or activation.device != self._device:
+            self._meet(activation, layout)
+        masked = self._dynamic(activation, layout) if self.form.dynamic else self._static(activation, layout)
+        if masked is None:
+            return None
+        return masked if isinstance(output, Tensor) else (masked, *output[1:])
+
+    def _activation_of(self, output: Any) -> Tensor:
+        first = output[0] if type(output) is tuple and output else output
+        if not isinstance(first, Tensor) or not first.is_floating_point():
+            what = (
+                f"a tuple that begins with {type(first).__name__}" if type(output) is tuple else type(output).__name__
+            )
+            raise TypeError(
+                f"module {self.name!r} ({type(self.module).__name__}) returns {what}; features need a floating tensor "
+                "or a tuple that begins with one: exclude it or name a module inside it"
+            )
+        return first
+
+    def _meet(self, activation: Tensor, layout: _Layout) -> None:
+        """Learn what the module gives, at its first forward or when it has moved to another device."""
+        known = self.size if self.size is not None else (None if self.mask is None else self.mask.numel())
+        if known is not None and known != layout.size:
+            raise ValueError(
+                f"module {self.name!r} ({type(self.module).__name__}) gave {known} features along its {self.form.axis} "
+                f"axis before and {layout.size} now, in an output of shape {tuple(activation.shape)}; one mask cannot "
+                "serve both: exclude it, and include modules whose outputs keep one size"
+            )
+        self.size, self._device = layout.size, activation.device
+        if self.mask is not None:
+            self.mask = self.mask.to(activation.device)
+        if self._mean is not None:
+            self._mean = self._mean.to(activation.device)
+
+    def _static(self, activation: Tensor, layout: _Layout) -> Tensor | None:
+        masked = None if self.mask is None else self._masked(activation, layout, self.mask)
+        if not self._gathers:
+            return masked
+        output = activation if masked is None else masked
+        gradient = self._criterion != "activation"
+        if gradient and not (torch.is_grad_enabled() and output.requires_grad):
+            return masked
+        if torch.compiler.is_compiling():
+            return watch(output, activation.detach(), self._number, gradient)
+        if gradient:
+            return _WatchGradient.apply(output, activation.detach(), self)
+        self.see_forward(activation)
+        return masked
+
+    def _masked(self, activation: Tensor, layout: _Layout, mask: Tensor) -> Tensor:
+        # where, not a product: a pruned Inf would become NaN
+        viewed = activation.reshape(layout.view)
+        fill = 0.0 if self._mean is None else layout.spread(self._mean).to(activation.dtype)
+        return torch.where(layout.spread(mask), viewed, fill).reshape(activation.shape)
+
+    def _dynamic(self, activation: Tensor, layout: _Layout) -> Tensor | None:
+        compiling = torch.compiler.is_compiling()
+        if self.active:
+            viewed = activation.reshape(layout.view)
+            mean = self._sample_means(viewed, layout)
+            scores = _distances(viewed, mean, layout)
+            kept = choose(scores, self._number) if compiling else self.choose(scores)
+            return torch.where(layout.spread(kept), viewed, mean).reshape(activation.shape)
+        if not self._gathers:
+            return None
+        if compiling:
+            return watch(activation, activation.detach(), self._number, False)
+        self.see_forward(activation)
+        return None
+
+    def _sample_means(self, viewed: Tensor, layout: _Layout) -> Tensor | float:
+        return viewed.mean(layout.features, keepdim=True) if self.form.center == "mean" else 0.0
+
+    @torch.no_grad()
+    def see_forward(self, activation: Tensor) -> None:
+        """Gather what the statistics need of an activation, shape as the module gave it; not when it is recomputed."""
+        layout = _layout(self.form, activation.shape, self.name)
+        viewed = activation.detach().reshape(layout.view)
+        if self.form.dynamic:
+            self.choose(_distances(viewed, self._sample_means(viewed, layout), layout))
+        elif in_backward():
+            return
+        elif self.form.center == "zero":
+            self._add_static("activation", layout.mean(viewed.abs()), viewed, layout)
+        else:
+            self._add_static("square", layout.mean(viewed.double().square()), viewed, layout)
+
+    @torch.no_grad()
+    def see_gradient(self, activation: Tensor, gradient: Tensor) -> None:
+        """Gather what the statistics need of an activation and dL/dy, both as the module gave it."""
+        layout = _layout(self.form, activation.shape, self.name)
+        viewed, slope = activation.reshape(layout.view), gradient.reshape(layout.view)
+        first_order = self._criterion == "taylor"
+        read = layout.sum(viewed.double() * slope).abs() if first_order else layout.mean(slope.abs())
+        self._add_static(self._criterion, read, viewed, layout)
+
+    def _add_static(self, name: str, read_bf: Tensor, viewed: Tensor, layout: _Layout) -> None:
+        sums = {name: read_bf.sum(0), "samples": read_bf.new_full((), viewed.shape[0])}
+        if self.form.center == "mean":
+            sums["value"] = layout.mean(viewed).sum(0)
+        self._add(sums)
+
+    @torch.no_grad()
+    def choose(self, scores: Tensor) -> Tensor:
+        """Return which features each sample keeps, shape (B, F), bool; gather statistics if it is time to."""
+        choice = choose_rows(scores, self._rule)
+        if self._gathers and not in_backward():
+            whole = choice.finite.double()
+            self._add({
+                "samples": whole.sum(),
+                "n_eff": choice.n_eff.sum(),
+                "keep": (choice.keep * whole).sum(),
+                "mass": (choice.mass * whole).sum(),
+                "not_finite": (1 - whole).sum(),
+            })  # fmt: skip
+        return choice.mask
+
+
+def _distances(viewed: Tensor, mean: Tensor | float, layout: _Layout) -> Tensor:
+    """Return how far each sample's features are from what pruning makes of them, shape (B, F), float64."""
+    return layout.mean((viewed - mean).detach().abs())
+
+
+class _WatchGradient(torch.autograd.Function):
+    """Passes the masked output on and shows its gradient to the site, with the activation that belongs to it."""
+
+    # Saved like any activation, so checkpointing drops and recomputes it; a recomputed forward's own backward is
+    # never run, so each gradient is seen once.
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, activation: Tensor, site: FeatureSite) -> Tensor:
+        ctx.save_for_backward(activation)
+        ctx.site = site
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        ctx.site.see_gradient(*ctx.saved_tensors, gradient)
+        return gradient, None, None
+
+
+_SCALARS = ("samples", "n_eff", "keep", "mass", "not_finite")
+
+
+def feature_sites(
+    model: nn.Module,
+    include: Sequence[str] | None,
+    exclude: Sequence[str] | None,
+    form: FeatureForm,
+    criterion_statistic: str,
+    rule: CountRule,
+) -> list[FeatureSite]:
+    """Return one site, not yet attached, for each module whose output is masked.
+
+    Args:
+        model: Any module.
+        include: Globs on module names; None: the activation modules (ReLU, GELU, ... and those of timm and
+            transformers), without sigmoids, which are gates.
+        exclude: Globs on module names to leave out.
+        form: What a feature is.
+        criterion_statistic: "activation", "taylor" or "saliency": what a static site gathers.
+        rule: Keep counts of a dynamic site.
+
+    Raises:
+        ValueError: `criterion_statistic` is unknown, a pattern matches no module, or nothing is left.
+    """
+    if criterion_statistic not in STATISTICS:
+        raise ValueError(
+            f"criterion {criterion_statistic!r} reads no activations; choose one of {', '.join(STATISTICS)}"
+        )
+    chosen = named_sites(model, include, exclude, _is_activation, "activation modules")
+    return [FeatureSite(name, module, form, criterion_statistic, rule) for name, module in chosen]
+
+
+def _is_activation(module: nn.Module) -> bool:
+    kind = type(module).__name__
+    return (
+        isinstance(module, _ACTIVATIONS)
+        or kind in _ACTIVATION_NAMES
+        or (kind.endswith("Activation") and kind != "LinearActivation")
+    )

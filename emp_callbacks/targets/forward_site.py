@@ -1,0 +1,211 @@
+"""Modules at which the forward pass is watched and masked: how names select them, how hooks come and go."""
+
+from __future__ import annotations
+
+import difflib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from emp_callbacks.core.row_selection import top_rows
+from emp_callbacks.targets.compiled_site import number_of
+from emp_callbacks.targets.weights import canonical_name
+
+# Keep counts of G groups, shape (G,), int64, from their N_eff (G,), float64, their size and their number of scores
+# that are not 0 (G,), float64; on the device of what it is given.
+CountRule = Callable[[Tensor, int, Tensor], Tensor]
+
+
+class ForwardSite(ABC):
+    """One module of the user's model whose forward pass is watched and masked through hooks.
+
+    Attach it before the first compiled call: torch.compile does not see hooks that come later.
+
+    Attributes:
+        name: Name of the module in the user's model, without what wrappers added.
+        module: The module.
+        observing: Whether statistics are gathered now.
+        in_eval: Whether they are also gathered while `module.training` is False.
+        attached: Whether the site is to act; compiled code, which does not see hooks go, asks this.
+    """
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self.name = name
+        self.module = module
+        self.observing = False
+        self.in_eval = False
+        self.attached = False
+        self._handles: list[RemovableHandle] = []
+        self._sums: dict[str, Tensor] = {}
+        self._number = number_of(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy of the model has a copy of the site, which compiled code must not mistake for this one.
+        self.__dict__.update(state)
+        self._number = number_of(self)
+
+    def attach(self) -> None:
+        """Register the hooks; does nothing where they are in place, and registers them anew where they were cleared."""
+        if not self._handles or not all(map(_registered, self._handles)):
+            self.detach()
+            self._handles = self._register()
+        self.attached = True
+
+    def detach(self) -> None:
+        """Remove the hooks: the module is as it was before `attach`."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self.attached = False
+
+    def reset(self) -> None:
+        """Forget the statistics and release their memory."""
+        self._sums = {}
+
+    @abstractmethod
+    def statistics(self) -> dict[str, Tensor]:
+        """Return this rank's sums since `reset`, float64: they add over ranks."""
+
+    @abstractmethod
+    def see_forward(self, activation: Tensor) -> None:
+        """Gather what the statistics need of an activation."""
+
+    @abstractmethod
+    def see_gradient(self, activation: Tensor, gradient: Tensor) -> None:
+        """Gather what the statistics need of an activation and the gradient of the output made of it."""
+
+    @abstractmethod
+    def choose(self, scores: Tensor) -> Tensor:
+        """Return what is kept, shape of `scores`, bool."""
+
+    @abstractmethod
+    def _register(self) -> list[RemovableHandle]:
+        """Register the hooks and return their handles."""
+
+    def _sum(self, key: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        total = self._sums.get(key)
+        return torch.zeros(shape, dtype=torch.float64, device=device) if total is None else total.clone()
+
+    @property
+    def _gathers(self) -> bool:
+        return self.observing and (self.module.training or self.in_eval)
+
+    @torch.inference_mode(False)
+    def _add(self, sums: dict[str, Tensor]) -> None:
+        # A sum that is born inside inference mode could not be added to outside of it.
+        for key, value in sums.items():
+            total = self._sums.get(key)
+            self._sums[key] = value.double().clone() if total is None else total.add_(value.to(total.device))
+
+
+class RowChoice(NamedTuple):
+    """What each of G rows of N scores keeps.
+
+    Attributes:
+        n_eff: Shape (G,), float64; 0 where the scores are all 0 or not finite.
+        keep: Keep counts, shape (G,), int64; N where the scores are not finite.
+        finite: Shape (G,), bool: no score of the row is NaN or Inf.
+        mask: Shape (G, N), bool, True = kept.
+        mass: Kept share of each row's scores, shape (G,), float64; 1 where they are all 0.
+    """
+
+    n_eff: Tensor
+    keep: Tensor
+    finite: Tensor
+    mask: Tensor
+    mass: Tensor
+
+
+def choose_rows(scores_gn: Tensor, rule: CountRule) -> RowChoice:
+    """Choose in each row by itself, on the scores' device and without waiting for it.
+
+    Args:
+        scores_gn: Shape (G, N), floating, >= 0. A row with NaN or Inf is kept whole.
+        rule: Gives the keep counts.
+    """
+    size = scores_gn.shape[1]
+    total = scores_gn.sum(1, dtype=torch.float64)
+    total_sq = torch.linalg.vector_norm(scores_gn, dim=1, dtype=torch.float64).square()
+    n_eff = total.square() / total_sq.masked_fill(total == 0, 1.0)
+    finite = torch.isfinite(n_eff)
+    n_eff = n_eff.masked_fill(~finite, 0.0)
+    keep = rule(n_eff, size, torch.count_nonzero(scores_gn, dim=1).double()).masked_fill(~finite, size)
+    mask = top_rows(scores_gn, keep)
+    kept = scores_gn.masked_fill(~mask, 0.0).sum(1, dtype=torch.float64)
+    mass = (kept / total).masked_fill((total == 0) | ~finite, 1.0)
+    return RowChoice(n_eff, keep, finite, mask, mass)
+
+
+def in_backward() -> bool:
+    """Return whether autograd runs a backward pass now: a forward pass inside it is one of activation checkpointing."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def named_sites(
+    model: nn.Module,
+    include: Sequence[str] | None,
+    exclude: Sequence[str] | None,
+    by_default: Callable[[nn.Module], bool],
+    kind: str,
+) -> list[tuple[str, nn.Module]]:
+    """Return the chosen modules and their names, each once, in the model's own order.
+
+    Args:
+        model: Any module; a shared module counts once, under its first name.
+        include: Globs on module names that replace the default rule.
+        exclude: Globs on module names to leave out.
+        by_default: Says of a module whether it is chosen without `include`.
+        kind: What the chosen modules are, for messages.
+
+    Raises:
+        ValueError: A pattern matches no module, or nothing is left.
+    """
+    names = _module_names(model)
+    _check_patterns([*(include or ()), *(exclude or ())], [name for group in names.values() for name in group])
+    chosen = [
+        (group[0], module)
+        for module, group in names.items()
+        if (_matches(group, include) if include else by_default(module)) and not _matches(group, exclude or ())
+    ]
+    if not chosen:
+        held = ", ".join(f"{group[0]} ({type(module).__name__})" for module, group in list(names.items())[:8])
+        raise ValueError(
+            f"no {kind} found in {type(model).__name__}, which holds {held or 'no modules'}: "
+            "name modules with include=['pattern']"
+        )
+    return chosen
+
+
+def _module_names(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Return every name of each module inside the model; of a wrapper and what it wraps, only the latter."""
+    held: dict[str, nn.Module] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        own = canonical_name(f"{name}.").removesuffix(".")
+        if own:
+            held[own] = module
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in held.items():
+        names.setdefault(module, []).append(name)
+    return names
+
+
+def _matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+
+def _check_patterns(patterns: Sequence[str], names: list[str]) -> None:
+    for pattern in patterns:
+        if not _matches(names, [pattern]):
+            near = difflib.get_close_matches(pattern.replace("*", ""), names, n=5, cutoff=0.3) or names[:5]
+            hint = f"near names: {', '.join(near)}" if near else "the model has no modules inside"
+            raise ValueError(f"pattern {pattern!r} matches no module; {hint} (globs work: 'blocks.*.act')")
+
+
+def _registered(handle: RemovableHandle) -> bool:
+    hooks = handle.hooks_dict_ref()
+    return hooks is not None and handle.id in hooks

@@ -1,0 +1,200 @@
+"""A model as the finders of units see it: modules without their wrappers, parameters by name and full shape."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from emp_callbacks.targets.units import MemberTarget, UnitTarget
+from emp_callbacks.targets.weights import WeightTarget, _matches, canonical_name
+
+# Those whose output channels are rows of the weight.
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+class UnitSearch:
+    """Looks things up in one model.
+
+    Args:
+        model: Any module; shared modules and tied parameters are seen once, under their first name, and answer to
+            all their names.
+        full_shape: Gives the shape that a parameter has in the unsharded model.
+    """
+
+    def __init__(self, model: nn.Module, full_shape: Callable[[nn.Parameter], torch.Size]) -> None:
+        self.model = model
+        self._full_shape = full_shape
+        self._names: dict[nn.Module | nn.Parameter, list[str]] = {}
+        for name, module in model.named_modules(remove_duplicate=False):
+            if not _is_wrapper(module):
+                # With its dot, a wrapper's name is found at the end of the path too.
+                self._names.setdefault(module, []).append(canonical_name(f"{name}.")[:-1])
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            self._names.setdefault(parameter, []).append(canonical_name(name))
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Yield every module once, in the model's order, without what wrappers added."""
+        return (thing for thing in self._names if isinstance(thing, nn.Module))
+
+    def name(self, thing: nn.Module | nn.Parameter) -> str:
+        """Return the first name of a module or parameter in the user's own model."""
+        return self._names[thing][0]
+
+    def shape(self, parameter: nn.Parameter) -> torch.Size:
+        """Return the shape of the parameter in the unsharded model."""
+        return self._full_shape(parameter)
+
+    def inputs(self, layer: nn.Module) -> int:
+        """Return how many features a dense layer reads, or channels per group of a convolution."""
+        return self.shape(own(layer, "weight"))[1 - units_dim(layer)]
+
+    def outputs(self, layer: nn.Module) -> int:
+        """Return how many features or channels a layer writes."""
+        return self.shape(own(layer, "weight"))[units_dim(layer)]
+
+    def member(
+        self,
+        parameter: nn.Parameter,
+        dim: int,
+        unit_of: Tensor,
+        role: Literal["weight", "bias", "scale", "shift", "input", "output"],
+        *,
+        masked: bool,
+        scored: bool,
+        output_dim: int = 0,
+    ) -> MemberTarget:
+        """Return the member that a parameter is, under the name that the user's model gives it."""
+        return MemberTarget(
+            WeightTarget(self.name(parameter), parameter, output_dim), dim, unit_of, masked, scored, role
+        )
+
+    def masked_once(self, targets: Sequence[UnitTarget]) -> list[UnitTarget]:
+        """Return the layers without those whose masked parameters, being tied, an earlier layer masks already."""
+        taken: set[nn.Parameter] = set()
+        kept = []
+        for target in targets:
+            masked = {member.weight.parameter for member in target.members if member.masked}
+            if not masked & taken:
+                kept.append(target)
+                taken |= masked
+        return kept
+
+    def choose(
+        self,
+        targets: Sequence[UnitTarget],
+        default: Callable[[UnitTarget], bool],
+        include: Sequence[str] | None,
+        exclude: Sequence[str] | None,
+        kind: str,
+    ) -> list[UnitTarget]:
+        """Return the layers that the patterns choose, by layer name or name of a masked parameter.
+
+        Raises:
+            ValueError: A pattern matches none of the layers.
+        """
+        names = {target.name: self._names_of(target) for target in targets}
+        for pattern in [*(include or ()), *(exclude or ())]:
+            if not any(_matches(group, [pattern]) for group in names.values()):
+                near = difflib.get_close_matches(pattern.replace("*", ""), names, n=5, cutoff=0.3) or list(names)[:5]
+                raise ValueError(
+                    f"pattern {pattern!r} matches no {kind} and none of its weights; "
+                    f"near names: {', '.join(near)} (globs work: 'blocks.*')"
+                )
+        return [
+            target
+            for target in targets
+            if (_matches(names[target.name], include) if include else default(target))
+            and not (exclude and _matches(names[target.name], exclude))
+        ]
+
+    def summary(self) -> str:
+        """Return the modules that hold dense layers or convolutions, for errors that say what was there instead."""
+        holders: dict[str, list[str]] = {}
+        for module in self.modules():
+            if is_layer(module):
+                parent, _, child = self.name(module).rpartition(".")
+                holders.setdefault(parent, []).append(child)
+        if not holders:
+            return f"{type(self.model).__name__} holds no Linear, Conv1D or convolution at all"
+        described = [f"{parent or 'the model itself'} ({', '.join(names[:6])})" for parent, names in holders.items()]
+        return f"{type(self.model).__name__} holds dense layers in: {'; '.join(described[:6])}"
+
+    def _names_of(self, target: UnitTarget) -> list[str]:
+        modules = [names for names in self._names.values() if target.name in names]
+        masked = [self._names[member.weight.parameter] for member in target.members if member.masked]
+        return [name for names in modules + masked for name in names]
+
+
+def child(module: nn.Module, path: str) -> nn.Module | None:
+    """Return the module at `path` below `module`, past wrappers; None where there is none.
+
+    Attribute access would not do: compiled and wrapped modules answer for the module inside.
+    """
+    found: nn.Module | None = module
+    for part in path.split("."):
+        found = found._modules.get(part) if found is not None else None
+        while found is not None and _is_wrapper(found):
+            found = next(found._modules[name] for name in _WRAPPED if name in found._modules)
+    return found
+
+
+def chain(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the children of `module` past wrappers, in order, those of Sequentials within a Sequential in place."""
+    links: list[tuple[str, nn.Module]] = []
+    for name in module._modules:
+        link = child(module, name)
+        if isinstance(module, nn.Sequential) and isinstance(link, nn.Sequential):
+            links += chain(link)
+        elif link is not None and all(link is not other for _, other in links):
+            links.append((name, link))
+    return links
+
+
+def is_dense(module: nn.Module | None) -> TypeGuard[nn.Module]:
+    """Say whether the module is a Linear or transformers' Conv1D whose weight is a parameter of its own."""
+    return (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and _has_weight(module)
+
+
+def is_convolution(module: nn.Module | None) -> TypeGuard[nn.Module]:
+    """Say whether the module is a convolution that is not transposed, whose weight is a parameter of its own."""
+    return isinstance(module, CONVOLUTIONS) and _has_weight(module)
+
+
+def is_layer(module: nn.Module | None) -> TypeGuard[nn.Module]:
+    """Say whether the module is a dense layer or a convolution."""
+    return is_dense(module) or is_convolution(module)
+
+
+def has(module: nn.Module, *names: str) -> bool:
+    """Say whether the module has parameters of its own under all these names, not buffers and not None."""
+    return all(module._parameters.get(name) is not None for name in names)
+
+
+def own(module: nn.Module, name: str) -> nn.Parameter:
+    """Return a parameter that the module has itself."""
+    parameter = module._parameters[name]
+    assert parameter is not None
+    return parameter
+
+
+def units_dim(layer: nn.Module) -> int:
+    """Return the dimension of a layer's weight that counts its outputs; transformers' Conv1D stores (in, out)."""
+    return 1 if type(layer).__name__ == "Conv1D" else 0
+
+
+def blocks(size: int, units: int) -> Tensor:
+    """Return the unit of each of `size` indices where units are equal blocks of neighbours, int64, shape (size,)."""
+    return torch.arange(size, device="cpu") // (size // units)
+
+
+def _is_wrapper(module: nn.Module) -> bool:
+    return any(name in module._modules for name in _WRAPPED)
+
+
+def _has_weight(module: nn.Module | None) -> bool:
+    return module is not None and has(module, "weight")

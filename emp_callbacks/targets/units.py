@@ -1,0 +1,48 @@
+"""Units that are more than one weight: which slices of which parameters belong together."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from torch import Tensor, nn
+
+from emp_callbacks.targets.weights import WeightTarget
+
+
+class MemberTarget(NamedTuple):
+    """The part that one parameter has in the units of a layer.
+
+    Attributes:
+        weight: The parameter.
+        dim: Its dimension along which the units lie.
+        unit_of: Unit of each index along `dim`, int64, shape (size of `dim`,); -1 where it belongs to none.
+        masked: Whether pruning a unit zeroes its slices here. What is not masked is only scored.
+        scored: Whether criteria that read weights read this parameter.
+        role: What the parameter is to the units: "weight", "bias", "scale" (batch norm's gamma), "shift" (its beta),
+            "input" (weights that lead into the unit), "output" (weights that read it).
+    """
+
+    weight: WeightTarget
+    dim: int
+    unit_of: Tensor
+    masked: bool
+    scored: bool
+    role: Literal["weight", "bias", "scale", "shift", "input", "output"]
+
+
+class UnitTarget(NamedTuple):
+    """A layer whose units are scored and pruned as wholes.
+
+    Attributes:
+        name: Name of the module in the user's model, without what wrappers added.
+        units: Number of units.
+        members: The parameters that the units are made of; a masked parameter is a member of one layer only.
+        observed: Module at which the units' activations pass by, and whether as its "input" or "output"; None where
+            no module shows them. Units lie along the last dimension of what passes a Linear or transformers' Conv1D
+            and along dimension 1 of what passes a convolution or batch norm, as equal blocks of neighbours.
+    """
+
+    name: str
+    units: int
+    members: tuple[MemberTarget, ...]
+    observed: tuple[nn.Module, Literal["input", "output"]] | None
