@@ -45,6 +45,8 @@ def audit_masks(weights: Sequence[MaskedWeight], mode: MaskMode, backend: Backen
     In `project`, entries that grew back since the last refresh are counted: they contradict the mask by design.
     With `observe_only` nothing is applied, so nothing is checked.
     """
+    if not weights:  # features and edges are masked in the forward pass, where no copy can differ
+        return Audit(owner=0, forward=0, optimizer=0, worst="", worst_count=0)
     counts = torch.zeros(len(weights), len(COPIES), dtype=torch.int64)
     for i, weight in enumerate(weights if mode.name != "observe" else ()):
         states = backend.optimizer_states(weight.segment) if mode.clears_states else []

@@ -18,6 +18,16 @@ SETTINGS = {
     "epochs": {"mode": "feedback", "every_n_epochs": 2},
     "observe": {"observe_only": True, "every_n_steps": 3},
     "random": {"criterion": "random", "every_n_steps": 2, "density": 0.5},
+    "taylor": {"criterion": "taylor", "every_n_steps": 3, "evidence_steps": 2},
+    "wanda": {"criterion": "wanda", "every_n_steps": 3, "scope": "row"},
+    "epoch window": {"criterion": "saliency", "every_n_epochs": 2, "evidence_steps": 1, "mode": "freeze"},
+    "neurons": {"target": "neurons", "every_n_steps": 2, "beta": 0.8},
+    "neurons taylor": {"target": "neurons", "criterion": "taylor", "every_n_steps": 3, "mode": "project", "beta": 0.8},
+    "neurons activation": {"target": "neurons", "criterion": "activation", "every_n_steps": 3, "mode": "freeze"},
+    "features": {"target": "features", "every_n_steps": 3, "evidence_steps": 2, "beta": 0.8},
+    "features mean": {"target": "features", "every_n_steps": 2, "center": "mean", "mode": "freeze"},
+    "features taylor": {"target": "features", "criterion": "taylor", "every_n_steps": 3, "beta": 0.8},
+    "features dynamic": {"target": "features", "dynamic": True, "every_n_steps": 3, "beta": 0.8},
 }
 
 

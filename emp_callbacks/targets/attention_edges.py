@@ -31,6 +31,9 @@ class EdgeSite(ForwardSite):
     held in memory, which fused attention avoids: at most 24 bytes for each in a causal row of 1024 keys ("logit": 31),
     for one module at a time; in training the weights of every module stay until its backward pass.
 
+    Inside torch.compile the graphs of a whole model stay whole; blocks compiled one by one are each compiled anew, and
+    beyond `torch._dynamo.config.recompile_limit` run uncompiled.
+
     Attributes:
         score: "weight": the softmax weight. "logit": what enters the softmax, less the row's lowest.
         active: Whether edges are masked.
@@ -66,7 +69,7 @@ class EdgeSite(ForwardSite):
 
     def _enter(self, module: nn.Module, args: Any) -> None:  # noqa: ARG002
         self._end()
-        if self.attached and (self.active or self._gathers):
+        if self.active or self._gathers:
             self._intercept = _Intercept(self._attend)
             self._intercept.__enter__()
 

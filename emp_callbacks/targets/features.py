@@ -231,8 +231,6 @@ class FeatureSite(ForwardSite):
         return [self.module.register_forward_hook(self._hook)]
 
     def _hook(self, module: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG002
-        if not self.attached:
-            return None
         activation = self._activation_of(output)
         layout = _layout(self.form, activation.shape, self.name)
         if layout.size != self.size or activation.device != self._device:

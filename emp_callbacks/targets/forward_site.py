@@ -31,7 +31,6 @@ class ForwardSite(ABC):
         module: The module.
         observing: Whether statistics are gathered now.
         in_eval: Whether they are also gathered while `module.training` is False.
-        attached: Whether the site is to act; compiled code, which does not see hooks go, asks this.
     """
 
     def __init__(self, name: str, module: nn.Module) -> None:
@@ -39,7 +38,6 @@ class ForwardSite(ABC):
         self.module = module
         self.observing = False
         self.in_eval = False
-        self.attached = False
         self._handles: list[RemovableHandle] = []
         self._sums: dict[str, Tensor] = {}
         self._number = number_of(self)
@@ -54,18 +52,25 @@ class ForwardSite(ABC):
         if not self._handles or not all(map(_registered, self._handles)):
             self.detach()
             self._handles = self._register()
-        self.attached = True
 
     def detach(self) -> None:
         """Remove the hooks: the module is as it was before `attach`."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self.attached = False
 
     def reset(self) -> None:
         """Forget the statistics and release their memory."""
         self._sums = {}
+
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """What was gathered since `reset`, as a checkpoint keeps it: empty where nothing was."""
+        return dict(self._sums)
+
+    @sums.setter
+    def sums(self, sums: dict[str, Tensor]) -> None:
+        self._sums = dict(sums)
 
     @abstractmethod
     def statistics(self) -> dict[str, Tensor]:

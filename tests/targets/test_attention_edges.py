@@ -390,6 +390,7 @@ def test_a_failed_forward_leaves_no_mode_behind(error):
     attention.forward = fail
     with pytest.raises(error):
         attention(torch.randn(1, 1, 3, 4))
+    assert modes() == (error is KeyboardInterrupt)
     del attention.forward
     query = torch.randn(1, 1, 3, 4)
     attention(query, query, query)

@@ -474,6 +474,22 @@ def test_compiled_code_is_whole_gives_the_same_and_does_not_grow(criterion, form
     torch.testing.assert_close(compiled(torch.ones(1, 5)), plain(torch.ones(1, 5)), msg="after detach")
 
 
+def test_blocks_compiled_one_by_one_share_their_graphs():
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    model = nn.Sequential(*[nn.Sequential(nn.Linear(5, 5), nn.GELU()) for _ in range(10)])
+    sites = feature_sites(model, None, None, FeatureForm(), "taylor", RULE)
+    for block, site in zip(model, sites, strict=True):
+        site.attach()
+        block.compile(backend=counter)
+    run_observed_and_not(model, sites)
+    run_observed_and_not(model, sites)
+    # before and after the size is known and not observing, each for inputs with and without gradient
+    assert counter.frame_count <= 6
+    assert [site.statistics()["samples"].item() for site in sites] == [8.0] * 10
+    assert len({float(site.scores(site.statistics()).sum()) for site in sites}) == 10, "each has its own"
+
+
 def run_observed_and_not(model: nn.Module, sites: list[FeatureSite]) -> None:
     model.zero_grad()
     for observing in (True, False):

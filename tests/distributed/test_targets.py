@@ -1,0 +1,189 @@
+"""Heads, neurons, features and criteria that gather evidence: ranks of every strategy give the masks of one process."""
+
+import functools
+import importlib.util
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from emp_callbacks import EMPPruner
+from tests.distributed.ranks import process_group, spawn
+from tests.distributed.zero_ranks import deepspeed_ranks
+
+STEPS, EVERY, ROWS = 7, 3, 12
+SETTINGS = {
+    "weights-taylor": {"criterion": "taylor"},
+    "weights-saliency-freeze": {"criterion": "saliency", "mode": "freeze"},
+    "weights-wanda-row": {"criterion": "wanda", "scope": "row"},
+    "heads": {"target": "heads", "beta": 0.7, "mode": "project"},
+    "heads-taylor": {"target": "heads", "criterion": "taylor", "beta": 0.9},
+    "heads-activation": {"target": "heads", "criterion": "activation", "beta": 0.7, "scope": "tensor"},
+    "neurons": {"target": "neurons", "beta": 0.8, "mode": "freeze"},
+    "neurons-taylor": {"target": "neurons", "criterion": "taylor"},
+    "neurons-saliency": {"target": "neurons", "criterion": "saliency", "mode": "project"},
+    "neurons-activation": {"target": "neurons", "criterion": "activation", "beta": 0.8},
+    "features": {"target": "features", "beta": 0.8},
+    "features-mean": {"target": "features", "beta": 0.8, "center": "mean", "mode": "freeze"},
+    "features-taylor": {"target": "features", "criterion": "taylor"},
+    "features-dynamic": {"target": "features", "dynamic": True, "beta": 0.8},
+    "edges": {"target": "attention_edges", "criterion": "attention_logit"},
+}
+TORCH_WAYS = ("ddp", "fsdp2", "fsdp1")
+ZERO_WAYS = ("zero1", "zero2", "zero3")
+HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+
+
+def make_model(dtype):
+    torch.manual_seed(0)
+    sizes = {"img_size": 8, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 3}
+    return timm.create_model("vit_tiny_patch16_224", in_chans=1, num_classes=5, **sizes).to(dtype)
+
+
+def wrap(way, model):
+    if way == "ddp":
+        return DistributedDataParallel(model)
+    if way == "fsdp2":
+        for block in model.blocks:
+            fully_shard(block)
+        return fully_shard(model)
+    if way == "fsdp1":
+        settings = {"use_orig_params": True, "device_id": torch.device("cpu")}
+        for i, block in enumerate(model.blocks):
+            model.blocks[i] = FullyShardedDataParallel(block, **settings)
+        return FullyShardedDataParallel(model, **settings)
+    return model
+
+
+def batch(step, dtype):
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(ROWS, 1, 8, 8, generator=generator).to(dtype), torch.randint(0, 5, (ROWS,), generator=generator)
+
+
+def closing(pruner, losses):
+    units = pruner.config.target != "weights"
+    return {
+        "rows": [(e.step, e.n, e.keep, e.density, e.churn, e.note) for e in pruner.trajectory],
+        "n_eff": [value for e in pruner.trajectory for value in (e.n_eff, *(layer.n_eff for layer in e.layers))],
+        "masks": pruner.masks if units else {},
+        "losses": torch.stack(losses),
+        "clean": pruner.audit().clean or pruner.config.mode == "project",  # which lets pruned weights grow
+    }
+
+
+def train(rank, world_size, way, name):
+    """Train with torch's own strategies, in double precision: far from any tie."""
+    model = wrap(way, make_model(torch.float64))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    pruner = EMPPruner(model, optimizer, every_n_steps=EVERY, evidence_steps=2, **SETTINGS[name])
+    losses = []
+    for step in range(STEPS):
+        x, y = batch(step, torch.float64)
+        loss = nn.functional.cross_entropy(model(x[rank::world_size]), y[rank::world_size])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(pruner._backend.all_sum(loss.detach()) / world_size)
+        if step == 4 and world_size > 1:  # in the middle of a window: the ranks' sums are what they were
+            pruner.share_evidence()
+        with torch.no_grad():  # neither validation nor gathered copies disturb what is gathered
+            model.eval()(x)
+            model.train()
+        pruner.step()
+    return closing(pruner, losses)
+
+
+def train_zero(deepspeed, rank, world_size, stage, name):
+    from emp_callbacks.integrations.deepspeed import EMPHook
+
+    model = make_model(torch.float32)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=torch.optim.AdamW(model.parameters(), lr=0.01),
+        config={
+            "train_micro_batch_size_per_gpu": ROWS // world_size,
+            "zero_allow_untested_optimizer": True,
+            "gradient_clipping": 0.0,  # its default is 1
+            "zero_optimization": {"stage": stage},
+        },
+    )
+    hook = EMPHook(engine, every_n_steps=EVERY, evidence_steps=2, **SETTINGS[name])
+    losses = []
+    for step in range(STEPS):
+        x, y = batch(step, torch.float32)
+        loss = nn.functional.cross_entropy(engine(x[rank::world_size]), y[rank::world_size])
+        engine.backward(loss)
+        engine.step()
+        losses.append(hook.pruner._backend.all_sum(loss.detach()) / world_size)
+    return closing(hook.pruner, losses)
+
+
+def on_torch(rank, world_size, folder):
+    with process_group(rank, world_size, folder):
+        found = {(way, name): train(rank, world_size, way, name) for way in TORCH_WAYS for name in SETTINGS}
+    torch.save(found, f"{folder}/rank{rank}.pt")
+
+
+def on_zero(rank, world_size, folder):
+    with deepspeed_ranks(rank, world_size, folder) as deepspeed:
+        found = {
+            (f"zero{stage}", name): train_zero(deepspeed, rank, world_size, stage, name)
+            for stage in (1, 2, 3)
+            for name in SETTINGS
+        }
+    torch.save(found, f"{folder}/rank{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What every rank saw; each number of ranks is spawned once for all tests."""
+    seen = {}
+
+    def results(work, world_size):
+        if (work, world_size) not in seen:
+            seen[work, world_size] = []  # a rank that fails once is not started for every test again
+            folder = tmp_path_factory.mktemp(f"{work.__name__}{world_size}")
+            spawn(work, world_size, folder)
+            files = [folder / f"rank{rank}.pt" for rank in range(world_size)]
+            seen[work, world_size] = [torch.load(file, weights_only=False) for file in files]
+        assert seen[work, world_size], "the ranks failed: see the first failure"
+        return seen[work, world_size]
+
+    return results
+
+
+@functools.cache
+def alone(name):
+    return train(0, 1, "alone", name)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("way", TORCH_WAYS)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_torch_strategies_give_the_masks_of_one_process(world_size, way, name, ranks):
+    expected = alone(name)
+    assert any(keep < n for _, n, keep, *_ in expected["rows"]), "a mask that keeps all compares nothing"
+    for result in ranks(on_torch, world_size):
+        compare(result[way, name], expected, 1e-9 if "activation" not in name and "wanda" not in name else 1e-5)
+
+
+@pytest.mark.skipif(not HAS_DEEPSPEED, reason="DeepSpeed is not installed")
+@pytest.mark.parametrize("way", ZERO_WAYS)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_zero_gives_the_masks_of_one_process(way, name, ranks):
+    for result in ranks(on_zero, 2):
+        compare(result[way, name], alone(name), 1e-3, exact=SETTINGS[name].get("target", "weights") != "weights")
+
+
+def compare(ours, expected, tolerance, exact=True):
+    if exact:
+        assert [row[:3] for row in ours["rows"]] == [row[:3] for row in expected["rows"]]
+        assert ours["masks"].keys() == expected["masks"].keys()
+        for layer, mask in expected["masks"].items():
+            assert torch.equal(ours["masks"][layer], mask), layer
+    assert ours["n_eff"] == pytest.approx(expected["n_eff"], rel=tolerance)
+    torch.testing.assert_close(ours["losses"].double(), expected["losses"], rtol=0, atol=max(tolerance, 1e-8))
+    assert ours["clean"]
