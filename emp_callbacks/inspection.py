@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from emp_callbacks.pruner import EMPPruner
-from emp_callbacks.targets.weights import canonical_name
+from emp_callbacks.targets.names import canonical_name
 from emp_callbacks.trajectory import PruneEvent
 
 __all__ = ["LoadedModel", "WeightReport", "inspect_model", "load_model", "report_json", "report_table"]

@@ -47,12 +47,6 @@ class Observer(ForwardSite):
             count = torch.tensor(activation.numel() / self.size, device=activation.device)
             self._add({"total": total, "count": count})
 
-    def see_gradient(self, activation: Tensor, gradient: Tensor) -> None:
-        """Nothing: an observer reads no gradients."""
-
-    def choose(self, scores: Tensor) -> Tensor:
-        raise NotImplementedError("an observer masks nothing")
-
     def _total(self, values: Tensor) -> Tensor:
         raise NotImplementedError
 

@@ -4,9 +4,10 @@ from emp_callbacks.targets.attention_edges import EdgeSite, edge_sites
 from emp_callbacks.targets.features import FeatureForm, FeatureSite, feature_sites
 from emp_callbacks.targets.heads import attention_heads
 from emp_callbacks.targets.kan import kan_nodes
+from emp_callbacks.targets.names import canonical_name
 from emp_callbacks.targets.neurons import neurons
 from emp_callbacks.targets.units import MemberTarget, UnitTarget
-from emp_callbacks.targets.weights import WeightTarget, canonical_name, prunable_weights
+from emp_callbacks.targets.weights import WeightTarget, prunable_weights
 
 UNIT_TARGETS = {"heads": attention_heads, "neurons": neurons, "kan_nodes": kan_nodes}
 

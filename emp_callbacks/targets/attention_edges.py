@@ -141,9 +141,6 @@ class EdgeSite(ForwardSite):
         """Gather statistics of logits, see `choose`."""
         self.choose(activation)
 
-    def see_gradient(self, activation: Tensor, gradient: Tensor) -> None:
-        """Edges are not scored by gradients."""
-
     def _gather(self, choice: RowChoice, kept: Tensor, allowed: Tensor, first_weight: Tensor) -> None:
         keys = allowed.sum(1)
         counted = (keys > 0) & choice.finite

@@ -8,19 +8,16 @@ activation, the positions of a feature.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from emp_callbacks.targets.compiled_site import choose, watch
+from emp_callbacks.targets.feature_form import FeatureForm, FeatureLayout, feature_layout
 from emp_callbacks.targets.forward_site import CountRule, ForwardSite, choose_rows, in_backward, named_sites
 
-AXES = ("channel", "token", "patch")
-CENTERS = ("zero", "mean")
 STATISTICS = ("activation", "taylor", "saliency")
 
 _ACTIVATIONS = (
@@ -33,92 +30,6 @@ _ACTIVATION_NAMES = (
     "GELU", "GELUTanh", "HardMish", "HardMishMe", "HardSwish", "HardSwishMe", "Mish", "MishMe", "QuickGELU", "Swish",
     "SwishMe", "Tanh",
 )  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class FeatureForm:
-    """What a feature is and what pruning makes of it.
-
-    Attributes:
-        axis: "channel": dimension 1 of (B, C, H, W), the last of (B, T, C) and (B, C). "token": dimension 1 of
-            (B, T, C). "patch": squares of (B, C, H, W) through all channels, counted row by row.
-        dynamic: Whether each sample prunes by its own scores.
-        center: What a pruned feature becomes: "zero", or "mean": of a static site the feature's mean over samples
-            and positions, of a dynamic one the mean over the sample's features, position by position.
-        patch_size: Pixels per side of a patch; H and W must be multiples.
-    """
-
-    axis: str = "channel"
-    dynamic: bool = False
-    center: str = "zero"
-    patch_size: int = 4
-
-    def __post_init__(self) -> None:
-        if self.axis not in AXES:
-            raise ValueError(f"axis={self.axis!r} is unknown; choose one of {', '.join(AXES)}")
-        if self.center not in CENTERS:
-            raise ValueError(f"center={self.center!r} is unknown; choose one of {', '.join(CENTERS)}")
-        if not isinstance(self.dynamic, bool):
-            raise TypeError(f"dynamic={self.dynamic!r} must be True or False")
-        if not isinstance(self.patch_size, int) or self.patch_size < 1:
-            raise ValueError(f"patch_size={self.patch_size!r} must be a whole number of pixels >= 1")
-
-
-class _Layout(NamedTuple):
-    """Where the features of one activation lie, once it is viewed in shape `view`."""
-
-    # lists, not generators, below: torch.compile cannot trace those
-
-    view: tuple[int, ...]
-    features: tuple[int, ...]
-
-    @property
-    def positions(self) -> tuple[int, ...]:
-        return tuple([d for d in range(1, len(self.view)) if d not in self.features])
-
-    @property
-    def size(self) -> int:
-        return prod([self.view[d] for d in self.features])
-
-    def spread(self, value: Tensor) -> Tensor:
-        """Return `value`, shape (F,) or (B, F), in a shape that broadcasts over the viewed activation."""
-        shape = [n if d in self.features else 1 for d, n in enumerate(self.view)]
-        shape[0] = value.shape[0] if value.dim() == 2 else 1
-        return value.view(shape)
-
-    def sum(self, viewed: Tensor) -> Tensor:
-        """Return the sum over positions, shape (B, F), float64."""
-        at = self.positions
-        return (viewed.sum(at, dtype=torch.float64) if at else viewed.double()).flatten(1)
-
-    def mean(self, viewed: Tensor) -> Tensor:
-        """Return the mean over positions, shape (B, F), float64."""
-        return self.sum(viewed) / prod([self.view[d] for d in self.positions])
-
-
-def _layout(form: FeatureForm, shape: torch.Size, name: str) -> _Layout:
-    """Return where the features lie in an activation of this shape, which the module `name` gave.
-
-    Raises:
-        ValueError: The shape has no such axis, or patches do not tile it.
-    """
-    if form.axis == "channel" and len(shape) >= 2:
-        return _Layout(tuple(shape), (len(shape) - 1 if len(shape) <= 3 else 1,))
-    if form.axis == "token" and len(shape) == 3:
-        return _Layout(tuple(shape), (1,))
-    if form.axis == "patch" and len(shape) == 4:
-        b, c, h, w = shape
-        p = form.patch_size
-        if h % p or w % p:
-            raise ValueError(
-                f"patch_size={p} does not tile the output of {name!r}, {h} x {w} pixels; choose a divisor of both or "
-                "exclude the module"
-            )
-        return _Layout((b, c, h // p, p, w // p, p), (2, 4))
-    wanted = {"channel": "(B, C), (B, T, C) or (B, C, H, W)", "token": "(B, T, C)", "patch": "(B, C, H, W)"}[form.axis]
-    raise ValueError(
-        f"axis={form.axis!r} needs an output {wanted}, {name!r} gave {tuple(shape)}; choose another axis or exclude it"
-    )
 
 
 class FeatureSite(ForwardSite):
@@ -232,7 +143,7 @@ class FeatureSite(ForwardSite):
 
     def _hook(self, module: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG002
         activation = self._activation_of(output)
-        layout = _layout(self.form, activation.shape, self.name)
+        layout = feature_layout(self.form, activation.shape, self.name)
         if layout.size != self.size or activation.device != self._device:
             self._meet(activation, layout)
         masked = self._dynamic(activation, layout) if self.form.dynamic else self._static(activation, layout)
@@ -252,7 +163,7 @@ class FeatureSite(ForwardSite):
             )
         return first
 
-    def _meet(self, activation: Tensor, layout: _Layout) -> None:
+    def _meet(self, activation: Tensor, layout: FeatureLayout) -> None:
         """Learn what the module gives, at its first forward or when it has moved to another device."""
         known = self.size if self.size is not None else (None if self.mask is None else self.mask.numel())
         if known is not None and known != layout.size:
@@ -267,7 +178,7 @@ class FeatureSite(ForwardSite):
         if self._mean is not None:
             self._mean = self._mean.to(activation.device)
 
-    def _static(self, activation: Tensor, layout: _Layout) -> Tensor | None:
+    def _static(self, activation: Tensor, layout: FeatureLayout) -> Tensor | None:
         masked = None if self.mask is None else self._masked(activation, layout, self.mask)
         if not self._gathers:
             return masked
@@ -282,13 +193,13 @@ class FeatureSite(ForwardSite):
         self.see_forward(activation)
         return masked
 
-    def _masked(self, activation: Tensor, layout: _Layout, mask: Tensor) -> Tensor:
+    def _masked(self, activation: Tensor, layout: FeatureLayout, mask: Tensor) -> Tensor:
         # where, not a product: a pruned Inf would become NaN
         viewed = activation.reshape(layout.view)
         fill = 0.0 if self._mean is None else layout.spread(self._mean).to(activation.dtype)
         return torch.where(layout.spread(mask), viewed, fill).reshape(activation.shape)
 
-    def _dynamic(self, activation: Tensor, layout: _Layout) -> Tensor | None:
+    def _dynamic(self, activation: Tensor, layout: FeatureLayout) -> Tensor | None:
         compiling = torch.compiler.is_compiling()
         if self.active:
             viewed = activation.reshape(layout.view)
@@ -303,13 +214,13 @@ class FeatureSite(ForwardSite):
         self.see_forward(activation)
         return None
 
-    def _sample_means(self, viewed: Tensor, layout: _Layout) -> Tensor | float:
+    def _sample_means(self, viewed: Tensor, layout: FeatureLayout) -> Tensor | float:
         return viewed.mean(layout.features, keepdim=True) if self.form.center == "mean" else 0.0
 
     @torch.no_grad()
     def see_forward(self, activation: Tensor) -> None:
         """Gather what the statistics need of an activation, shape as the module gave it; not when it is recomputed."""
-        layout = _layout(self.form, activation.shape, self.name)
+        layout = feature_layout(self.form, activation.shape, self.name)
         viewed = activation.detach().reshape(layout.view)
         if self.form.dynamic:
             self.choose(_distances(viewed, self._sample_means(viewed, layout), layout))
@@ -323,13 +234,13 @@ class FeatureSite(ForwardSite):
     @torch.no_grad()
     def see_gradient(self, activation: Tensor, gradient: Tensor) -> None:
         """Gather what the statistics need of an activation and dL/dy, both as the module gave it."""
-        layout = _layout(self.form, activation.shape, self.name)
+        layout = feature_layout(self.form, activation.shape, self.name)
         viewed, slope = activation.reshape(layout.view), gradient.reshape(layout.view)
         first_order = self._criterion == "taylor"
         read = layout.sum(viewed.double() * slope).abs() if first_order else layout.mean(slope.abs())
         self._add_static(self._criterion, read, viewed, layout)
 
-    def _add_static(self, name: str, read_bf: Tensor, viewed: Tensor, layout: _Layout) -> None:
+    def _add_static(self, name: str, read_bf: Tensor, viewed: Tensor, layout: FeatureLayout) -> None:
         sums = {name: read_bf.sum(0), "samples": read_bf.new_full((), viewed.shape[0])}
         if self.form.center == "mean":
             sums["value"] = layout.mean(viewed).sum(0)
@@ -351,7 +262,7 @@ class FeatureSite(ForwardSite):
         return choice.mask
 
 
-def _distances(viewed: Tensor, mean: Tensor | float, layout: _Layout) -> Tensor:
+def _distances(viewed: Tensor, mean: Tensor | float, layout: FeatureLayout) -> Tensor:
     """Return how far each sample's features are from what pruning makes of them, shape (B, F), float64."""
     return layout.mean((viewed - mean).detach().abs())
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from emp_callbacks.core.row_selection import top_rows
 from emp_callbacks.targets.compiled_site import number_of
-from emp_callbacks.targets.weights import canonical_name
+from emp_callbacks.targets.names import canonical_name, check_patterns, matches
 
 # Keep counts of G groups, shape (G,), int64, from their N_eff (G,), float64, their size and their number of scores
 # that are not 0 (G,), float64; on the device of what it is given.
@@ -80,13 +78,13 @@ class ForwardSite(ABC):
     def see_forward(self, activation: Tensor) -> None:
         """Gather what the statistics need of an activation."""
 
-    @abstractmethod
     def see_gradient(self, activation: Tensor, gradient: Tensor) -> None:
         """Gather what the statistics need of an activation and the gradient of the output made of it."""
+        raise NotImplementedError(f"{type(self).__name__} reads no gradients")
 
-    @abstractmethod
     def choose(self, scores: Tensor) -> Tensor:
         """Return what is kept, shape of `scores`, bool."""
+        raise NotImplementedError(f"{type(self).__name__} chooses nothing")
 
     @abstractmethod
     def _register(self) -> list[RemovableHandle]:
@@ -171,11 +169,12 @@ def named_sites(
         ValueError: A pattern matches no module, or nothing is left.
     """
     names = _module_names(model)
-    _check_patterns([*(include or ()), *(exclude or ())], [name for group in names.values() for name in group])
+    every_name = [name for group in names.values() for name in group]
+    check_patterns([*(include or ()), *(exclude or ())], every_name, "module", "blocks.*.act")
     chosen = [
         (group[0], module)
         for module, group in names.items()
-        if (_matches(group, include) if include else by_default(module)) and not _matches(group, exclude or ())
+        if (matches(group, include) if include else by_default(module)) and not matches(group, exclude or ())
     ]
     if not chosen:
         held = ", ".join(f"{group[0]} ({type(module).__name__})" for module, group in list(names.items())[:8])
@@ -197,18 +196,6 @@ def _module_names(model: nn.Module) -> dict[nn.Module, list[str]]:
     for name, module in held.items():
         names.setdefault(module, []).append(name)
     return names
-
-
-def _matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
-
-
-def _check_patterns(patterns: Sequence[str], names: list[str]) -> None:
-    for pattern in patterns:
-        if not _matches(names, [pattern]):
-            near = difflib.get_close_matches(pattern.replace("*", ""), names, n=5, cutoff=0.3) or names[:5]
-            hint = f"near names: {', '.join(near)}" if near else "the model has no modules inside"
-            raise ValueError(f"pattern {pattern!r} matches no module; {hint} (globs work: 'blocks.*.act')")
 
 
 def _registered(handle: RemovableHandle) -> bool:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
+from emp_callbacks.targets.names import canonical_name, check_patterns, matches
 from emp_callbacks.targets.units import MemberTarget, UnitTarget
-from emp_callbacks.targets.weights import WeightTarget, _matches, canonical_name
+from emp_callbacks.targets.weights import WeightTarget
 
 # Those whose output channels are rows of the weight.
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -98,18 +98,14 @@ class UnitSearch:
             ValueError: A pattern matches none of the layers.
         """
         names = {target.name: self._names_of(target) for target in targets}
-        for pattern in [*(include or ()), *(exclude or ())]:
-            if not any(_matches(group, [pattern]) for group in names.values()):
-                near = difflib.get_close_matches(pattern.replace("*", ""), names, n=5, cutoff=0.3) or list(names)[:5]
-                raise ValueError(
-                    f"pattern {pattern!r} matches no {kind} and none of its weights; "
-                    f"near names: {', '.join(near)} (globs work: 'blocks.*')"
-                )
+        # Near names are sought among all: those of the layers come first.
+        every_name = list(dict.fromkeys(name for group in ([*names], *names.values()) for name in group))
+        check_patterns([*(include or ()), *(exclude or ())], every_name, f"{kind} and none of its weights", "blocks.*")
         return [
             target
             for target in targets
-            if (_matches(names[target.name], include) if include else default(target))
-            and not (exclude and _matches(names[target.name], exclude))
+            if (matches(names[target.name], include) if include else default(target))
+            and not (exclude and matches(names[target.name], exclude))
         ]
 
     def summary(self) -> str:

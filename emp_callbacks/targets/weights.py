@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-# What wrappers put into parameter names and a user did not write.
-_WRAPPER_NAMES = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+from emp_callbacks.targets.names import canonical_name, check_patterns, matches
 
 
 class WeightTarget(NamedTuple):
@@ -26,13 +23,6 @@ class WeightTarget(NamedTuple):
     name: str
     parameter: nn.Parameter
     output_dim: int
-
-
-def canonical_name(name: str) -> str:
-    """Return the parameter name that the user's own model gives."""
-    for part in _WRAPPER_NAMES:
-        name = name.replace(part, "")
-    return name
 
 
 def prunable_weights(
@@ -59,13 +49,14 @@ def prunable_weights(
     """
     owners = _owners(model)
     names = {id(p): [name for name, _ in owned] for p, owned in owners.items()}
-    _check_patterns([*(include or ()), *(exclude or ())], [n for group in names.values() for n in group])
+    every_name = [name for group in names.values() for name in group]
+    check_patterns([*(include or ()), *(exclude or ())], every_name, "parameter", "blocks.*.weight")
     targets = []
     for parameter, owned in owners.items():
         wanted = (
-            _matches(names[id(parameter)], include) if include else _prunable_by_default(parameter, owned, full_shape)
+            matches(names[id(parameter)], include) if include else _prunable_by_default(parameter, owned, full_shape)
         )
-        if wanted and not (exclude and _matches(names[id(parameter)], exclude)):
+        if wanted and not (exclude and matches(names[id(parameter)], exclude)):
             targets.append(WeightTarget(owned[0][0], parameter, _output_dim(owned[0][1])))
     _check_targets(targets, model, full_shape)
     return targets
@@ -96,18 +87,6 @@ def _prunable_by_default(
 def _output_dim(owner: nn.Module) -> int:
     # transformers' Conv1D and transposed convolutions store (input, output, ...).
     return 1 if type(owner).__name__ == "Conv1D" or "ConvTranspose" in type(owner).__name__ else 0
-
-
-def _matches(names: Iterable[str], patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
-
-
-def _check_patterns(patterns: Sequence[str], names: list[str]) -> None:
-    for pattern in patterns:
-        if not _matches(names, [pattern]):
-            near = difflib.get_close_matches(pattern.replace("*", ""), names, n=5, cutoff=0.3) or names[:5]
-            hint = f"near names: {', '.join(near)}" if near else "the model has no parameters"
-            raise ValueError(f"pattern {pattern!r} matches no parameter; {hint} (globs work: 'blocks.*.weight')")
 
 
 def _check_targets(
