@@ -19,6 +19,13 @@ pytestmark = [
 ]
 FLAVOURS = ["pytorch_lightning", "lightning.pytorch"]
 MODES = ["feedback", "project", "freeze"]
+RESUMED = {mode: {"mode": mode} for mode in MODES} | {
+    "features": {"target": "features", "evidence_steps": 3, "beta": 0.8},
+    "dynamic": {"target": "features", "dynamic": True, "beta": 0.8},
+    "taylor": {"criterion": "taylor", "evidence_steps": 2},
+    "wanda": {"criterion": "wanda"},
+    "neurons": {"target": "neurons", "criterion": "activation", "mode": "freeze"},
+}
 
 
 @pytest.fixture(params=FLAVOURS)
@@ -204,12 +211,12 @@ def test_resume_from_every_epoch_equals_the_run_that_never_stopped(pl, mode, sch
             assert same(one, two)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_resume_from_any_step_equals_the_run_that_never_stopped(mode, tmp_path):
+@pytest.mark.parametrize("settings", RESUMED.values(), ids=RESUMED)
+def test_resume_from_any_step_equals_the_run_that_never_stopped(settings, tmp_path):
     pl = importlib.import_module(FLAVOURS[0])
 
     def run(folder, ckpt=None):
-        callback = EMPCallback(mode=mode, summary=False, every_n_steps=3)
+        callback = EMPCallback(**settings, summary=False, every_n_steps=3)
         saver = pl.callbacks.ModelCheckpoint(
             dirpath=folder, filename="{step}", every_n_train_steps=1, save_top_k=-1, save_on_train_epoch_end=False
         )
