@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from emp_callbacks.export import ExportReport, Source
+
 __all__ = ["main"]
 
 USAGE_ERROR, INTERRUPTED = 2, 130
@@ -28,11 +30,14 @@ commands:
   compare   train a recipe with several ways of pruning and several seeds, and report
   report    write the report of a finished comparison or of a single fit again
   inspect   show N_eff and what EMP would keep of a checkpoint or a timm model
+  prune     prune a finished model once, and write its weights
+  export    write the masked weights of a run as plain safetensors
 
 examples:
   emp fit --config recipes/quickstart.yaml
   emp compare --config recipes/quickstart.yaml --out runs/quickstart
   emp inspect timm:resnet18 --pretrained
+  emp export last.ckpt --out model.safetensors
 
 options:
   -h, --help  show this message, or with a command that command's options
@@ -118,7 +123,7 @@ def _for_the_user(error: BaseException | None) -> str | None:
 
 def _raised_by_us(error: BaseException) -> bool:
     """Return whether a `raise` of this package made the error, rather than a call in it that went wrong."""
-    kinds = (OSError, ValueError, TypeError, ArithmeticError, NotImplementedError)
+    kinds = (OSError, ValueError, TypeError, ArithmeticError, NotImplementedError, ImportError)
     return isinstance(error, kinds) and _where_raised(error) == ("emp_callbacks", True)
 
 
@@ -223,6 +228,50 @@ def _already_pruned(density: float) -> list[str]:
     return [f"{1 - density:.1%} of these weights are zero already: N_eff is that of the rest, and keep prunes further"]
 
 
+def _prune(words: list[str]) -> None:
+    """Prune a finished model once."""
+    options = _prune_parser().parse_args(words)
+    from emp_callbacks.export import prune
+    from emp_callbacks.trajectory import layer_table
+
+    names = ("target", "criterion", "scope", "beta", "density", "include", "exclude")
+    settings = {name: value for name in names if (value := getattr(options, name)) is not None}
+    pruner, report = prune(
+        _source(options),
+        options.out,
+        settings,
+        batches=options.batches,
+        shrink_units=options.shrink,
+        overwrite=options.overwrite,
+    )
+    _console().print(layer_table(pruner.last_events))
+    _print_export(report)
+
+
+def _export(words: list[str]) -> None:
+    """Write masked weights."""
+    options = _export_parser().parse_args(words)
+    from emp_callbacks.export import export
+
+    report = export(_source(options), options.out, shrink_units=options.shrink, overwrite=options.overwrite)
+    _print_export(report)
+
+
+def _source(options: argparse.Namespace) -> Source:
+    from emp_callbacks.export import Source
+
+    return Source(options.source, options.config, options.prefix, options.pretrained, options.input_size)
+
+
+def _print_export(report: ExportReport) -> None:
+    from emp_callbacks.export import report_lines, shrink_table
+
+    console = _console()
+    if report.shrunk and report.shrunk.layers:
+        console.print(shrink_table(report.shrunk))
+    console.print("\n".join(report_lines(report)), highlight=False, soft_wrap=True)
+
+
 def _console() -> Console:
     from rich.console import Console
 
@@ -318,9 +367,77 @@ Files are read as tensors only; code in them never runs.""",
     return parser
 
 
+def _prune_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "prune",
+        "Prune a finished model once by EMP, and write its weights as safetensors.",
+        """\
+examples:
+  emp prune timm:resnet18 --pretrained --out pruned.safetensors
+  emp prune timm:resnet18 --pretrained --target neurons --shrink --out small.safetensors
+  emp prune last.ckpt --config recipes/quickstart.yaml --target heads --criterion taylor --out pruned.safetensors
+
+With --config, what the recipe's EMPCallback says is the default of each setting. Criteria that read gradients, inputs
+or activations take them from --batches of the recipe's training data; the weights are not trained.
+Heads and neurons need modules: --config RECIPE, timm:NAME, or a Hugging Face folder with config.json.""",
+    )
+    _add_source(parser)
+    parser.add_argument("--target", help="weights, heads, neurons or kan_nodes (default: weights)")
+    parser.add_argument("--criterion", help="how they are scored (default: the target's: magnitude, weight_norm, ...)")
+    parser.add_argument("--scope", choices=("global", "tensor", "row"), help="where scores compete (default: global)")
+    parser.add_argument("--beta", type=float, help="keep floor(beta * N_eff) (default: 1.0)")
+    parser.add_argument("--density", type=float, help="keep this fraction instead of N_eff")
+    parser.add_argument("--include", nargs="+", metavar="GLOB", help="prune these parameters (or modules) only")
+    parser.add_argument("--exclude", nargs="+", metavar="GLOB", help="leave these parameters (or modules) out")
+    parser.add_argument("--batches", type=int, default=32, help="training batches for criteria that read data (32)")
+    return parser
+
+
+def _export_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "export",
+        "Write the masked weights of a run as plain safetensors: no callback, no reparametrisation.",
+        """\
+examples:
+  emp export lightning_logs/version_0/checkpoints/last.ckpt --out model.safetensors
+  emp export last.ckpt --config recipes/quickstart.yaml --shrink --out small.safetensors
+
+The names fit your own module: of a Lightning checkpoint the first part that all names share ("model.") is left out.
+  model.load_state_dict(safetensors.torch.load_file("model.safetensors"))
+  emp_callbacks.load_shrunk(model, "small.safetensors")""",
+    )
+    _add_source(parser)
+    return parser
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source",
+        metavar="CHECKPOINT|timm:NAME",
+        help="Lightning .ckpt, state dict (.pt, .pth, .safetensors), Hugging Face folder, or a timm model",
+    )
+    parser.add_argument("--out", required=True, metavar="FILE", help="safetensors file to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
+    parser.add_argument("-c", "--config", metavar="RECIPE", help="recipe that builds the model (and its data)")
+    parser.add_argument(
+        "--shrink", action="store_true", help="remove pruned heads, neurons and channels (needs torch-pruning)"
+    )
+    parser.add_argument("--prefix", help="start of the names to leave out; '' for none (default: 'model.' or the like)")
+    parser.add_argument("--pretrained", action="store_true", help="load timm's weights (needs a network)")
+    parser.add_argument(
+        "--input-size",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help="example input for --shrink, such as 3 32 32 (default: from the data or the model)",
+    )
+
+
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     **{command: _lightning(command) for command in _LIGHTNING_HELP},
     "compare": _compare,
     "report": _report,
     "inspect": _inspect,
+    "prune": _prune,
+    "export": _export,
 }

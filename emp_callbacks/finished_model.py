@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.core.packing import unpack_bits
 from emp_callbacks.inspection import _as_module, _prunable_by_name, _read_checkpoint, _state_dict, load_model
-from emp_callbacks.targets.weights import canonical_name
+from emp_callbacks.targets.names import canonical_name
 
 __all__ = ["Example", "FinishedModel", "RecipeParts", "open_model", "open_recipe"]
 
@@ -208,7 +208,7 @@ def _load_into(module: nn.Module, state: Mapping[str, Tensor], source: str) -> N
     if not given.keys() & own.keys():
         before = _prefix(own, None, lightning=True)
         given = {f"{before}{name}": value for name, value in given.items()}
-    differ = sorted(given.keys() ^ own.keys())
+    differ = [*sorted(given.keys() - own.keys()), *sorted(own.keys() - given.keys())]
     differ += sorted(name for name in given.keys() & own.keys() if given[name].shape != own[name].shape)
     if differ:
         raise ValueError(
@@ -262,8 +262,11 @@ def _tokens(module: nn.Module) -> Example | None:
         height, width = (size, size) if isinstance(size, int) else size
         image = _image(None, (getattr(config, "num_channels", 3), height, width))
         return None if image is None else Example((), {"pixel_values": image.args[0]})
-    offered: Any = getattr(module, "dummy_inputs", None)
-    return Example((), dict(offered)) if getattr(module, "main_input_name", "") == "input_ids" else None
+    if getattr(module, "main_input_name", "") != "input_ids":
+        return None
+    offered: Any = module.dummy_inputs
+    without_cache = {"use_cache": False} if hasattr(config, "use_cache") else {}
+    return Example((), {**offered, **without_cache})
 
 
 def _recorded(model: FinishedModel) -> Example | None:

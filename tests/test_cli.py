@@ -3,7 +3,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from emp_callbacks import __version__
 from emp_callbacks.cli import main
@@ -169,6 +171,43 @@ def test_fit_trains_saves_its_recipe_and_never_overwrites_it(tmp_path, capsys):
     assert "zero already" in shown
 
 
+def test_what_fit_trained_is_exported_and_pruned(tmp_path, capsys):
+    folder, out = tmp_path / "fit", str(tmp_path / "out.safetensors")
+    recipe = write_recipe(tmp_path)
+    assert main(["fit", "--config", recipe, "--trainer.default_root_dir", str(folder)]) == 0
+    checkpoint = str(next(folder.glob("checkpoints/*.ckpt")))
+    assert main(["export", checkpoint, "--out", out]) == 0
+    held, written = torch.load(checkpoint, weights_only=True)["state_dict"], load_file(out)
+    assert {f"model.{name}" for name in written} == held.keys()
+    assert all(torch.equal(value, held[f"model.{name}"]) for name, value in written.items())
+    capsys.readouterr()
+    words = ["prune", checkpoint, "--config", recipe, "--target", "neurons", "--density", "0.5", "--shrink"]
+    assert main([*words, "--out", out]) == 2
+    assert "add --overwrite" in capsys.readouterr().err
+    assert main([*words, "--out", out, "--overwrite"]) == 0
+    shown = capsys.readouterr().out
+    for text in (
+        "model.blocks.0.mlp.fc1",
+        "had to stay",
+        "0.500",
+        "FLOPs",
+        "largest difference",
+        "matrices and kernels",
+    ):
+        assert text in shown
+    assert load_file(out)["blocks.0.mlp.fc1.weight"].shape == (16, 8)
+    assert main(["inspect", out]) == 0
+
+
+def test_a_missing_torch_pruning_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
+    words = ["prune", "timm:resnet10t", "--target", "neurons", "--shrink", "--input-size", "3", "32", "32"]
+    assert main([*words, "--out", str(tmp_path / "out.safetensors")]) == 2
+    message = capsys.readouterr().err
+    assert "pip install 'emp-callbacks[shrink]'" in message
+    assert message.count("\n") == 1
+
+
 def test_report_says_where_a_report_could_be_made(tmp_path, capsys):
     (tmp_path / "a" / "version_0").mkdir(parents=True)
     (tmp_path / "a" / "version_0" / "emp_trajectory.jsonl").touch()
@@ -181,12 +220,12 @@ def test_report_says_where_a_report_could_be_made(tmp_path, capsys):
 def test_help_shows_the_commands_with_examples(capsys):
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    for word in ("fit", "compare", "report", "inspect", "examples:"):
+    for word in ("fit", "compare", "report", "inspect", "prune", "export", "examples:"):
         assert word in shown
     assert main([]) == 2
 
 
-@pytest.mark.parametrize("command", ["fit", "validate", "test", "compare", "report", "inspect"])
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "compare", "report", "inspect", "prune", "export"])
 def test_every_command_has_help_with_an_example(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
