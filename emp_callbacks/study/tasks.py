@@ -15,6 +15,8 @@ from torch.nn import functional
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.text import Perplexity
 
+from emp_callbacks.study import networks  # noqa: F401  (timm then knows emp_fc2, emp_kan, ...)
+
 Batch = tuple[Tensor, Tensor]
 
 
