@@ -15,6 +15,8 @@ from emp_callbacks.targets.features import FeatureForm
 
 TARGETS = tuple(DEFAULT_CRITERIA)
 SCOPES = ("global", "tensor", "row")
+# Norms and activations of different layers are no common currency: narrow layers would be emptied.
+_DEFAULT_SCOPES = {"neurons": "tensor", "kan_nodes": "tensor", "features": "tensor"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,8 @@ class EMPConfig:
         evidence_steps: Criteria that read gradients, inputs or activations gather them in this many optimizer steps
             before each refresh, >= 1; in the epoch before it if `every_n_epochs` counts.
         scope: Where scores compete: "global" (all layers together), "tensor" (within a layer), or "row" (within an
-            output unit; weights only). Attention edges and dynamic features compete within a query row or a sample.
+            output unit; weights only). Default: "global" for weights and heads, "tensor" for neurons, nodes and
+            features. Attention edges and dynamic features compete within a query row or a sample.
         beta: Factor on N_eff, > 0, or a BetaSchedule from one value to another. 1 keeps N_eff components.
         mode: What a mask means between refreshes: "feedback" (dense weights keep training behind it),
             "project" (zeroed at the refresh, may grow back), "freeze" (zero for good).
@@ -64,7 +67,7 @@ class EMPConfig:
     target: str = "weights"
     criterion: str | ScoreFunction | None = None
     evidence_steps: int = 32
-    scope: str = "global"
+    scope: str | None = None
     beta: float | BetaSchedule = 1.0
     mode: str = "feedback"
     include: Sequence[str] | None = None
@@ -82,6 +85,8 @@ class EMPConfig:
     def __post_init__(self) -> None:
         _check_choice("target", self.target, TARGETS)
         make_criterion(self.criterion, self.target)
+        if self.scope is None:
+            object.__setattr__(self, "scope", _DEFAULT_SCOPES.get(self.target, "global"))
         _check_choice("scope", self.scope, SCOPES)
         _check_choice("mode", self.mode, tuple(MASK_MODES))
         for name in ("include", "exclude"):

@@ -75,6 +75,11 @@ class Layer(ABC):
         return self.span.name
 
     @property
+    def is_known(self) -> bool:
+        """Whether the number of components is known: that of a module's features only once it was called."""
+        return True
+
+    @property
     def mask_or_ones(self) -> Tensor:
         """The mask; all True before the first refresh."""
         return self._ones() if self.mask is None else self.mask
@@ -376,6 +381,10 @@ class FeatureLayer(Layer):
         counted = slice(size * rank // ranks, size * (rank + 1) // ranks)
         shape = torch.Size([size])
         return Span(name=self.site.name, shape=shape, output_dim=0, positions=0, replicated=True, counted=counted)
+
+    @property
+    def is_known(self) -> bool:
+        return self.site.size is not None or self._mask is not None
 
     @property
     def name(self) -> str:

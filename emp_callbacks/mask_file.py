@@ -11,18 +11,20 @@ import json
 import os
 import secrets
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from emp_callbacks.backends.base import Backend
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.layer import Layer
 from emp_callbacks.mask_mode import MaskedWeight, MaskMode
-from emp_callbacks.mask_part import read_parts, sha256, write_part
+from emp_callbacks.mask_part import read_evidence, read_parts, sha256, write_part
 from emp_callbacks.pruner_state import FoundMask, check_fits, fit_masks, masked_weights, put_back
 from emp_callbacks.schedule import Clock
 from emp_callbacks.trajectory import Trajectory
@@ -34,9 +36,13 @@ Result = TypeVar("Result")
 
 
 def save_masks(
-    folder: str | os.PathLike[str], state: dict[str, Any], weights: Sequence[MaskedWeight], backend: Backend
+    folder: str | os.PathLike[str],
+    state: dict[str, Any],
+    weights: Sequence[MaskedWeight],
+    backend: Backend,
+    evidence: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
-    """Write masks, the values behind them and `state` (of `describe`) into a folder. Collective.
+    """Write masks, the values behind them, `state` (of `describe`) and evidence into a folder. Collective.
 
     Raises:
         OSError: A rank could not write its part; what the folder held before is still whole.
@@ -49,7 +55,7 @@ def save_masks(
     def undo() -> None:
         _remove(folder / names[rank])
 
-    size, digest = _on_all(backend, lambda: write_part(folder / names[rank], weights), undo)
+    size, digest = _on_all(backend, lambda: write_part(folder / names[rank], weights, evidence), undo)
     words = [int.from_bytes(digest[i : i + 8], "big", signed=True) for i in range(0, 32, 8)]
     table = backend.from_all(torch.tensor([size, *words]))
     files = [
@@ -104,6 +110,13 @@ def load_masks(
     put_back(mode, layers, fitting, index["units"])
     backend.refresh_copies()
     return clock
+
+
+def load_evidence(folder: str | os.PathLike[str], layers: Sequence[Layer]) -> tuple[list[int], dict[str, Tensor]]:
+    """Return the batches and the evidence of a folder that `load_masks` has just read, and so checked."""
+    index = json.loads((Path(folder) / INDEX).read_bytes())
+    paths = [Path(folder) / Path(file["name"]).name for file in index["files"]]
+    return list(index.get("batches", [])), read_evidence(paths, layers)
 
 
 # ---- ranks --------------------------------------------------------------------------------------------------------

@@ -2,15 +2,17 @@
 
 For every parameter of which the rank counts a part, the safetensors file holds `NAME.runs`, the flat ranges
 [start, stop) of that part, shape (R, 2), int64, ascending; `NAME.bits`, their mask bits one after the other, packed;
-and in `feedback` `NAME.dense`, the dense values of their pruned entries.
+and in `feedback` `NAME.dense`, the dense values of their pruned entries. What was gathered since the last refresh lies
+under names that begin with `evidence/`: of single weights this rank's ranges, of all else the sums over ranks (rank 0).
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,23 +22,32 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from emp_callbacks.core.packing import pack_bits, unpack_bits
+from emp_callbacks.layer import Layer
 from emp_callbacks.mask_mode import MaskedWeight
 from emp_callbacks.pruner_state import FoundMask
 
 _ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.uint8)  # bits set in a byte
+_EVIDENCE = "evidence/"
 Run = tuple[int, int]
 Piece = tuple[int, Tensor, Tensor | None]
 """Offset in a segment, mask from there on, dense values behind it."""
 
 
-def write_part(path: Path, weights: Sequence[MaskedWeight]) -> tuple[int, bytes]:
+def write_part(
+    path: Path, weights: Sequence[MaskedWeight], evidence: Mapping[str, Tensor] = MappingProxyType({})
+) -> tuple[int, bytes]:
     """Write this rank's file, whose folder may be new; return its size and sha256.
+
+    Args:
+        path: The file.
+        weights: Whose masks it holds.
+        evidence: What else it holds, as `evidence_part` returns it.
 
     Raises:
         OSError: It cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors: dict[str, Tensor] = {}
+    tensors = {f"{_EVIDENCE}{name}": value for name, value in evidence.items()}
     for weight in weights:
         tensors.update(_own_tensors(weight))
     try:
@@ -46,6 +57,46 @@ def write_part(path: Path, weights: Sequence[MaskedWeight]) -> tuple[int, bytes]
     with path.open("r+b") as file:
         os.fsync(file.fileno())
     return path.stat().st_size, sha256(path)
+
+
+def evidence_part(gathered: Mapping[str, Tensor], layers: Sequence[Layer]) -> dict[str, Tensor]:
+    """Return this rank's part of what `pack_evidence` returned: of single weights the ranges that it counts."""
+    part = dict(gathered)
+    for layer in layers:
+        if (held := part.pop(f"weight:{layer.name}", None)) is not None:
+            own = held.reshape(-1)[layer.span.counted]
+            runs = _runs(layer.span.positions_of(layer.span.counted), own.numel())
+            part[f"weight:{layer.name}"] = own.contiguous()
+            part[f"runs:{layer.name}"] = torch.tensor(runs, dtype=torch.int64).view(-1, 2)
+    return part
+
+
+def read_evidence(paths: Sequence[Path], layers: Sequence[Layer]) -> dict[str, Tensor]:
+    """Return what `pack_evidence` returned on the ranks that saved, as this rank's segments lie now."""
+    found: dict[str, Tensor] = {}
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            everything = list(file.keys())
+            names = [name.removeprefix(_EVIDENCE) for name in everything if name.startswith(_EVIDENCE)]
+            for name in names:
+                if not name.startswith(("weight:", "runs:")):
+                    found[name] = file.get_tensor(f"{_EVIDENCE}{name}")
+            for layer in layers:
+                if f"runs:{layer.name}" in names:
+                    _copy_ranges(file, layer, found)
+    return found
+
+
+def _copy_ranges(file: Any, layer: Layer, found: dict[str, Tensor]) -> None:
+    """Put what one file holds of a layer's weights where this rank has them."""
+    values = file.get_slice(f"{_EVIDENCE}weight:{layer.name}")
+    held = file.get_tensor(f"{_EVIDENCE}runs:{layer.name}").tolist()
+    name = f"weight:{layer.name}"
+    for offset, at, length in _overlaps(_runs(layer.span.positions, layer.span.length), held):
+        piece = values[at : at + length]
+        if name not in found:
+            found[name] = piece.new_zeros(layer.mask_or_ones.shape)
+        found[name].view(-1)[offset : offset + length] = piece
 
 
 def sha256(path: Path) -> bytes:

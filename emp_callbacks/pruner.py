@@ -23,8 +23,9 @@ from emp_callbacks.criteria import make_criterion
 from emp_callbacks.decision import KeepRule, Scored, decide
 from emp_callbacks.evidence import pack_evidence, share_evidence, unpack_evidence
 from emp_callbacks.layer import Layer
-from emp_callbacks.mask_file import load_masks, save_masks
+from emp_callbacks.mask_file import load_evidence, load_masks, save_masks
 from emp_callbacks.mask_mode import MASK_MODES, MaskedWeight, MaskMode, Observe
+from emp_callbacks.mask_part import evidence_part
 from emp_callbacks.pruner_state import describe, install_state, masked_weights, pack_state
 from emp_callbacks.schedule import Clock
 from emp_callbacks.targets.forward_site import ForwardSite
@@ -77,7 +78,7 @@ class EMPPruner:
         **settings: Any,
     ) -> None:
         check_names(settings)
-        self.config = replace(config or EMPConfig(), **settings)
+        self.config = EMPConfig(**settings) if config is None else replace(config, **settings)
         self._schedule = self.config.schedule
         self._backend = detect_backend(model, optimizer)
         self._criterion = make_criterion(self.config.criterion, self.config.target)
@@ -226,10 +227,10 @@ class EMPPruner:
         """Layer name -> bool mask of its components, True = kept; all kept before the first refresh.
 
         Weights: parameter name -> its shape, or this rank's part, flat, where it is sharded. Heads, neurons, nodes and
-        features: module name -> shape (units,). Empty where every sample has its own mask. With `observe_only` these
-        are the masks that EMP would apply.
+        features: module name -> shape (units,). Features are absent until their module was called, and where every
+        sample has its own mask. With `observe_only` these are the masks that EMP would apply.
         """
-        return {layer.name: layer.mask_or_ones.clone() for layer in self._layers}
+        return {layer.name: layer.mask_or_ones.clone() for layer in self._layers if layer.is_known}
 
     @property
     def weight_masks(self) -> dict[str, Tensor]:
@@ -241,6 +242,8 @@ class EMPPruner:
         """Kept share of all scored components, in [0, 1]. Collective. Where each sample has its own: the last mean."""
         if self._dynamic:
             return self.trajectory[-1].density if self.trajectory else 1.0
+        if all(layer.mask is None for layer in self._layers):
+            return 1.0
         kept = sum(int(layer.mask_or_ones.reshape(-1)[layer.span.counted].sum()) for layer in self._layers)
         total = int(self._backend.all_sum(torch.tensor([kept]))[0])
         return total / sum(layer.span.size for layer in self._layers)
@@ -328,8 +331,10 @@ class EMPPruner:
             OSError: A rank could not write; the folder's old checkpoint is still whole.
         """
         self._settle_if_attached()
+        self.share_evidence()
         state = describe(self.config, self._mode, self._layers, self.trajectory, self.clock)
-        save_masks(folder, state, self._weights, self._backend)
+        evidence = evidence_part(pack_evidence(self._layers, self._sites), self._layers)
+        save_masks(folder, {**state, "batches": self._batches}, self._weights, self._backend, evidence)
 
     def load(self, folder: str | os.PathLike[str]) -> None:
         """Continue from a folder that `save()` wrote, on any number of ranks and under any strategy. Collective.
@@ -341,6 +346,8 @@ class EMPPruner:
             ValueError: A file is damaged, or of another mode, scope or model. All ranks raise; nothing was changed.
         """
         self.clock = load_masks(folder, self.config, self._mode, self._layers, self.trajectory, self._backend)
+        self._batches, evidence = load_evidence(folder, self._layers)
+        unpack_evidence(evidence, self._layers, self._sites, self._backend.rank)
         self._take_up()
 
     def start_at(self, steps: int, epochs: int, epoch_length: int | None = None) -> None:
@@ -484,7 +491,7 @@ class EMPPruner:
         self._criterion.batches = tuple(self._batches)
         with self._dense_owners():
             scored = [Scored(layer.span, self._visible_scores(layer)) for layer in self._layers]
-            decisions = decide(scored, self.config.scope, self._rule, self._backend, self.steps)
+            decisions = decide(scored, self.config.scope or "global", self._rule, self._backend, self.steps)
             masks = [
                 self._mode.merge(self._layers[i].mask, decision.mask(i))
                 for decision in decisions

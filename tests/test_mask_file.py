@@ -206,11 +206,11 @@ def test_a_part_that_cannot_be_written_leaves_the_old_checkpoint_on_all_ranks(tm
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     write = mask_file.write_part
 
-    def full_disk(path, weights):
+    def full_disk(path, weights, evidence):
         if "-00001-of" in path.name:
             path.write_bytes(b"half")
             raise OSError("no space left")
-        return write(path, weights)
+        return write(path, weights, evidence)
 
     monkeypatch.setattr(mask_file, "write_part", full_disk)
 

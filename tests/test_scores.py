@@ -12,6 +12,7 @@ from emp_callbacks.criteria import DEFAULT_CRITERIA, fitting_criteria
 from emp_callbacks.study.networks import KANLinear
 
 STEPS, WINDOW = 3, 2  # the refresh is at step 3 and evidence is of the steps 2 and 3
+GLOBAL = {"scope": "global", "every_n_steps": STEPS, "evidence_steps": WINDOW}
 
 
 class Net(nn.Module):
@@ -81,9 +82,7 @@ class Seen:
 def trained(make, **settings):
     torch.manual_seed(0)
     model = make().double()
-    seen = Seen(
-        model, lambda: lambda opt: EMPPruner(model, opt, every_n_steps=STEPS, evidence_steps=WINDOW, **settings)
-    )
+    seen = Seen(model, lambda: lambda opt: EMPPruner(model, opt, **GLOBAL, **settings))
     return seen.train()
 
 

@@ -74,7 +74,7 @@ def closing(pruner, losses):
     }
 
 
-def train(rank, world_size, way, name):
+def train(rank, world_size, way, name, folder=None):
     """Train with torch's own strategies, in double precision: far from any tie."""
     model = wrap(way, make_model(torch.float64))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
@@ -87,12 +87,13 @@ def train(rank, world_size, way, name):
         optimizer.step()
         optimizer.zero_grad()
         losses.append(pruner._backend.all_sum(loss.detach()) / world_size)
-        if step == 4 and world_size > 1:  # in the middle of a window: the ranks' sums are what they were
-            pruner.share_evidence()
         with torch.no_grad():  # neither validation nor gathered copies disturb what is gathered
             model.eval()(x)
             model.train()
         pruner.step()
+        if step == 4 and folder:  # in the middle of a window: what was gathered comes back, wherever it lies
+            pruner.save(f"{folder}/{way}-{name}")
+            pruner.load(f"{folder}/{way}-{name}")
     return closing(pruner, losses)
 
 
@@ -123,7 +124,7 @@ def train_zero(deepspeed, rank, world_size, stage, name):
 
 def on_torch(rank, world_size, folder):
     with process_group(rank, world_size, folder):
-        found = {(way, name): train(rank, world_size, way, name) for way in TORCH_WAYS for name in SETTINGS}
+        found = {(way, name): train(rank, world_size, way, name, folder) for way in TORCH_WAYS for name in SETTINGS}
     torch.save(found, f"{folder}/rank{rank}.pt")
 
 
