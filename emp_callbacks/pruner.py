@@ -14,21 +14,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from emp_callbacks.accounting import check_ranks_agree, count_masks, dynamic_event, prune_event
 from emp_callbacks.assembly import DynamicSite, find_dynamic_sites, find_layers
 from emp_callbacks.audit import Audit, audit_masks
 from emp_callbacks.backends import detect_backend
 from emp_callbacks.config import EMPConfig, check_names
 from emp_callbacks.criteria import make_criterion
-from emp_callbacks.decision import KeepRule, Scored, decide
-from emp_callbacks.evidence import pack_evidence, share_evidence, unpack_evidence
+from emp_callbacks.decision import KeepRule
+from emp_callbacks.evidence import Evidence
 from emp_callbacks.layer import Layer
 from emp_callbacks.mask_file import load_evidence, load_masks, save_masks
 from emp_callbacks.mask_mode import MASK_MODES, MaskedWeight, MaskMode, Observe
 from emp_callbacks.mask_part import evidence_part
 from emp_callbacks.pruner_state import describe, install_state, masked_weights, pack_state
+from emp_callbacks.refresh import refresh_dynamic, refresh_masks
 from emp_callbacks.schedule import Clock
-from emp_callbacks.targets.forward_site import ForwardSite
 from emp_callbacks.trajectory import LayerStats, PruneEvent, Trajectory
 
 
@@ -93,8 +92,9 @@ class EMPPruner:
         self._weights = masked_weights(self._layers)
         self._by_owner = _by_owner(self._weights)
         self.trajectory = Trajectory(trajectory_path if self._backend.rank == 0 else None)
+        sites = [*(site for layer in self._layers for site in layer.sites), *self._dynamic]
+        self._evidence = Evidence(self._layers, sites, self._criterion, self._backend)
         self.clock = Clock()
-        self._batches: list[int] = []  # the optimizer steps whose gradients are evidence
         self._gradient_hooks: list[RemovableHandle] = []
         self._attach()
 
@@ -147,7 +147,7 @@ class EMPPruner:
         For a finished model: `loss.backward(); pruner.collect(); model.zero_grad()` for some batches, then `refresh()`.
         Inputs and activations are gathered in forward by themselves.
         """
-        self._gather({id(weight.segment.owner) for weight in self._weights}, -1 - len(self._batches), None)
+        self._evidence.collect(self._by_owner)
 
     def mask_gradients(self) -> None:
         """Take the pruned entries out of the gradients now, in `freeze`: before a clip that reads their norm.
@@ -191,13 +191,12 @@ class EMPPruner:
     @contextmanager
     def masked_forward(self) -> Iterator[None]:
         """Inside the block, features and attention edges are masked also after `finalize()`."""
-        attached = self._attached
-        self.attach_sites()
+        self._evidence.attach()
         try:
             yield
         finally:
-            if not attached:
-                self._detach_sites()
+            if not self._attached:
+                self._evidence.detach()
 
     @property
     def sharded(self) -> bool:
@@ -299,8 +298,7 @@ class EMPPruner:
         """
         self._settle_if_attached()
         state = pack_state(self.config, self._mode, self._layers, self.trajectory, self.clock)
-        evidence = {"batches": list(self._batches), "tensors": pack_evidence(self._layers, self._sites)}
-        return {**state, "evidence": evidence}
+        return {**state, "evidence": {"batches": [*self._evidence.batches], "tensors": self._evidence.tensors()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`'s state, bit for bit, together with the model's and optimizer's own states.
@@ -310,13 +308,12 @@ class EMPPruner:
         """
         self.clock = install_state(state, self.config, self._mode, self._layers, self.trajectory)
         self._backend.refresh_copies()
-        self._batches = list(state["evidence"]["batches"])
-        unpack_evidence(state["evidence"]["tensors"], self._layers, self._sites, self._backend.rank)
+        self._evidence.restore(**state["evidence"])
         self._take_up()
 
     def share_evidence(self) -> None:
         """Move the evidence that each rank has gathered to rank 0, whose state then stands for all. Collective."""
-        share_evidence(self._layers, self._sites, self._batches, self._backend)
+        self._evidence.share()
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write what `state_dict()` returns into a folder from which any number of ranks can continue. Collective.
@@ -333,8 +330,8 @@ class EMPPruner:
         self._settle_if_attached()
         self.share_evidence()
         state = describe(self.config, self._mode, self._layers, self.trajectory, self.clock)
-        evidence = evidence_part(pack_evidence(self._layers, self._sites), self._layers)
-        save_masks(folder, {**state, "batches": self._batches}, self._weights, self._backend, evidence)
+        evidence = evidence_part(self._evidence.tensors(), self._layers)
+        save_masks(folder, {**state, "batches": self._evidence.batches}, self._weights, self._backend, evidence)
 
     def load(self, folder: str | os.PathLike[str]) -> None:
         """Continue from a folder that `save()` wrote, on any number of ranks and under any strategy. Collective.
@@ -346,8 +343,7 @@ class EMPPruner:
             ValueError: A file is damaged, or of another mode, scope or model. All ranks raise; nothing was changed.
         """
         self.clock = load_masks(folder, self.config, self._mode, self._layers, self.trajectory, self._backend)
-        self._batches, evidence = load_evidence(folder, self._layers)
-        unpack_evidence(evidence, self._layers, self._sites, self._backend.rank)
+        self._evidence.restore(*load_evidence(folder, self._layers))
         self._take_up()
 
     def start_at(self, steps: int, epochs: int, epoch_length: int | None = None) -> None:
@@ -392,7 +388,7 @@ class EMPPruner:
         self._backend.detach()
         while self._gradient_hooks:
             self._gradient_hooks.pop().remove()
-        self._detach_sites()
+        self._evidence.detach()
         self._attached = False
 
     def _attach(self) -> None:
@@ -405,45 +401,17 @@ class EMPPruner:
                 if id(owner) in parameters and owner.requires_grad:
                     # As the gradient arrives: before clipping reads its norm and before DDP sums it.
                     self._gradient_hooks.append(owner.register_post_accumulate_grad_hook(self._mask_gradient))
-        self.attach_sites()
+        self._evidence.attach()
         self._observe_if_near()
-
-    def attach_sites(self) -> None:
-        """Put the hooks on modules in place, again where another tool cleared them; they change no gradient."""
-        for site in self._sites:
-            site.attach()
-
-    def _detach_sites(self) -> None:
-        for site in self._sites:
-            site.observing = False
-            site.detach()
-
-    @property
-    def _sites(self) -> list[ForwardSite]:
-        return [*(site for layer in self._layers for site in layer.sites), *self._dynamic]
 
     def _observe_if_near(self) -> None:
         """Gather evidence from now on if a refresh is near, else gather none."""
         near = self._attached and self.clock.is_near_refresh(self._schedule, self.config.evidence_steps)
-        for site in self._sites:
-            site.observing = near
-            site.in_eval = self._schedule.unit is None
-        self._gathers_gradients = near and self._criterion.needs == "gradients"
-
-    def _gather(self, owners: set[int], batch: int, scale: Tensor | None) -> None:
-        def per_weight(weight: Tensor, gradient: Tensor) -> Tensor:
-            return self._criterion.of_batch(weight, gradient if scale is None else gradient / scale)
-
-        with torch.no_grad():
-            for layer in self._layers:
-                layer.gather(owners, batch, per_weight)
-        if not self._batches or self._batches[-1] != batch:
-            self._batches.append(batch)
+        self._evidence.observe(near, in_eval=self._schedule.unit is None)
 
     def gradients_ready(self, owners: Sequence[Tensor], scale: Tensor | None) -> None:
         """Called by the backend once per step that will be applied, when the owners hold their final gradients."""
-        if self._gathers_gradients:
-            self._gather({id(owner) for owner in owners}, self.steps, scale)
+        self._evidence.gradients_ready({id(owner) for owner in owners}, self.steps, scale)
 
     def before_update(self, owners: Sequence[Tensor]) -> None:
         """Called by the backend when gradients are ready and the update comes next."""
@@ -475,51 +443,19 @@ class EMPPruner:
             "scope": "sample" if self._dynamic else self.config.scope,
             "beta": self._rule.beta if self.config.density is None else None,
         }
-        events = self._refresh_dynamic(common) if self._dynamic else self._refresh_masks(common)
+        if self._dynamic:
+            events = refresh_dynamic(self._dynamic, self._backend, not self.config.observe_only, common)
+        else:
+            self._criterion.batches = tuple(self._evidence.batches)
+            with self._dense_owners():
+                events = refresh_masks(self._layers, self._criterion, self._rule, self._mode, self._backend, common)
+            self._backend.refresh_copies()
         seconds = time.perf_counter() - started
         events = [replace(event, seconds=seconds) for event in events]
         self.trajectory.extend(events)
         self.clock.last_position, self.clock.steps_at_refresh = self._now, self.steps
-        self._batches.clear()
-        for site in self._sites:
-            site.reset()
-        for layer in self._layers:
-            layer.release()
+        self._evidence.release()
         return events
-
-    def _refresh_masks(self, common: dict[str, Any]) -> list[PruneEvent]:
-        self._criterion.batches = tuple(self._batches)
-        with self._dense_owners():
-            scored = [Scored(layer.span, self._visible_scores(layer)) for layer in self._layers]
-            decisions = decide(scored, self.config.scope or "global", self._rule, self._backend, self.steps)
-            masks = [
-                self._mode.merge(self._layers[i].mask, decision.mask(i))
-                for decision in decisions
-                for i in decision.members
-            ]
-            check_ranks_agree(decisions, masks, self._layers, self._backend, self.steps)
-            counts = count_masks(self._layers, scored, masks, self._backend)
-            for layer, mask in zip(self._layers, masks, strict=True):
-                for weight, part in zip(layer.weights, layer.put_mask(mask), strict=True):
-                    self._mode.install(weight, part, self._backend.optimizer_states(weight.segment))
-        self._backend.refresh_copies()
-        return [prune_event(decision, scored, counts, common) for decision in decisions]
-
-    def _visible_scores(self, layer: Layer) -> Tensor:
-        """Return a layer's scores; what `freeze` has pruned scores 0, also where a criterion does not see that."""
-        scores = self._criterion.score(layer)
-        hidden = self._mode.name == "freeze" and layer.mask is not None and not self._criterion.zero_scores_zero
-        return scores.masked_fill(~layer.mask_or_ones, 0) if hidden else scores
-
-    def _refresh_dynamic(self, common: dict[str, Any]) -> list[PruneEvent]:
-        sums = [
-            {key: float(self._backend.all_sum(value)) for key, value in sorted(site.statistics().items())}
-            for site in self._dynamic
-        ]
-        event = dynamic_event(self._dynamic, sums, common)
-        for site in self._dynamic:
-            site.active = not self.config.observe_only
-        return [event]
 
     def _rule_at(self, position: int) -> KeepRule:
         config = self.config

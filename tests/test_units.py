@@ -234,7 +234,7 @@ def test_nothing_is_gathered_outside_the_window():
     pruner = EMPPruner(model, optimizer, criterion="taylor", every_n_steps=5, evidence_steps=2, stop=10)
     held = []
     for _ in train(model, pruner, optimizer, range(14)):
-        held.append((len(pruner._batches), sum(layer.gathered is not None for layer in pruner._layers)))
+        held.append((len(pruner._evidence.batches), sum(layer.gathered is not None for layer in pruner._layers)))
     layers = len(pruner._layers)
     assert held == [(0, 0)] * 3 + [(1, layers), (0, 0)] + [(0, 0)] * 3 + [(1, layers), (0, 0)] + [(0, 0)] * 4
 
@@ -251,3 +251,21 @@ def test_a_users_criterion_on_heads():
     with pruner.dense_weights():
         norms = torch.stack([b.attn.proj.weight.detach().square().view(-1, HEADS, WIDTH).sum((0, 2)) for b in model.blocks])
     assert event.n_eff == pytest.approx(float(norms.double().sum() ** 2 / norms.double().square().sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize("criterion", ["activation", "taylor", "saliency"])
+def test_frozen_features_stay_off_and_take_no_place(criterion):
+    model = make_convolutions()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    settings = {"target": "features", "mode": "freeze", "criterion": criterion, "scope": "global", "tolerance": 0.0}
+    pruner = EMPPruner(model, optimizer, every_n_steps=2, min_units=0, **settings)
+    off = set()
+    for events in train(model, pruner, optimizer, range(10)):
+        if not events:
+            continue
+        now = {(name, i) for name, mask in pruner.masks.items() for i in (~mask).nonzero().flatten().tolist()}
+        assert off <= now
+        assert events[0].keep == int(events[0].n_eff), "all that N_eff allows is kept among the survivors"
+        assert len(now) == events[0].n - events[0].keep
+        off = now
+    assert len(off) > 2

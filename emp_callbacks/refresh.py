@@ -1,0 +1,80 @@
+"""One recomputation of all masks: score -> moments -> keep count -> selection -> mask -> apply -> rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from emp_callbacks.accounting import check_ranks_agree, count_masks, dynamic_event, prune_event
+from emp_callbacks.assembly import DynamicSite
+from emp_callbacks.backends import Backend
+from emp_callbacks.criteria import Criterion
+from emp_callbacks.decision import KeepRule, Scored, decide
+from emp_callbacks.layer import Layer
+from emp_callbacks.mask_mode import MaskMode
+from emp_callbacks.trajectory import PruneEvent
+
+
+def refresh_masks(
+    layers: Sequence[Layer],
+    criterion: Criterion,
+    rule: KeepRule,
+    mode: MaskMode,
+    backend: Backend,
+    common: dict[str, Any],
+) -> list[PruneEvent]:
+    """Give every layer, whose dense weights are in place, a new mask, and return the rows. Collective.
+
+    Args:
+        layers: What is scored and masked.
+        criterion: How.
+        rule: How many components stay.
+        mode: What the masks mean.
+        backend: The parallel strategy.
+        common: The fields that all rows share, see `prune_event`.
+
+    Raises:
+        FloatingPointError: A score is NaN or Inf; no mask was changed.
+        RuntimeError: Evidence is missing, or ranks disagree; no mask was changed.
+    """
+    scored = [Scored(layer.span, _visible_scores(layer, criterion, mode)) for layer in layers]
+    decisions = decide(scored, common["scope"], rule, backend, common["step"])
+    masks = [mode.merge(layers[i].mask, decision.mask(i)) for decision in decisions for i in decision.members]
+    check_ranks_agree(decisions, masks, layers, backend, common["step"])
+    counts = count_masks(layers, scored, masks, backend)
+    for layer, mask in zip(layers, masks, strict=True):
+        for weight, part in zip(layer.weights, layer.put_mask(mask), strict=True):
+            mode.install(weight, part, backend.optimizer_states(weight.segment))
+    return [prune_event(decision, scored, counts, common) for decision in decisions]
+
+
+def refresh_dynamic(
+    sites: Sequence[DynamicSite], backend: Backend, applied: bool, common: dict[str, Any]
+) -> list[PruneEvent]:
+    """Switch on the masks that every sample or query row makes for itself, and return the row. Collective.
+
+    Args:
+        sites: Where they are made.
+        backend: The parallel strategy.
+        applied: Whether they reach the forward pass.
+        common: The fields of the row that are known already.
+
+    Raises:
+        RuntimeError: Nothing passed a site; nothing was changed.
+    """
+    sums = [{key: float(backend.all_sum(value)) for key, value in sorted(s.statistics().items())} for s in sites]
+    event = dynamic_event(sites, sums, common)
+    for site in sites:
+        site.active = applied
+    return [event]
+
+
+def _visible_scores(layer: Layer, criterion: Criterion, mode: MaskMode) -> Tensor:
+    """Return a layer's scores; what `freeze` has pruned scores 0, also where the criterion does not see that."""
+    scores = criterion.score(layer)
+    sees_it = criterion.zero_scores_zero and bool(layer.weights)  # of features, nothing is zeroed but their output
+    if mode.name != "freeze" or layer.mask is None or sees_it:
+        return scores
+    return scores.masked_fill(~layer.mask, 0)
