@@ -23,6 +23,23 @@ def test_plain_loop():
     assert int((names["model"].weight == 0).sum()) > 0
 
 
+def test_more_than_weights(capsys):
+    names = {}
+    exec(block('target="heads"'), names)
+    assert [event.step for event in names["pruner"].trajectory] == [4, 8]
+    assert "blocks.0.attn" in capsys.readouterr().out
+
+
+def test_the_table_of_targets_names_every_pair():
+    from emp_callbacks.criteria import DEFAULT_CRITERIA, fitting_criteria
+
+    rows = {row[0]: row[1] for row in re.findall(r"^\| `(\w+)` \|.*\| ([^|]+) \|$", README, flags=re.MULTILINE)}
+    for target, default in DEFAULT_CRITERIA.items():
+        named = re.findall(r"`(\w+)`", rows[target])
+        assert named[0] == default
+        assert set(named) == set(fitting_criteria(target)), target
+
+
 def test_rule_alone():
     names = {}
     exec(block("effective_number(scores)"), names)
