@@ -269,3 +269,25 @@ def test_frozen_features_stay_off_and_take_no_place(criterion):
         assert len(now) == events[0].n - events[0].keep
         off = now
     assert len(off) > 2
+
+
+def test_skipped_steps_are_no_evidence_and_loss_scaling_does_not_show():
+    rows = []
+    for scaled in (False, True):
+        model = make_convolutions().double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+        scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=2.0**12)
+        pruner = EMPPruner(model, optimizer, criterion="taylor", every_n_steps=3, evidence_steps=3)
+        for step in (0, 1, None, 2):  # in place of None, a batch whose gradients overflow
+            if step is None and not scaled:
+                continue
+            generator = torch.Generator().manual_seed(step or 0)
+            loss = model(torch.randn(8, 1, 8, 8, generator=generator, dtype=torch.float64)).square().mean()
+            scaler.scale(loss * float("inf") if step is None else loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            pruner.step()
+        rows += [(event.step, event.keep, event.n_eff) for event in pruner.trajectory]
+    assert rows[0][:2] == rows[1][:2]
+    assert rows[0][2] == pytest.approx(rows[1][2], rel=1e-9)
