@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from emp_callbacks.accounting import check_ranks_agree, count_masks, dynamic_event, prune_event
@@ -39,7 +40,11 @@ def refresh_masks(
         FloatingPointError: A score is NaN or Inf; no mask was changed.
         RuntimeError: Evidence is missing, or ranks disagree; no mask was changed.
     """
-    scored = [Scored(layer.span, _visible_scores(layer, criterion, mode)) for layer in layers]
+    scores = [criterion.score(layer) for layer in layers]
+    if criterion.signed == "shift":
+        scores = _shifted(scores, common["scope"], backend)
+    visible = [_visible(values, layer, criterion, mode) for values, layer in zip(scores, layers, strict=True)]
+    scored = [Scored(layer.span, values) for layer, values in zip(layers, visible, strict=True)]
     decisions = decide(scored, common["scope"], rule, backend, common["step"])
     masks = [mode.merge(layers[i].mask, decision.mask(i)) for decision in decisions for i in decision.members]
     check_ranks_agree(decisions, masks, layers, backend, common["step"])
@@ -71,9 +76,17 @@ def refresh_dynamic(
     return [event]
 
 
-def _visible_scores(layer: Layer, criterion: Criterion, mode: MaskMode) -> Tensor:
+def _shifted(scores: Sequence[Tensor], scope: str, backend: Backend) -> list[Tensor]:
+    """Return the scores above the lowest of those that compete: of all layers, or of their own. Collective."""
+    nothing = torch.full((), torch.inf, dtype=torch.float64)
+    own = torch.stack([values.double().min().cpu() if values.numel() else nothing for values in scores])
+    lowest = backend.from_all(own).amin(0)
+    lowest = lowest.amin().expand_as(lowest) if scope == "global" else lowest
+    return [values - low.to(values) for values, low in zip(scores, lowest, strict=True)]
+
+
+def _visible(scores: Tensor, layer: Layer, criterion: Criterion, mode: MaskMode) -> Tensor:
     """Return a layer's scores; what `freeze` has pruned scores 0, also where the criterion does not see that."""
-    scores = criterion.score(layer)
     sees_it = criterion.zero_scores_zero and bool(layer.weights)  # of features, nothing is zeroed but their output
     if mode.name != "freeze" or layer.mask is None or sees_it:
         return scores

@@ -249,7 +249,9 @@ def test_a_users_criterion_on_heads():
     (event,) = pruner.refresh()
     assert event.criterion.endswith("outputs_only")
     with pruner.dense_weights():
-        norms = torch.stack([b.attn.proj.weight.detach().square().view(-1, HEADS, WIDTH).sum((0, 2)) for b in model.blocks])
+        norms = torch.stack(
+            [b.attn.proj.weight.detach().square().view(-1, HEADS, WIDTH).sum((0, 2)) for b in model.blocks]
+        )
     assert event.n_eff == pytest.approx(float(norms.double().sum() ** 2 / norms.double().square().sum()), rel=1e-6)
 
 
@@ -291,3 +293,25 @@ def test_skipped_steps_are_no_evidence_and_loss_scaling_does_not_show():
         rows += [(event.step, event.keep, event.n_eff) for event in pruner.trajectory]
     assert rows[0][:2] == rows[1][:2]
     assert rows[0][2] == pytest.approx(rows[1][2], rel=1e-9)
+
+
+def test_signed_scores_are_shifted_where_a_criterion_says_so():
+    model = make_vit()
+    signed = {"blocks.0.attn": [-3.0, 1.0, 4.0], "blocks.1.attn": [-1.0, 0.0, 6.0]}
+
+    def scores(layer):
+        return torch.tensor(signed[layer.name], dtype=torch.float64)
+
+    def run(scope):
+        pruner = EMPPruner(model, target="heads", criterion=scores, scope=scope, min_units=0, observe_only=True)
+        return [event.n_eff for event in pruner.refresh()]
+
+    absolute = torch.tensor([3.0, 1, 4, 1, 0, 6])
+    assert run("global") == pytest.approx([float(absolute.sum() ** 2 / absolute.square().sum())])
+    scores.signed = "shift"
+    above = torch.tensor([0.0, 4, 7, 2, 3, 9])
+    assert run("global") == pytest.approx([float(above.sum() ** 2 / above.square().sum())])
+    assert run("tensor") == pytest.approx([11**2 / (16 + 49), 8**2 / (1 + 49)])
+    scores.signed = "other"
+    with pytest.raises(ValueError, match="signed='other' must be 'absolute' or 'shift'"):
+        run("global")

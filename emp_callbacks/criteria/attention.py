@@ -31,6 +31,8 @@ class AttentionLogit(_EdgeCriterion):
     Logits have both signs and no zero of their own, so they are shifted, not taken absolutely.
     """
 
+    signed = "shift"
+
 
 EDGE_SCORES: dict[type[Criterion], str] = {AttentionWeight: "weight", AttentionLogit: "logit"}
 """Criterion -> what `edge_sites` calls it."""

@@ -16,16 +16,18 @@ ScoreFunction = Callable[[Any], Tensor]
 
 
 class Criterion(ABC):
-    """A rule that gives each component a score; EMP uses the absolute value.
+    """A rule that gives each component a score.
 
     Attributes:
         targets: What it can score.
         needs: Evidence that must be gathered before a refresh; None if the weights say everything.
+        signed: What becomes of scores below 0: "absolute", or "shift": the lowest of those that compete becomes 0.
         zero_scores_zero: Whether a component whose weights are 0 has the score 0.
     """
 
     targets: ClassVar[tuple[str, ...]]
     needs: ClassVar[Evidence | None] = None
+    signed: Literal["absolute", "shift"] = "absolute"
     zero_scores_zero: ClassVar[bool] = False
 
     @abstractmethod
@@ -63,13 +65,20 @@ class UserCriterion(Criterion):
     """A function of the user's.
 
     Args:
-        function: Takes a layer, returns scores; see `Criterion.score`.
+        function: Takes a layer, returns scores; see `Criterion.score`. Its attribute `signed`, "absolute" (default) or
+            "shift", says what becomes of scores below 0.
+
+    Raises:
+        ValueError: `function.signed` is neither.
     """
 
     targets = ("weights", "heads", "neurons", "kan_nodes")
 
     def __init__(self, function: ScoreFunction) -> None:
         self._function = function
+        self.signed = getattr(function, "signed", "absolute")
+        if self.signed not in ("absolute", "shift"):
+            raise ValueError(f"the criterion's signed={self.signed!r} must be 'absolute' or 'shift'")
 
     def score(self, layer: Any) -> Tensor:
         scores = self._function(layer)
