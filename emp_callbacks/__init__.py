@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from emp_callbacks.metrics import EffectiveNumber
     from emp_callbacks.pruner import EMPPruner
     from emp_callbacks.schedule import BetaSchedule
-    from emp_callbacks.shrink import load_shrunk, pruned_units, shrink
+    from emp_callbacks.shrinking import load_shrunk, pruned_units, shrink
     from emp_callbacks.trajectory import PruneEvent, Trajectory
 
 __version__ = "0.1.0"
@@ -34,11 +34,11 @@ _HOMES = {
     "effective_number": "core.effective_number",
     "emp_mask": "core.selection",
     "keep_count": "core.effective_number",
-    "load_shrunk": "shrink",
+    "load_shrunk": "shrinking",
     "mass_bound": "core.bounds",
     "preserved_mass": "core.selection",
-    "pruned_units": "shrink",
-    "shrink": "shrink",
+    "pruned_units": "shrinking",
+    "shrink": "shrinking",
 }
 
 __all__ = [

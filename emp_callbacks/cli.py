@@ -9,10 +9,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from emp_callbacks.cli_options import compare_parser, export_parser, inspect_parser, prune_parser, report_parser
+
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from emp_callbacks.export import ExportReport, Source
+    from emp_callbacks.export import Source
+    from emp_callbacks.weights_file import ExportReport
 
 __all__ = ["main"]
 
@@ -149,7 +152,7 @@ def _lightning(command: str) -> Callable[[list[str]], None]:
 
 def _compare(words: list[str]) -> None:
     """Run a study and show what it found."""
-    options, overrides = _compare_parser().parse_known_args(words)
+    options, overrides = compare_parser().parse_known_args(words)
     from emp_callbacks.study.comparison import run_study, study_cells
     from emp_callbacks.study.recipe import Recipe
     from emp_callbacks.study.report import comparison_table, write_report
@@ -171,7 +174,7 @@ def _compare(words: list[str]) -> None:
 
 def _report(words: list[str]) -> None:
     """Write the report of a folder again."""
-    folder = Path(_report_parser().parse_args(words).folder)
+    folder = Path(report_parser().parse_args(words).folder)
     results, rows = folder / "results.json", folder / "emp_trajectory.jsonl"
     console = _console()
     if results.is_file():
@@ -201,7 +204,7 @@ def _nothing_to_report(folder: Path) -> str:
 
 def _inspect(words: list[str]) -> None:
     """Show what EMP would keep."""
-    options = _inspect_parser().parse_args(words)
+    options = inspect_parser().parse_args(words)
     from emp_callbacks.inspection import inspect_model, load_model, report_json, report_table
 
     console = _console()
@@ -230,7 +233,7 @@ def _already_pruned(density: float) -> list[str]:
 
 def _prune(words: list[str]) -> None:
     """Prune a finished model once."""
-    options = _prune_parser().parse_args(words)
+    options = prune_parser().parse_args(words)
     from emp_callbacks.export import prune
     from emp_callbacks.trajectory import layer_table
 
@@ -250,7 +253,7 @@ def _prune(words: list[str]) -> None:
 
 def _export(words: list[str]) -> None:
     """Write masked weights."""
-    options = _export_parser().parse_args(words)
+    options = export_parser().parse_args(words)
     from emp_callbacks.export import export
 
     report = export(_source(options), options.out, shrink_units=options.shrink, overwrite=options.overwrite)
@@ -264,7 +267,7 @@ def _source(options: argparse.Namespace) -> Source:
 
 
 def _print_export(report: ExportReport) -> None:
-    from emp_callbacks.export import report_lines, shrink_table
+    from emp_callbacks.weights_file import report_lines, shrink_table
 
     console = _console()
     if report.shrunk and report.shrunk.layers:
@@ -277,160 +280,6 @@ def _console() -> Console:
 
     # A pipe or a file has no width: tables there must not be cut at 80 columns.
     return Console() if sys.stdout.isatty() else Console(width=160)
-
-
-def _parser(command: str, summary: str, examples: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
-        prog=f"emp {command}",
-        description=summary,
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-
-
-def _compare_parser() -> argparse.ArgumentParser:
-    from emp_callbacks.study.arms import ARMS
-
-    arms = "\n".join(f"  {name:<18} {arm.summary}" for name, arm in ARMS.items())
-    parser = _parser(
-        "compare",
-        "Train a recipe with several ways of pruning and several seeds, alike in everything else, and report.",
-        f"""\
-arms (study.arms):
-{arms}
-
-examples:
-  emp compare --config recipes/quickstart.yaml
-  emp compare --config recipes/quickstart.yaml --out runs/try --trainer.max_epochs 1 --study.seeds "[0]"
-  emp compare --config recipes/quickstart.yaml --study.arms "[dense, one_shot, training_feedback]"
-
-Any key of the recipe can follow as --KEY VALUE; emp fit --help lists them.
-The same command again continues an interrupted study and reuses its finished runs.""",
-    )
-    parser.add_argument("-c", "--config", required=True, metavar="RECIPE", help="recipe (YAML) with a study: section")
-    parser.add_argument("--out", metavar="DIR", help="folder of the results (default: study.out, or runs/RECIPE)")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="start anew; what DIR holds is moved to DIR.old-1, -2, ..."
-    )
-    parser.add_argument(
-        "--only", nargs="+", metavar="ARM:SEED", help="run these cells alone, on a cluster say; a last call merges"
-    )
-    parser.add_argument("--list-cells", action="store_true", help="print the cells of the study, and train nothing")
-    return parser
-
-
-def _report_parser() -> argparse.ArgumentParser:
-    parser = _parser(
-        "report",
-        "Write report.html and the pictures of a finished run again.",
-        "examples:\n  emp report runs/quickstart\n  emp report lightning_logs/version_0",
-    )
-    parser.add_argument(
-        "folder",
-        metavar="RUN_DIR",
-        help="folder of a comparison (results.json) or of a fit (emp_trajectory.jsonl)",
-    )
-    return parser
-
-
-def _inspect_parser() -> argparse.ArgumentParser:
-    parser = _parser(
-        "inspect",
-        "Show N_eff of weights, and what EMP would keep of them, without training anything.",
-        """\
-examples:
-  emp inspect timm:resnet18 --pretrained
-  emp inspect lightning_logs/version_0/checkpoints/last.ckpt --scope tensor
-  emp inspect model.safetensors --beta 0.5 --exclude 'head*' --json inspect.json
-
-Files are read as tensors only; code in them never runs.""",
-    )
-    parser.add_argument(
-        "source",
-        metavar="CHECKPOINT|timm:NAME",
-        help="Lightning .ckpt, state dict (.pt, .pth, .safetensors), Hugging Face folder, or a timm model",
-    )
-    parser.add_argument("--beta", type=float, default=1.0, help="keep floor(beta * N_eff) weights (default: 1.0)")
-    parser.add_argument(
-        "--scope",
-        choices=("global", "tensor", "row"),
-        default="global",
-        help="where weights compete: all together, within a tensor, or within an output unit (default: global)",
-    )
-    parser.add_argument(
-        "--include", nargs="+", metavar="GLOB", help="look at these parameters instead of the default choice"
-    )
-    parser.add_argument("--exclude", nargs="+", metavar="GLOB", help="leave these parameters out")
-    parser.add_argument("--pretrained", action="store_true", help="load timm's weights (needs a network)")
-    parser.add_argument("--json", metavar="FILE", help="also write the table to a JSON file")
-    return parser
-
-
-def _prune_parser() -> argparse.ArgumentParser:
-    parser = _parser(
-        "prune",
-        "Prune a finished model once by EMP, and write its weights as safetensors.",
-        """\
-examples:
-  emp prune timm:resnet18 --pretrained --out pruned.safetensors
-  emp prune timm:resnet18 --pretrained --target neurons --shrink --out small.safetensors
-  emp prune last.ckpt --config recipes/quickstart.yaml --target heads --criterion taylor --out pruned.safetensors
-
-With --config, what the recipe's EMPCallback says is the default of each setting. Criteria that read gradients, inputs
-or activations take them from --batches of the recipe's training data; the weights are not trained.
-Heads and neurons need modules: --config RECIPE, timm:NAME, or a Hugging Face folder with config.json.""",
-    )
-    _add_source(parser)
-    parser.add_argument("--target", help="weights, heads, neurons or kan_nodes (default: weights)")
-    parser.add_argument("--criterion", help="how they are scored (default: the target's: magnitude, weight_norm, ...)")
-    parser.add_argument("--scope", choices=("global", "tensor", "row"), help="where scores compete (default: global)")
-    parser.add_argument("--beta", type=float, help="keep floor(beta * N_eff) (default: 1.0)")
-    parser.add_argument("--density", type=float, help="keep this fraction instead of N_eff")
-    parser.add_argument("--include", nargs="+", metavar="GLOB", help="prune these parameters (or modules) only")
-    parser.add_argument("--exclude", nargs="+", metavar="GLOB", help="leave these parameters (or modules) out")
-    parser.add_argument("--batches", type=int, default=32, help="training batches for criteria that read data (32)")
-    return parser
-
-
-def _export_parser() -> argparse.ArgumentParser:
-    parser = _parser(
-        "export",
-        "Write the masked weights of a run as plain safetensors: no callback, no reparametrisation.",
-        """\
-examples:
-  emp export lightning_logs/version_0/checkpoints/last.ckpt --out model.safetensors
-  emp export last.ckpt --config recipes/quickstart.yaml --shrink --out small.safetensors
-
-The names fit your own module: of a Lightning checkpoint the first part that all names share ("model.") is left out.
-  model.load_state_dict(safetensors.torch.load_file("model.safetensors"))
-  emp_callbacks.load_shrunk(model, "small.safetensors")""",
-    )
-    _add_source(parser)
-    return parser
-
-
-def _add_source(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "source",
-        metavar="CHECKPOINT|timm:NAME",
-        help="Lightning .ckpt, state dict (.pt, .pth, .safetensors), Hugging Face folder, or a timm model",
-    )
-    parser.add_argument("--out", required=True, metavar="FILE", help="safetensors file to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
-    parser.add_argument("-c", "--config", metavar="RECIPE", help="recipe that builds the model (and its data)")
-    parser.add_argument(
-        "--shrink", action="store_true", help="remove pruned heads, neurons and channels (needs torch-pruning)"
-    )
-    parser.add_argument("--prefix", help="start of the names to leave out; '' for none (default: 'model.' or the like)")
-    parser.add_argument("--pretrained", action="store_true", help="load timm's weights (needs a network)")
-    parser.add_argument(
-        "--input-size",
-        nargs="+",
-        type=int,
-        metavar="N",
-        help="example input for --shrink, such as 3 32 32 (default: from the data or the model)",
-    )
 
 
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {

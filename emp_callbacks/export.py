@@ -6,23 +6,23 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from glob import escape
 from itertools import islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.table import Table
 from torch import Tensor
 
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.criteria import make_criterion
-from emp_callbacks.finished_model import FinishedModel, RecipeParts, open_model, open_recipe, training_loss
+from emp_callbacks.finished_model import FinishedModel, open_model
 from emp_callbacks.pruner import EMPPruner
-from emp_callbacks.shrink import ShrinkReport, pruned_units, shrink
+from emp_callbacks.recipe_parts import RecipeParts, open_recipe, training_loss
+from emp_callbacks.shrinking import ShrinkReport, pruned_units, shrink
+from emp_callbacks.weights_file import ExportReport, check_free, write_weights
 
-__all__ = ["ExportReport", "Source", "export", "prune", "report_lines", "shrink_table", "write_weights"]
+__all__ = ["Source", "export", "prune"]
 
 
 class Source(NamedTuple):
@@ -41,33 +41,6 @@ class Source(NamedTuple):
     prefix: str | None = None
     pretrained: bool = False
     input_size: Sequence[int] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportReport:
-    """What was written.
-
-    Attributes:
-        path: The file.
-        tensors: Number of tensors.
-        n: Number of values in them.
-        zeros: Values that are zero.
-        sparsity: Share of zeros in matrices and kernels (tensors of two or more dimensions), in [0, 1].
-        file_bytes: Size of the file.
-        tied: Name -> name of the tensor that it equals, being one parameter of the model; both are written.
-        shrunk: What was removed, if asked for.
-        notes: What a reader must know.
-    """
-
-    path: Path
-    tensors: int
-    n: int
-    zeros: int
-    sparsity: float
-    file_bytes: int
-    tied: dict[str, str]
-    shrunk: ShrinkReport | None
-    notes: tuple[str, ...]
 
 
 def export(
@@ -95,7 +68,7 @@ def export(
     if shrink_units:
         _check_modules(model, source.name, "--shrink")
         shrunk = _shrunk(model, pruned_units(model.inner))
-    return write_weights(model, out, _described(model.run), shrunk)
+    return write_weights(model, out, _described(model.runs), shrunk)
 
 
 def prune(
@@ -143,96 +116,11 @@ def prune(
         config = replace(config, include=[escape(name) for name in model.weights])
     pruner = EMPPruner(model.module, config=config)
     if needs and recipe:
-        _gather(recipe, pruner, batches)
+        _gather(recipe, pruner, batches, gradients=needs == "gradients")
     pruner.refresh()
     pruner.finalize()
     shrunk = _shrunk(model, _kept(pruner, model)) if shrink_units else None
-    return pruner, write_weights(model, out, _described(_run_of(pruner)), shrunk)
-
-
-def write_weights(
-    model: FinishedModel, out: str | os.PathLike[str], metadata: Mapping[str, str], shrunk: ShrinkReport | None = None
-) -> ExportReport:
-    """Write a model's tensors with what was done to them; the file appears when it is whole.
-
-    Safetensors holds no shared memory: a tied tensor is written under each of its names, so that the file loads with
-    a plain `load_state_dict`.
-    """
-    from safetensors.torch import save_file
-
-    path = Path(out)
-    state = model.tensors()
-    tied = _ties(state)
-    metadata = {**metadata, **(shrunk.metadata() if shrunk else {}), "tied": json.dumps(tied)}
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        save_file(_apart(state), partial, metadata)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    matrices = [value for value in state.values() if value.dim() >= 2]
-    return ExportReport(
-        path=path,
-        tensors=len(state),
-        n=sum(value.numel() for value in state.values()),
-        zeros=sum(_zeros(value) for value in state.values()),
-        sparsity=sum(map(_zeros, matrices)) / (sum(value.numel() for value in matrices) or 1),
-        file_bytes=path.stat().st_size,
-        tied=tied,
-        shrunk=shrunk,
-        notes=(*model.notes, *_left_out(model, len(state))),
-    )
-
-
-def check_free(out: str | os.PathLike[str], overwrite: bool) -> None:
-    """Raise before any work is done unless the file can be written."""
-    path = Path(out)
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists; choose another --out, or add --overwrite")
-    if path.is_dir():
-        raise FileExistsError(f"{path} is a folder; name a file, such as {path / 'model.safetensors'}")
-    if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"folder {path.absolute().parent} does not exist; make it first")
-
-
-# ---- for a terminal ------------------------------------------------------------------------------------------------
-
-
-def report_lines(report: ExportReport) -> list[str]:
-    """Return the report as lines of text."""
-    lines = [
-        f"{report.path}: {report.tensors:,} tensors, {report.n:,} values, {report.file_bytes:,} bytes",
-        f"zero: {report.zeros:,} values; {report.sparsity:.1%} of matrices and kernels",
-    ]
-    lines += [f"tied: {name} = {first} (written under both names)" for name, first in report.tied.items()]
-    if report.shrunk and not report.shrunk.layers:
-        lines.append("no head, neuron or channel is pruned as a whole: nothing was removed")
-    elif report.shrunk:
-        (before, after), (flops_before, flops_after) = report.shrunk.parameters, report.shrunk.flops
-        lines.append(f"parameters: {before:,} -> {after:,} ({after / before:.1%})")
-        lines.append(f"FLOPs of the example: {flops_before:,} -> {flops_after:,} ({flops_after / flops_before:.1%})")
-        lines.append(f"largest difference of the outputs on it: {report.shrunk.difference:.1e} of the largest output")
-        lines.append("load it with emp_callbacks.load_shrunk(model, file) into the dense architecture")
-    return lines + [f"note: {note}" for note in report.notes]
-
-
-def shrink_table(shrunk: ShrinkReport) -> Table:
-    """Return what was removed from each layer for a terminal."""
-    table = Table(title="removed heads, neurons and channels", title_justify="left", show_footer=True)
-    table.add_column("layer", footer="all", overflow="fold")
-    for column, heading in enumerate(("units", "pruned", "removed", "had to stay"), start=1):
-        total = sum(_counts(layer)[column - 1] for layer in shrunk.layers)
-        table.add_column(heading, justify="right", footer=f"{total:,}")
-    for layer in shrunk.layers:
-        table.add_row(layer.name, *(f"{count:,}" for count in _counts(layer)))
-    return table
-
-
-def _counts(layer: Any) -> tuple[int, int, int, int]:
-    return layer.units, layer.pruned, layer.removed, layer.pruned - layer.removed
-
-
-# ---- parts ---------------------------------------------------------------------------------------------------------
+    return pruner, write_weights(model, out, _described([_run_of(pruner)]), shrunk)
 
 
 def _opened(source: Source, recipe: RecipeParts | None, *, needs_modules: bool) -> FinishedModel:
@@ -277,15 +165,18 @@ def _check_modules(model: FinishedModel, source: str, what: str) -> None:
         )
 
 
-def _gather(recipe: RecipeParts, pruner: EMPPruner, batches: int) -> None:
-    """Show the pruner gradients, inputs and activations of training batches; no weight is updated."""
+def _gather(recipe: RecipeParts, pruner: EMPPruner, batches: int, *, gradients: bool) -> None:
+    """Show the pruner gradients, or inputs and activations, of training batches; no weight is updated."""
     if batches < 1:
         raise ValueError(f"--batches must be at least 1, got {batches}")
     recipe.module.zero_grad()
-    for index, batch in enumerate(islice(recipe.data.train_dataloader(), batches)):
-        training_loss(recipe.module, batch, index).backward()
-        pruner.collect()
-        recipe.module.zero_grad()
+    with torch.set_grad_enabled(gradients):
+        for index, batch in enumerate(islice(recipe.data.train_dataloader(), batches)):
+            loss = training_loss(recipe.module, batch, index)
+            if gradients:
+                loss.backward()
+                pruner.collect()
+                recipe.module.zero_grad()
 
 
 def _kept(pruner: EMPPruner, model: FinishedModel) -> dict[str, Tensor]:
@@ -307,49 +198,18 @@ def _run_of(pruner: EMPPruner) -> dict[str, Any]:
     return {**told, "trajectory": pruner.trajectory.records()}
 
 
-def _described(run: Mapping[str, Any]) -> dict[str, str]:
-    """Return the metadata of a file: who wrote it, and how the weights were pruned, if that is known."""
+def _described(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the metadata of a file: who wrote it, and how the weights were pruned, as far as that is known."""
     from emp_callbacks import __version__
 
     described = {"format": "pt", "emp_version": __version__}
-    described |= {key: str(run[key]) for key in ("target", "criterion", "scope", "mode") if key in run}
-    if rows := run.get("trajectory"):
+    for key in ("target", "criterion", "scope", "mode"):
+        if told := list(dict.fromkeys(str(run[key]) for run in runs if key in run)):
+            described[key] = ", ".join(told)
+    rows = runs[0].get("trajectory") if len(runs) == 1 else None  # two runs have no density in common
+    if rows:
         last = [row for row in rows if row["step"] == rows[-1]["step"]]
         density = sum(row["keep"] for row in last) / sum(row["n"] for row in last)
-        told = {"step": rows[-1]["step"], "beta": rows[-1]["beta"], "density": density}
-        described |= {key: json.dumps(value) for key, value in told.items()}
+        numbers = {"step": rows[-1]["step"], "beta": rows[-1]["beta"], "density": density}
+        described |= {key: json.dumps(value) for key, value in numbers.items()}
     return described
-
-
-def _left_out(model: FinishedModel, written: int) -> list[str]:
-    out = len(model.module.state_dict()) - written
-    return [f"{out} tensors without the prefix {model.prefix!r} were left out"] if out else []
-
-
-def _ties(state: Mapping[str, Tensor]) -> dict[str, str]:
-    first: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
-    tied = {}
-    for name, value in state.items():
-        if value.numel():
-            original = first.setdefault((value.data_ptr(), value.shape, value.stride()), name)
-            if original != name:
-                tied[name] = original
-    return tied
-
-
-def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return contiguous tensors on the CPU of which no two share memory, copied only where they must be."""
-    seen: set[int] = set()
-    apart = {}
-    for name, value in state.items():
-        own = value.detach().cpu().contiguous()
-        storage = own.untyped_storage()
-        if storage.data_ptr() in seen or storage.nbytes() != own.nbytes:
-            own = own.clone()
-        seen.add(storage.data_ptr())
-        apart[name] = own
-    return apart
-
-
-def _zeros(value: Tensor) -> int:
-    return value.numel() - int(value.count_nonzero())

@@ -5,27 +5,27 @@ from __future__ import annotations
 import difflib
 import glob
 import json
-import pickle
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-import torch
 from rich.table import Table
 from torch import Tensor, nn
 
+from emp_callbacks.checkpoint_reading import (
+    as_module,
+    callback_states,
+    prunable_by_name,
+    read_checkpoint,
+    scored_weights,
+    state_dict_in,
+)
 from emp_callbacks.pruner import EMPPruner
 from emp_callbacks.targets.names import canonical_name
 from emp_callbacks.trajectory import PruneEvent
 
 __all__ = ["LoadedModel", "WeightReport", "inspect_model", "load_model", "report_json", "report_table"]
-
-# A bare state dict has no module types: these names of a weight's owner stand for embeddings and norms
-# (the owner only: `patch_embed.proj.weight` is a convolution).
-_EMBEDDING = re.compile(r"(emb|embed\w*|\w*_emb|\w*_?embeddings?|wte|wpe)", re.IGNORECASE)
-_NORM = re.compile(r"(\w*norm\w*|ln_?\w*|bn\d*)", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +85,7 @@ def inspect_model(
         FloatingPointError: A weight is NaN or Inf.
 
     Example:
+        >>> import torch
         >>> layer = nn.Linear(4, 1, bias=False)
         >>> _ = layer.weight.data.copy_(torch.tensor([[3.0, 1.0, 0.0, 0.0]]))
         >>> [(row.name, row.n_eff, row.keep, row.density) for row in inspect_model(layer)]
@@ -110,16 +111,15 @@ def load_model(source: str, *, pretrained: bool = False) -> LoadedModel:
         return _load_timm(source.removeprefix("timm:"), pretrained)
     if pretrained:
         raise ValueError(f"--pretrained goes with timm:NAME; {source} already holds its weights")
-    checkpoint = _read_checkpoint(Path(source))
-    state = _state_dict(checkpoint, source)
-    masked = _names_in_callback_state(checkpoint)
-    if masked and set(masked) <= {canonical_name(name) for name in state}:
-        return LoadedModel(_as_module(state), [glob.escape(name) for name in masked], [])
+    checkpoint = read_checkpoint(Path(source))
+    state = state_dict_in(checkpoint, source)
+    if scored := scored_weights(state, callback_states(checkpoint)):
+        return LoadedModel(as_module(state), [glob.escape(name) for name in scored], [])
     note = "no modules in the file: embeddings and norms were told apart by their names"
-    names = _prunable_by_name(state)
+    names = prunable_by_name(state)
     if not names:
         raise ValueError(f"{source} holds no weight matrices by name; choose some with --include 'PATTERN'")
-    return LoadedModel(_as_module(state), [glob.escape(canonical_name(name)) for name in names], [note])
+    return LoadedModel(as_module(state), [glob.escape(name) for name in names], [note])
 
 
 def report_table(rows: Iterable[WeightReport], title: str) -> Table:
@@ -197,108 +197,3 @@ def _load_timm(name: str, pretrained: bool) -> LoadedModel:
         raise ValueError(f"timm could not load {name!r} (pretrained={pretrained}): {error}") from error
     notes = [] if pretrained else ["the weights are randomly initialised; add --pretrained for timm's own"]
     return LoadedModel(module, None, notes)
-
-
-def _read_checkpoint(path: Path) -> Any:
-    """Return what a file holds: tensors and plain values only."""
-    if path.is_dir():
-        return _read_folder(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint {path} does not exist; a timm model is written timm:NAME")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "Unsupported" not in str(error):
-            raise _damaged(path, error) from error
-        raise ValueError(
-            f"{path} holds Python objects besides tensors, and emp inspect never runs code from a file;"
-            " save its weights alone: torch.save(model.state_dict(), 'weights.pt')"
-        ) from error
-    except (RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise _damaged(path, error) from error
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise _damaged(path, error) from error
-
-
-def _read_folder(folder: Path) -> dict[str, Tensor]:
-    """Return the weights of a Hugging Face folder, in one file or in shards."""
-    if (single := folder / "model.safetensors").is_file():
-        return _read_safetensors(single)
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        raise FileNotFoundError(f"{folder} holds neither model.safetensors nor its index; name a checkpoint file")
-    shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    return {name: value for shard in shards for name, value in _read_safetensors(folder / shard).items()}
-
-
-def _damaged(path: Path, error: Exception) -> ValueError:
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return ValueError(f"{path} is damaged or not a PyTorch checkpoint ({first}); copy or save it again")
-
-
-def _state_dict(checkpoint: Any, source: str) -> dict[str, Tensor]:
-    held = checkpoint
-    for key in ("state_dict", "model"):
-        if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):
-            held = held[key]
-    tensors = {k: v for k, v in held.items() if isinstance(v, Tensor)} if isinstance(held, Mapping) else {}
-    if not tensors:
-        raise ValueError(f"{source} holds no state dict (name -> tensor), but a {type(checkpoint).__name__}")
-    return tensors
-
-
-def _names_in_callback_state(checkpoint: Any) -> list[str]:
-    """Return the parameters that EMPCallback scored, if a Lightning checkpoint says so."""
-    callbacks = checkpoint.get("callbacks") if isinstance(checkpoint, Mapping) else None
-    for key, state in (callbacks or {}).items():
-        if str(key).startswith("EMPCallback") and isinstance(state, Mapping):
-            shapes = state.get("shapes")
-            return list(shapes) if isinstance(shapes, Mapping) else []
-    return []
-
-
-def _prunable_by_name(state: Mapping[str, Tensor]) -> list[str]:
-    """Return the names that training would score, as far as names and shapes can tell."""
-    tied = {value.data_ptr() for name, value in state.items() if _EMBEDDING.fullmatch(_owner(name))}
-    return [
-        name
-        for name, value in state.items()
-        if value.is_floating_point()
-        and value.dim() >= 2
-        and "weight" in name.rpartition(".")[2]
-        and not _NORM.fullmatch(_owner(name))
-        and value.data_ptr() not in tied
-    ]
-
-
-def _owner(name: str) -> str:
-    """Return the name of the module that owns a parameter: "proj" for "blocks.0.attn.proj.weight"."""
-    return name.rpartition(".")[0].rpartition(".")[2]
-
-
-def _as_module(state: Mapping[str, Tensor]) -> nn.Module:
-    """Return a module tree whose parameters have the names and values of a state dict; ties stay ties."""
-    root = nn.Module()
-    made: dict[tuple[int, torch.Size], nn.Parameter] = {}
-    for name, value in state.items():
-        *path, last = name.split(".")
-        owner = root
-        for part in path:
-            # Straight into the registry: a part called "type" would clash with a method of nn.Module.
-            owner = cast("nn.Module", owner._modules.setdefault(part, nn.Module()))
-        # Empty tensors share the address 0 and are no ties.
-        identity = (value.data_ptr() or id(value), value.shape)
-        if identity not in made:
-            made[identity] = nn.Parameter(value, requires_grad=value.is_floating_point())
-        owner._parameters[last] = made[identity]
-    return root

@@ -182,6 +182,7 @@ def test_what_fit_trained_is_exported_and_pruned(tmp_path, capsys):
     assert all(torch.equal(value, held[f"model.{name}"]) for name, value in written.items())
     capsys.readouterr()
     words = ["prune", checkpoint, "--config", recipe, "--target", "neurons", "--density", "0.5", "--shrink"]
+    words += ["--criterion", "activation", "--batches", "2"]
     assert main([*words, "--out", out]) == 2
     assert "add --overwrite" in capsys.readouterr().err
     assert main([*words, "--out", out, "--overwrite"]) == 0

@@ -11,9 +11,10 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from emp_callbacks.core.packing import pack_bits
-from emp_callbacks.export import Source, export, prune, report_lines
-from emp_callbacks.shrink import load_shrunk
+from emp_callbacks.export import Source, export, prune
+from emp_callbacks.shrinking import load_shrunk
 from emp_callbacks.study.tasks import ImageClassification
+from emp_callbacks.weights_file import report_lines
 
 VIT = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 4}
 EMP = {"every_n_epochs": 1, "target": "heads", "density": 0.5}
@@ -143,7 +144,7 @@ def test_tied_tensors_and_views_are_written_whole(tmp_path):
     state = {**model.state_dict(), "view": base[2:5], "transposed": torch.arange(6.0).view(2, 3).T}
     report = export(Source(save(state, tmp_path / "in.pt")), tmp_path / "out.safetensors")
     assert report.tied == {"lm_head.weight": "transformer.wte.weight"}
-    assert json.loads(metadata(report.path)["tied"]) == report.tied
+    assert json.loads(metadata(report.path)["emp_tied"]) == report.tied
     written = load_file(report.path)
     assert written.pop("view").tolist() == [2.0, 3.0, 4.0]
     assert written.pop("transposed").tolist() == [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]
@@ -214,6 +215,18 @@ def test_weights_of_a_bare_state_dict_by_hand(tmp_path):
     assert more.zeros == 1
 
 
+def test_embeddings_and_norms_of_a_bare_state_dict_stay(tmp_path):
+    state = {name: torch.rand(2, 2) + 1 for name in ("wte.weight", "norm.weight", "a.weight", "b.weight")}
+    torch.save(state, tmp_path / "in.pt")
+    source = Source(str(tmp_path / "in.pt"))
+    _, report = prune(source, tmp_path / "out.safetensors", {"density": 0.5})
+    written = load_file(report.path)
+    assert {name for name, value in written.items() if (value == 0).any()} <= {"a.weight", "b.weight"}
+    assert report.zeros == 4
+    _, named = prune(source, tmp_path / "named.safetensors", {"density": 0.5, "include": ["wte*"]})
+    assert (load_file(named.path)["wte.weight"] == 0).sum() == named.zeros == 2
+
+
 def test_a_model_and_its_state_dict_are_pruned_alike(tmp_path):
     torch.manual_seed(0)
     source = Source("timm:resnet10t")
@@ -245,10 +258,47 @@ def test_the_recipe_says_how_and_options_say_otherwise(checkpoint, recipe, tmp_p
     assert set(pruner.masks) == {f"model.blocks.{block}.mlp.fc1" for block in range(2)}
 
 
-def test_a_changed_target_drops_the_recipes_criterion(checkpoint, recipe, tmp_path):
+def edit_callbacks(recipe, *settings):
+    """Give the recipe one EMPCallback per mapping of settings."""
     changed = yaml.safe_load(Path(recipe).read_text())
-    changed["trainer"]["callbacks"][0]["init_args"]["criterion"] = "saliency"
+    changed["trainer"]["callbacks"] = [{"class_path": "emp_callbacks.EMPCallback", "init_args": s} for s in settings]
     Path(recipe).write_text(yaml.safe_dump(changed))
+
+
+def test_a_density_replaces_the_recipes_beta(checkpoint, recipe, tmp_path):
+    edit_callbacks(recipe, {"every_n_epochs": 1, "beta": 0.5})
+    out = tmp_path / "out.safetensors"
+    pruner, _ = prune(Source(checkpoint, recipe), out, {"density": 0.25})
+    assert pruner.density == pytest.approx(0.25, abs=1e-3)
+    pruner, _ = prune(Source(checkpoint, recipe), out, {}, overwrite=True)
+    assert (pruner.config.beta, pruner.config.density) == (0.5, None)
+
+
+def test_a_recipe_with_two_callbacks_is_exported_but_not_pruned_once_more(recipe, task, tmp_path):
+    edit_callbacks(recipe, EMP, {"every_n_epochs": 1, "include": ["*.fc1.weight"]})
+    names = ("model.blocks.0.mlp.fc1.weight", "model.head.weight")
+    masks = {name: torch.rand_like(task.get_parameter(name)) < 0.5 for name in names}
+    run = {"target": "weights", "criterion": "magnitude"}
+    states = [{**run, "masks": {name: pack_bits(mask)}} for name, mask in masks.items()]
+    callbacks = {f"EMPCallback{name}": state for name, state in zip(names, states, strict=True)}
+    source = save(task.state_dict(), tmp_path / "in.ckpt", callbacks=callbacks)
+    report = export(Source(source, recipe), tmp_path / "out.safetensors")
+    written = load_file(report.path)
+    assert all(torch.equal(written[name.removeprefix("model.")] != 0, mask) for name, mask in masks.items())
+    assert metadata(report.path)["criterion"] == "magnitude"
+    with pytest.raises(ValueError, match=r"2 EMPCallbacks.*a recipe with one"):
+        prune(Source(source, recipe), tmp_path / "pruned.safetensors", {})
+
+
+def test_a_recipe_for_a_cluster_is_opened_here(checkpoint, recipe, tmp_path):
+    changed = yaml.safe_load(Path(recipe).read_text())
+    changed["trainer"] |= {"accelerator": "gpu", "devices": 8, "num_nodes": 2, "strategy": "fsdp"}
+    Path(recipe).write_text(yaml.safe_dump(changed))
+    assert export(Source(checkpoint, recipe), tmp_path / "out.safetensors").tensors
+
+
+def test_a_changed_target_drops_the_recipes_criterion(checkpoint, recipe, tmp_path):
+    edit_callbacks(recipe, {**EMP, "criterion": "saliency"})
     pruner, _ = prune(Source(checkpoint, recipe), tmp_path / "out.safetensors", {"target": "weights"})
     assert pruner.config.criterion_name == "magnitude"
 
@@ -266,15 +316,21 @@ def test_pruned_and_shrunk_compute_the_same(target, checkpoint, recipe, tmp_path
         torch.testing.assert_close(shrunk(IMAGES), large(IMAGES), rtol=1e-5, atol=1e-5)
 
 
-def test_gradients_come_from_batches_and_nothing_is_trained(checkpoint, recipe, task, tmp_path, monkeypatch):
-    step, batches = ImageClassification.training_step, []
+@pytest.fixture
+def batches(monkeypatch):
+    """Record what training steps see; the last ones are those of the criterion."""
+    step, seen = ImageClassification.training_step, []
 
-    def counted(self, batch, index):
+    def recorded(self, batch, index):
         assert not self.training
-        batches.append(batch)
+        seen.append(batch)
         return step(self, batch, index)
 
-    monkeypatch.setattr(ImageClassification, "training_step", counted)
+    monkeypatch.setattr(ImageClassification, "training_step", recorded)
+    return seen
+
+
+def test_gradients_come_from_batches_and_nothing_is_trained(checkpoint, recipe, task, tmp_path, batches):
     settings = {"target": "weights", "criterion": "taylor", "density": 0.5, "include": ["model.head.weight"]}
     _, report = prune(Source(checkpoint, recipe), tmp_path / "out.safetensors", settings, batches=3)
     scores = torch.zeros(10, 16)
@@ -289,6 +345,59 @@ def test_gradients_come_from_batches_and_nothing_is_trained(checkpoint, recipe, 
     assert torch.equal(pruned, scores <= scores.flatten().kthvalue(80).values)
     assert torch.equal(after["head.weight"][~pruned], before["head.weight"][~pruned])
     assert all(torch.equal(after[name], before[name]) for name in before if name != "head.weight")
+
+
+def seen_by(module, side, task, batches):
+    """Return what passes a module for all batches, rows of features."""
+    seen = []
+    hook = module.register_forward_hook(lambda _, args, output: seen.append(args[0] if side == "input" else output))
+    with torch.no_grad():
+        for images, _ in batches:
+            task.eval()(images)
+    hook.remove()
+    return torch.cat(seen).flatten(0, -2)
+
+
+def test_wanda_reads_inputs(checkpoint, recipe, task, tmp_path, batches):
+    settings = {"target": "weights", "criterion": "wanda", "density": 0.5, "include": ["model.head.weight"]}
+    _, report = prune(Source(checkpoint, recipe), tmp_path / "out.safetensors", settings, batches=3)
+    inputs = seen_by(task.model.head, "input", task, batches[-3:])
+    assert inputs.shape == (24, 16)
+    scores = task.model.head.weight.abs() * inputs.norm(dim=0)
+    pruned = load_file(report.path)["head.weight"] == 0
+    assert torch.equal(pruned, scores <= scores.flatten().kthvalue(80).values)
+    assert not torch.equal(pruned, (weight := task.model.head.weight.abs()) <= weight.flatten().kthvalue(80).values)
+
+
+def test_activation_reads_activations(checkpoint, recipe, task, tmp_path, batches):
+    settings = {"target": "neurons", "criterion": "activation", "density": 0.5}
+    pruner, report = prune(Source(checkpoint, recipe), tmp_path / "out", settings, batches=2, shrink_units=True)
+    layers = [block.mlp.fc1 for block in task.model.blocks]
+    sizes = torch.stack([seen_by(layer, "output", task, batches[-2:]).abs().mean(0) for layer in layers])
+    expected = sizes > sizes.flatten().kthvalue(64).values
+    masks = torch.stack([pruner.masks[f"model.blocks.{block}.mlp.fc1"] for block in range(2)])
+    assert torch.equal(masks, expected)
+    shapes = [load_file(report.path)[f"blocks.{block}.mlp.fc1.weight"].shape for block in range(2)]
+    assert shapes == [(int(kept.sum()), 16) for kept in expected]
+
+
+def test_nodes_of_a_kan(recipe, tmp_path):
+    changed = yaml.safe_load(Path(recipe).read_text())
+    changed["model"]["init_args"] = {"model": "emp_kan", "model_args": {"img_size": 8, "widths": [6]}}
+    Path(recipe).write_text(yaml.safe_dump(changed))
+    torch.manual_seed(0)
+    task = ImageClassification("emp_kan", {"img_size": 8, "widths": [6]})
+    source = save(task.state_dict(), tmp_path / "kan.ckpt")
+    settings = {"target": "kan_nodes", "density": 0.5}
+    pruner, report = prune(Source(source, recipe), tmp_path / "out.safetensors", settings)
+    first, second = task.model.kan1.spline_weight.abs(), task.model.kan2.spline_weight.abs()
+    scores = torch.maximum(first.mean((1, 2)), second.mean((0, 2)))
+    kept = scores > scores.kthvalue(3).values
+    assert torch.equal(pruner.masks["model.kan1"], kept)
+    written = load_file(report.path)
+    for name in ("kan2.spline_weight", "kan2.base_weight"):
+        assert torch.equal((written[name] != 0).transpose(0, 1).flatten(1).any(1), kept)
+    assert torch.equal(written["kan1.spline_weight"], task.model.kan1.spline_weight)
 
 
 def test_a_hugging_face_folder(tmp_path):
@@ -329,4 +438,7 @@ def test_more_mistakes_are_explained(checkpoint, recipe, tmp_path):
     torch.save({"other.weight": torch.ones(2, 2)}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"does not fit the recipe's ImageClassification: .*other\.weight"):
         prune(Source(str(tmp_path / "other.pt"), recipe), out, {})
+    torch.save({"state_dict": {"model.other.weight": torch.ones(2, 2)}}, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match=r"ImageClassification: model\.other\.weight, "):
+        export(Source(str(tmp_path / "other.ckpt"), recipe), out)
     assert not out.exists()

@@ -82,6 +82,28 @@ def test_tied_weights_count_once_and_heads_tied_to_embeddings_not_at_all(tmp_pat
     assert list(rows_of(tmp_path / "tied.pt")) == ["a.weight", "total"]
 
 
+def test_ties_in_a_file_that_emp_wrote_are_ties_again(tmp_path):
+    tied = torch.randn(4, 3)
+    state = {"embed_tokens.weight": tied, "a.weight": torch.randn(3, 3), "lm_head.weight": tied.clone()}
+    file = tmp_path / "exported.safetensors"
+    save_file(state, file)
+    assert list(rows_of(file)) == ["a.weight", "lm_head.weight", "total"]
+    save_file(state, file, {"emp_tied": json.dumps({"lm_head.weight": "embed_tokens.weight"})})
+    assert list(rows_of(file)) == ["a.weight", "total"]
+    loaded = load_model(str(file)).module
+    assert loaded.lm_head.weight is loaded.embed_tokens.weight
+
+
+def test_several_callbacks_name_the_weights_of_all(tmp_path):
+    states = {
+        "EMPCallback{a}": {"target": "weights", "shapes": {"second.weight": [3, 1]}, "masks": {}},
+        "EMPCallback{b}": {"target": "heads", "shapes": {"attn": [2], "first.weight": [1, 4]}, "masks": {}},
+        "EMPCallback{c}": {"target": "weights", "shapes": {"wte.weight": [5, 2]}, "masks": {}},
+    }
+    torch.save({"state_dict": STATE, "callbacks": states}, tmp_path / "run.ckpt")
+    assert load_model(str(tmp_path / "run.ckpt")).include == ["second.weight", "wte.weight"]
+
+
 def test_patch_embeddings_are_convolutions_and_odd_names_work(tmp_path):
     state = {"patch_embed.proj.weight": torch.randn(2, 1, 2, 2), "type.weight": torch.randn(2, 2)}
     torch.save({"state_dict": state}, tmp_path / "odd.ckpt")

@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from emp_callbacks.shrink import Cut, load_shrunk, pruned_units, shrink
+import emp_callbacks
+from emp_callbacks.shrinking import Cut, load_shrunk, pruned_units, shrink
 from emp_callbacks.targets import attention_heads, neurons
 
 TOKENS = {"input_ids": torch.arange(14).view(2, 7), "use_cache": False}
@@ -95,6 +96,14 @@ def test_mlp_by_hand():
     assert report.layers == (("0", 6, 2, 2), ("2", 5, 1, 1))
     assert report.surgery["2"] == {"inputs": Cut(6, [0, 2, 3, 5]), "outputs": Cut(5, [1, 2, 3, 4])}
     assert (model[2].in_features, model[2].out_features, model[4].in_features) == (4, 4, 4)
+
+
+def test_the_package_gives_the_functions():
+    assert (emp_callbacks.shrink, emp_callbacks.pruned_units, emp_callbacks.load_shrunk) == (
+        shrink,
+        pruned_units,
+        load_shrunk,
+    )
 
 
 def test_units_that_are_zero_are_found():
@@ -226,6 +235,8 @@ def test_resnet_channels():
     layers = {layer.name: layer for layer in report.layers}
     assert layers["layer1.0.conv1"].removed == layers["layer1.0.conv1"].pruned > 0
     both = ~masks["layer2.0.conv2"] & ~masks["layer2.0.downsample.1"]
+    stem = ~masks["conv1.6"] & ~masks["layer1.0.conv2"]  # its norm is outside the stem, and the block is added to it
+    assert removed(report)["conv1.6"] == removed(report)["layer1.0.conv2"] == int(stem.sum()) > 0
     assert removed(report)["layer2.0.conv2"] == removed(report)["layer2.0.downsample.1"] == int(both.sum()) > 0
 
 
@@ -306,6 +317,15 @@ def test_what_the_model_gives_out_stays():
     assert removed(report) == {"hidden": 0, "out": 0}
 
 
+@pytest.mark.parametrize("between", [nn.PReLU(6), nn.RMSNorm(6)], ids=["PReLU", "RMSNorm"])
+def test_what_a_layer_of_an_unknown_kind_reads_stays(between):
+    model = mlp()
+    model[1] = between  # maps zeros to zeros, has a parameter per unit and cannot be cut
+    report = shrink(model, MLP_MASKS, POINTS)
+    assert report.layers == (("0", 6, 2, 0), ("2", 5, 1, 1))
+    assert model[0].out_features == 6
+
+
 def test_units_that_are_not_masked_stay():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
@@ -377,7 +397,7 @@ def test_a_new_process_loads_the_shrunk_model(tmp_path):
     file = write(model, VIT_MASKS, IMAGES, tmp_path / "small.safetensors")
     code = f"""
 import timm, torch
-from emp_callbacks.shrink import load_shrunk
+from emp_callbacks.shrinking import load_shrunk
 model = load_shrunk(timm.create_model("vit_tiny_patch16_224", **{VIT!r}), {str(file)!r}).eval()
 images = torch.linspace(-2, 2, 128).view(2, 1, 8, 8).sin()
 torch.save(model(images).detach(), {str(tmp_path / "outputs.pt")!r})

@@ -149,18 +149,21 @@ def _norms(search: UnitSearch, module: nn.Module) -> Iterator[tuple[nn.Module, n
     """Yield each layer among the children of `module` with the batch norm that follows it.
 
     In a Sequential that is the next layer or norm. Among attributes, of the layers that have none yet, it is the one
-    whose name ends most alike (conv1, conv2, bn1, bn2), else the nearest.
+    whose name ends most alike (conv1, conv2, bn1, bn2), else the nearest. A Sequential that ends in a layer (a deep
+    stem) counts as that layer where the norm is the very next attribute.
     """
     waiting: list[tuple[str, nn.Module]] = []
+    ending: list[tuple[str, nn.Module]] = []
     for name, link in chain(module):
         if is_layer(link):
             waiting = [*([] if isinstance(module, nn.Sequential) else waiting), (name, link)]
-        elif waiting and _is_batch_norm(link):
-            fits = [found for found in waiting if search.outputs(found[1]) == _channels(link)]
+        elif _is_batch_norm(link):
+            fits = [found for found in waiting + ending if search.outputs(found[1]) == _channels(link)]
             if fits:
                 best = max(reversed(fits), key=lambda found: _common_ending(found[0], name))
-                waiting.remove(best)
+                waiting = [found for found in waiting if found is not best]
                 yield best[1], link
+        ending = [(name, last) for _, last in chain(link)[-1:] if isinstance(link, nn.Sequential) and is_layer(last)]
 
 
 def _channels(norm: nn.Module) -> int | None:

@@ -302,6 +302,34 @@ def test_members():
     assert conv1d.observed[1] == "output"
 
 
+class Stem(nn.Module):
+    """Convolutions in a Sequential, whose batch norm is an attribute of the model."""
+
+    def __init__(self, *between: nn.Module, channels: int = 6) -> None:
+        super().__init__()
+        self.conv1 = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3))
+        self.between = nn.ModuleList(between) if between else None
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(6, 5, 3)
+
+
+def members_of(model: nn.Module, name: str) -> list[str]:
+    (target,) = (target for target in neurons(model, include=["*conv*"]) if target.name == name)
+    return [member.weight.name for member in target.members]
+
+
+def test_the_norm_behind_a_sequential_belongs_to_its_last_layer():
+    own = ["conv1.3.weight", "conv1.3.bias"]
+    assert members_of(Stem(), "conv1.3") == [*own, "bn1.weight", "bn1.bias"]
+    assert members_of(Stem(), "conv1.0")[2:] == ["conv1.1.weight", "conv1.1.bias"]
+    assert members_of(Stem(nn.Dropout()), "conv1.3") == own  # another module lies between
+    assert members_of(Stem(channels=5), "conv1.3") == own  # the norm of something else
+    model = timm.create_model("resnet10t")
+    (stem,) = (target for target in neurons(model) if target.name == "conv1.6")
+    assert [member.weight.name for member in stem.members] == ["conv1.6.weight", "bn1.weight", "bn1.bias"]
+    assert stem.observed == (model.bn1, "output")
+
+
 def test_depthwise_and_excitation_and_last_convolutions_are_left_out():
     chosen = names(timm.create_model("efficientnet_b0"))
     assert "blocks.1.0.conv_pw" in chosen

@@ -1,0 +1,158 @@
+"""Weights in files: Lightning checkpoints, state dicts, safetensors, Hugging Face folders. Code in them never runs."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from emp_callbacks.targets.names import canonical_name
+
+__all__ = [
+    "TIED_KEY",
+    "as_module",
+    "callback_states",
+    "prunable_by_name",
+    "read_checkpoint",
+    "scored_weights",
+    "state_dict_in",
+]
+
+TIED_KEY = "emp_tied"
+"""Key of the safetensors metadata under which a file says which tensors are one (JSON: name -> name)."""
+
+# A bare state dict has no module types: these names of a weight's owner stand for embeddings and norms
+# (the owner only: `patch_embed.proj.weight` is a convolution).
+_EMBEDDING = re.compile(r"(emb|embed\w*|\w*_emb|\w*_?embeddings?|wte|wpe)", re.IGNORECASE)
+_NORM = re.compile(r"(\w*norm\w*|ln_?\w*|bn\d*)", re.IGNORECASE)
+
+
+def read_checkpoint(path: Path) -> Any:
+    """Return what a file or a Hugging Face folder holds: tensors and plain values only.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged, or needs code.
+    """
+    if path.is_dir():
+        return _read_folder(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {path} does not exist; a timm model is written timm:NAME")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Unsupported" not in str(error):
+            raise _damaged(path, error) from error
+        raise ValueError(
+            f"{path} holds Python objects besides tensors, and emp never runs code from a file;"
+            " save its weights alone: torch.save(model.state_dict(), 'weights.pt')"
+        ) from error
+    except (RuntimeError, EOFError, KeyError, ValueError) as error:
+        raise _damaged(path, error) from error
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file; those that were one when `emp` wrote them are one again."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as opened:
+            tied = json.loads((opened.metadata() or {}).get(TIED_KEY, "{}"))
+            state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise _damaged(path, error) from error
+    return {name: state.get(tied.get(name, name), value) for name, value in state.items()}
+
+
+def _read_folder(folder: Path) -> dict[str, Tensor]:
+    """Return the weights of a Hugging Face folder, in one file or in shards."""
+    if (single := folder / "model.safetensors").is_file():
+        return _read_safetensors(single)
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        raise FileNotFoundError(f"{folder} holds neither model.safetensors nor its index; name a checkpoint file")
+    shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    return {name: value for shard in shards for name, value in _read_safetensors(folder / shard).items()}
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ValueError(f"{path} is damaged or not a PyTorch checkpoint ({first}); copy or save it again")
+
+
+def state_dict_in(checkpoint: Any, source: str) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint by name.
+
+    Raises:
+        ValueError: There are none.
+    """
+    held = checkpoint
+    for key in ("state_dict", "model"):
+        if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):
+            held = held[key]
+    tensors = {k: v for k, v in held.items() if isinstance(v, Tensor)} if isinstance(held, Mapping) else {}
+    if not tensors:
+        raise ValueError(f"{source} holds no state dict (name -> tensor), but a {type(checkpoint).__name__}")
+    return tensors
+
+
+def callback_states(checkpoint: Any) -> list[Mapping[str, Any]]:
+    """Return the state of every EMPCallback in a Lightning checkpoint."""
+    callbacks = checkpoint.get("callbacks") if isinstance(checkpoint, Mapping) else None
+    return [
+        state
+        for key, state in (callbacks or {}).items()
+        if str(key).startswith("EMPCallback") and isinstance(state, Mapping)
+    ]
+
+
+def scored_weights(state: Mapping[str, Tensor], runs: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the names of the weights that a run's callbacks scored; none if `state` does not hold them all."""
+    weights = [run.get("shapes", ()) for run in runs if run.get("target", "weights") == "weights"]
+    scored = list(dict.fromkeys(name for names in weights for name in names))
+    return scored if {*scored} <= {canonical_name(name) for name in state} else []
+
+
+def prunable_by_name(state: Mapping[str, Tensor]) -> list[str]:
+    """Return the canonical names of what training would score, as far as names and shapes can tell."""
+    tied = {value.data_ptr() for name, value in state.items() if _EMBEDDING.fullmatch(_owner(name))}
+    return [
+        canonical_name(name)
+        for name, value in state.items()
+        if value.is_floating_point()
+        and value.dim() >= 2
+        and "weight" in name.rpartition(".")[2]
+        and not _NORM.fullmatch(_owner(name))
+        and value.data_ptr() not in tied
+    ]
+
+
+def _owner(name: str) -> str:
+    """Return the name of the module that owns a parameter: "proj" for "blocks.0.attn.proj.weight"."""
+    return name.rpartition(".")[0].rpartition(".")[2]
+
+
+def as_module(state: Mapping[str, Tensor]) -> nn.Module:
+    """Return a module tree whose parameters have the names and values of a state dict; ties stay ties."""
+    root = nn.Module()
+    made: dict[tuple[int, torch.Size], nn.Parameter] = {}
+    for name, value in state.items():
+        *path, last = name.split(".")
+        owner = root
+        for part in path:
+            # Straight into the registry: a part called "type" would clash with a method of nn.Module.
+            owner = cast("nn.Module", owner._modules.setdefault(part, nn.Module()))
+        # Empty tensors share the address 0 and are no ties.
+        identity = (value.data_ptr() or id(value), value.shape)
+        if identity not in made:
+            made[identity] = nn.Parameter(value, requires_grad=value.is_floating_point())
+        owner._parameters[last] = made[identity]
+    return root

@@ -1,0 +1,47 @@
+"""What removing units did to a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from emp_callbacks.shrinking.shrunk_file import surgery_metadata
+from emp_callbacks.shrinking.surgery import Surgery
+
+__all__ = ["ShrinkReport", "ShrunkLayer"]
+
+
+class ShrunkLayer(NamedTuple):
+    """One layer with pruned units; those that are pruned but not removed had to stay.
+
+    A unit stays where what reads it is not zero without it: another layer is added to it that keeps the unit, or its
+    zero becomes another value on the way (sigmoid, layer norm). A layer's last unit stays, too.
+    """
+
+    name: str
+    units: int
+    pruned: int
+    removed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShrinkReport:
+    """What `shrink` did.
+
+    Attributes:
+        layers: Every layer that has pruned units.
+        surgery: What is left of each module that was cut.
+        parameters: Number of parameters before and after; tied ones count once.
+        flops: Floating-point operations of the example before and after, as torch's FlopCounterMode counts them.
+        difference: Largest |difference| of the outputs on the example, relative to their largest magnitude.
+    """
+
+    layers: tuple[ShrunkLayer, ...]
+    surgery: Surgery
+    parameters: tuple[int, int]
+    flops: tuple[int, int]
+    difference: float
+
+    def metadata(self) -> dict[str, str]:
+        """Return what a safetensors file of the shrunk model must carry for `load_shrunk`."""
+        return surgery_metadata(self.surgery)

@@ -1,0 +1,62 @@
+"""Kept indices in the metadata of a safetensors file, and the shrunk model back from it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+
+from torch import nn
+
+from emp_callbacks.shrinking.surgery import Cut, Surgery, perform
+
+__all__ = ["load_shrunk", "surgery_metadata"]
+
+_KEY = "emp_shrunk"
+
+
+def surgery_metadata(surgery: Surgery) -> dict[str, str]:
+    """Return the entry of the metadata that says what is left of each module."""
+    cuts = {name: {axis: cut._asdict() for axis, cut in axes.items()} for name, axes in surgery.items()}
+    return {_KEY: json.dumps({"format": 1, "modules": cuts}, separators=(",", ":"))}
+
+
+def _surgery(metadata: Mapping[str, str]) -> Surgery:
+    modules = json.loads(metadata[_KEY])["modules"]
+    return {name: {axis: Cut(**cut) for axis, cut in axes.items()} for name, axes in modules.items()}
+
+
+def load_shrunk(model: nn.Module, file: str | os.PathLike[str]) -> nn.Module:
+    """Cut a dense model to the shape of a file that `emp export --shrink` or `emp prune --shrink` wrote, and load it.
+
+    Args:
+        model: The dense architecture, freshly made; changed in place. Its weights do not matter.
+        file: The safetensors file.
+
+    Returns:
+        The model.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file does not say what was cut, or belongs to another architecture; the model may be cut
+            already then.
+    """
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    if not os.path.isfile(file):
+        raise FileNotFoundError(f"{os.fspath(file)} does not exist")
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata() or {}
+    if _KEY not in metadata:
+        raise ValueError(
+            f"{os.fspath(file)} is not a shrunk model (no {_KEY!r} in its metadata); "
+            "load it with model.load_state_dict(safetensors.torch.load_file(file))"
+        )
+    try:
+        perform(model, _surgery(metadata))
+        model.load_state_dict(load_file(file))
+    except (AttributeError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:400]
+        raise ValueError(f"{os.fspath(file)} does not fit this {type(model).__name__}: {reason}") from error
+    return model

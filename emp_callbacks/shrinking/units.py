@@ -1,0 +1,67 @@
+"""The units of a masked model: which of them are pruned, and the layer behind a name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from glob import escape
+
+import torch
+from torch import Tensor, nn
+
+from emp_callbacks.targets.heads import attention_heads
+from emp_callbacks.targets.neurons import neurons
+from emp_callbacks.targets.units import UnitTarget
+
+__all__ = ["pruned_units", "unit_layer"]
+
+
+def pruned_units(model: nn.Module) -> dict[str, Tensor]:
+    """Return which heads and neurons of a masked model are alive, for every layer that has dead ones.
+
+    A head is dead if its columns of the output projection are zero; a neuron if its weights and bias are, and the
+    scale and shift of its batch norm where it has one.
+
+    Returns:
+        Module name -> bool, shape (units,), True = alive, on the CPU.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+        >>> _ = nn.init.ones_(model[0].weight), nn.init.zeros_(model[0].bias)
+        >>> _ = model[0].weight.data[1].zero_()
+        >>> pruned_units(model)
+        {'0': tensor([ True, False,  True])}
+    """
+    alive = {target.name: _alive(target) for target in _layers(model)}
+    return {name: units for name, units in alive.items() if not units.all()}
+
+
+def unit_layer(model: nn.Module, name: str) -> UnitTarget:
+    """Return the layer called `name` and its units.
+
+    Raises:
+        ValueError: There is no such layer.
+    """
+    for target in _layers(model, include=[escape(name)]):
+        if target.name == name:
+            return target
+    raise ValueError(
+        f"{type(model).__name__} has no layer {name!r} with heads or neurons that can be taken out; "
+        "pass the model that the masks belong to"
+    )
+
+
+def _layers(model: nn.Module, include: Sequence[str] | None = None) -> Iterator[UnitTarget]:
+    for finder in (attention_heads, neurons):
+        with suppress(ValueError):  # a model need not have both
+            yield from finder(model, include=include)
+
+
+def _alive(target: UnitTarget) -> Tensor:
+    alive = torch.zeros(target.units, dtype=torch.bool)
+    for member in target.members:
+        if member.masked:
+            slices = member.weight.parameter.detach().movedim(member.dim, 0)
+            live = (slices.reshape(len(slices), -1) != 0).any(1).cpu() & (member.unit_of >= 0)
+            alive[member.unit_of[live]] = True
+    return alive
