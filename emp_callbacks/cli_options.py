@@ -116,7 +116,11 @@ Heads and neurons need modules: --config RECIPE, timm:NAME, or a Hugging Face fo
     _add_source(parser)
     parser.add_argument("--target", help="weights, heads, neurons or kan_nodes (default: weights)")
     parser.add_argument("--criterion", help="how they are scored (default: the target's: magnitude, weight_norm, ...)")
-    parser.add_argument("--scope", choices=("global", "tensor", "row"), help="where scores compete (default: global)")
+    parser.add_argument(
+        "--scope",
+        choices=("global", "tensor", "row"),
+        help="where scores compete (default: tensor for neurons and KAN nodes, else global)",
+    )
     parser.add_argument("--beta", type=float, help="keep floor(beta * N_eff) (default: 1.0)")
     parser.add_argument("--density", type=float, help="keep this fraction instead of N_eff")
     parser.add_argument("--include", nargs="+", metavar="GLOB", help="prune these parameters (or modules) only")

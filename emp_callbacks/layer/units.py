@@ -1,0 +1,158 @@
+"""Heads, neurons, nodes: units that are made of slices of several parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal, final
+
+import torch
+from torch import Tensor
+
+from emp_callbacks.layer.base import Layer, PerWeight, Ranks, check_gathered
+from emp_callbacks.mask_mode import MaskedWeight
+from emp_callbacks.observers import ActivationSizes
+from emp_callbacks.segment import Segment, Span
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Member:
+    """This rank's part of a parameter that has slices in the units of a layer; see `targets.units.MemberTarget`."""
+
+    segment: Segment
+    dim: int
+    unit_of: Tensor
+    masked: bool
+    scored: bool
+    role: Literal["weight", "bias", "scale", "shift", "input", "output"]
+
+    def sums(self, values: Tensor, units: int, rank: int) -> Tensor:
+        """Return the part of this rank in the sum of `values` over each unit, shape (units,), float64.
+
+        Args:
+            values: Layout of `segment.weight`.
+            units: Number of units.
+            rank: Where every rank holds the parameter, rank 0 alone counts it.
+        """
+        total = torch.zeros(units + 1, dtype=torch.float64, device=values.device)
+        unit_of = torch.where(self.unit_of < 0, units, self.unit_of).to(values.device)
+        if not self.segment.replicated:
+            part = self.segment.counted
+            along = self.segment.indices_along(self.dim)[part]
+            total.index_add_(0, unit_of[along], values.reshape(-1)[part].double())
+        elif rank == 0:
+            others = [dim for dim in range(values.ndim) if dim != self.dim]
+            slices = values.sum(others, dtype=torch.float64) if others else values.double()
+            total.index_add_(0, unit_of, slices)
+        return total[:units].cpu()
+
+    def sizes(self, units: int) -> Tensor:
+        """Return how many weights of the full parameter each unit has, shape (units,), float64."""
+        per_slice = self.segment.size // self.segment.shape[self.dim]
+        return per_slice * torch.bincount(self.unit_of[self.unit_of >= 0], minlength=units).double()
+
+    def mask(self, kept: Tensor) -> Tensor:
+        """Return the mask of the segment, its layout, where a mask over units, shape (units,), says what stays."""
+        weight = self.segment.weight
+        along = torch.cat([kept.cpu(), torch.ones(1, dtype=torch.bool)])[self.unit_of].to(weight.device)
+        mask = torch.empty_like(weight, dtype=torch.bool)
+        if weight.shape != self.segment.shape:
+            return mask.copy_(along[self.segment.indices_along(self.dim)])
+        return mask.copy_(along.view([-1 if dim == self.dim else 1 for dim in range(weight.ndim)]))
+
+
+Chosen = Callable[[Member], bool]
+
+
+def _scored(member: Member) -> bool:
+    return member.scored
+
+
+@final
+class UnitLayer(Layer):
+    """Heads, neurons or nodes of one module: units made of slices of several parameters.
+
+    Args:
+        name: Name of the module.
+        units: Number of units.
+        members: This rank's parts of the parameters.
+        ranks: The job's processes.
+        activations: Observer of the units' activations, for criteria that ask for it.
+    """
+
+    def __init__(
+        self, name: str, units: int, members: Sequence[Member], ranks: Ranks, activations: ActivationSizes | None = None
+    ) -> None:
+        super().__init__(ranks)
+        self.units, self.members = units, list(members)
+        self.activations = activations
+        self.sites = [activations] if activations is not None else []
+        self._masking = [member for member in self.members if member.masked]
+        self.weights = [MaskedWeight(member.segment) for member in self._masking]
+        chunk = slice(units * ranks.rank // ranks.world_size, units * (ranks.rank + 1) // ranks.world_size)
+        self._span = Span(
+            name=name, shape=torch.Size([units]), output_dim=0, positions=0, replicated=True, counted=chunk
+        )
+        self._mask: Tensor | None = None
+        self._batches: dict[int, Tensor] = {}
+
+    @property
+    def span(self) -> Span:
+        return self._span
+
+    @property
+    def mask(self) -> Tensor | None:
+        return self._mask
+
+    def put_mask(self, mask: Tensor) -> list[Tensor]:
+        self._mask = mask
+        return [member.mask(mask) for member in self._masking]
+
+    def _ones(self) -> Tensor:
+        return torch.ones(self.units, dtype=torch.bool)
+
+    def unit_sums(self, per_weight: Callable[[Tensor], Tensor], of: Chosen = _scored) -> Tensor:
+        """Return the sum of `per_weight` over each unit, shape (units,), float64. Collective.
+
+        Args:
+            per_weight: Takes a parameter's values and returns a tensor of the same shape.
+            of: Which members; default: those that are scored.
+        """
+        parts = [m.sums(per_weight(m.segment.weight), self.units, self.ranks.rank) for m in self.members if of(m)]
+        return self.ranks.all_sum(sum(parts, torch.zeros(self.units, dtype=torch.float64)))
+
+    def unit_sizes(self, of: Chosen = _scored) -> Tensor:
+        """Return how many weights `unit_sums` adds up for each unit, shape (units,), float64."""
+        sizes = [member.sizes(self.units) for member in self.members if of(member)]
+        return sum(sizes, torch.zeros(self.units, dtype=torch.float64))
+
+    def gather(self, owners: Collection[int], batch: int, per_weight: PerWeight) -> None:
+        for member in self._masking:
+            gradient = member.segment.gradient
+            if id(member.segment.owner) in owners and gradient is not None:
+                values = per_weight(member.segment.weight, gradient)
+                part = member.sums(values, self.units, self.ranks.rank)
+                self._batches[batch] = self._batches[batch] + part if batch in self._batches else part
+
+    def evidence(self, batches: Sequence[int]) -> Tensor:
+        """Return mean over batches of |sum of per_weight over what pruning the unit zeroes|, or the mean |a|."""
+        if self.activations is not None:
+            sizes, count = self._observed(self.activations, "activations")
+            return sizes / count
+        check_gathered(self.name, batches)
+        nothing = torch.zeros(self.units, dtype=torch.float64)
+        # abs after the sum over ranks: a unit whose slices lie on several ranks has one sum per batch
+        return self.ranks.all_sum(torch.stack([self._batches.get(b, nothing) for b in batches])).abs().mean(0)
+
+    def release(self) -> None:
+        super().release()
+        self._batches = {}
+
+    @property
+    def gathered(self) -> dict[int, Tensor]:
+        """Optimizer step -> this rank's part of the sums of `gather`."""
+        return self._batches
+
+    @gathered.setter
+    def gathered(self, value: dict[int, Tensor]) -> None:
+        self._batches = value

@@ -1,0 +1,93 @@
+"""Single weights of one parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+
+from emp_callbacks.layer.base import Layer, PerWeight, Ranks, check_gathered
+from emp_callbacks.mask_mode import MaskedWeight
+from emp_callbacks.observers import InputSquares
+from emp_callbacks.segment import Segment, Span
+
+
+@final
+class WeightLayer(Layer):
+    """Single weights of one parameter.
+
+    Args:
+        segment: This rank's part of the parameter.
+        ranks: The job's processes.
+        inputs: Observer of the inputs that the weights multiply, for criteria that ask for it.
+    """
+
+    def __init__(self, segment: Segment, ranks: Ranks, inputs: InputSquares | None = None) -> None:
+        super().__init__(ranks)
+        self.segment = segment
+        self.weights = [MaskedWeight(segment)]
+        self.inputs = inputs
+        self.sites = [inputs] if inputs is not None else []
+        self._sum: Tensor | None = None
+
+    @property
+    def span(self) -> Span:
+        return self.segment
+
+    @property
+    def weight(self) -> Tensor:
+        """The values outside autograd, dense while scores are taken; the full parameter's shape, a shard flat."""
+        return self.segment.weight
+
+    @property
+    def mask(self) -> Tensor | None:
+        return self.weights[0].mask
+
+    def put_mask(self, mask: Tensor) -> list[Tensor]:
+        return [mask]
+
+    def _ones(self) -> Tensor:
+        return self.weights[0].mask_or_ones
+
+    def gather(self, owners: Collection[int], batch: int, per_weight: PerWeight) -> None:  # noqa: ARG002
+        gradient = self.segment.gradient
+        if id(self.segment.owner) in owners and gradient is not None:
+            values = per_weight(self.weight, gradient).abs()
+            values = values if values.dtype == torch.float64 else values.float()
+            self._sum = values if self._sum is None else self._sum.add_(values)
+
+    def evidence(self, batches: Sequence[int]) -> Tensor:
+        """Return mean over batches of |per_weight|, or the l2 norm of the input that each weight multiplies."""
+        if self.inputs is not None:
+            squares, _ = self._observed(self.inputs, "inputs")
+            return self._spread(squares.sqrt().to(self.weight.device))
+        check_gathered(self.name, batches)
+        if self._sum is None:  # this rank holds nothing of it, or no loss depends on it
+            return torch.zeros_like(self.weight, dtype=torch.float32)
+        return self._sum / len(batches)
+
+    def release(self) -> None:
+        super().release()
+        self._sum = None
+
+    @property
+    def gathered(self) -> Tensor | None:
+        """Sum over batches of what gradients said, layout of `weight`; None if there is nothing."""
+        return self._sum
+
+    @gathered.setter
+    def gathered(self, value: Tensor | None) -> None:
+        self._sum = value
+
+    def _spread(self, norms: Tensor) -> Tensor:
+        """Return for each weight the norm of its input, layout of `weight`."""
+        segment = self.segment
+        if segment.output_dim == 1:  # (input, output)
+            return norms[segment.indices_along(0)].view(self.weight.shape)
+        index = segment.indices_along(1)
+        if norms.numel() != segment.shape[1]:  # grouped convolution: its rows read different channels
+            per_group = segment.shape[0] // (norms.numel() // segment.shape[1])
+            index = index + segment.indices_along(0) // per_group * segment.shape[1]
+        return norms[index].view(self.weight.shape)
