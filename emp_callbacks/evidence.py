@@ -70,7 +70,9 @@ class Evidence:
     @torch.no_grad()
     def _gather(self, owners: Collection[int], batch: int, scale: Tensor | None) -> None:
         def per_weight(weight: Tensor, gradient: Tensor) -> Tensor:
-            return self._criterion.of_batch(weight, gradient if scale is None else gradient / scale)
+            wide = torch.promote_types(weight.dtype, torch.float32)  # a product of two fp16 numbers may vanish
+            given = gradient.to(wide) if scale is None else gradient.to(wide) / scale
+            return self._criterion.of_batch(weight.to(wide), given)
 
         for layer in self._layers:
             layer.gather(owners, batch, per_weight)

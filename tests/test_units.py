@@ -315,3 +315,15 @@ def test_signed_scores_are_shifted_where_a_criterion_says_so():
     scores.signed = "other"
     with pytest.raises(ValueError, match="signed='other' must be 'absolute' or 'shift'"):
         run("global")
+
+
+def test_products_of_half_precision_numbers_do_not_vanish():
+    layer = nn.Linear(2, 2, bias=False).half()
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[1e-3, 2e-3], [3e-3, 4e-3]]))
+    layer.weight.grad = torch.full((2, 2), 1e-5).half()
+    pruner = EMPPruner(layer, criterion="taylor", observe_only=True)
+    pruner.collect()
+    (event,) = pruner.refresh()
+    assert event.note == ""
+    assert event.n_eff == pytest.approx(100 / 30, rel=1e-3)
