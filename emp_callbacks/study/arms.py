@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["ARMS", "Arm", "TrainingJob", "check_arms", "leading_arm", "plan_jobs"]
+if TYPE_CHECKING:
+    from emp_callbacks.config import EMPConfig
+
+__all__ = ["ARMS", "Arm", "TrainingJob", "arm_config", "check_arms", "fitting_arms", "leading_arm", "plan_jobs"]
+
+# Targets that are masked in the forward pass: their weights stay as they are.
+_IN_FORWARD = ("features", "attention_edges")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +29,7 @@ class Arm:
         follows_training_arm: Whether mode, schedule and, per seed, the final density come from the
             study's first training arm.
         trains_with_emp: Whether EMP decides the density during training.
+        once: Arm that prunes in the same form once, after training, where that is not the study's reference.
     """
 
     summary: str
@@ -29,6 +37,7 @@ class Arm:
     shares_fit_of: str | None = None
     follows_training_arm: bool = False
     trains_with_emp: bool = False
+    once: str | None = None
 
 
 def _training(mode: str, summary: str) -> Arm:
@@ -44,9 +53,20 @@ ARMS: dict[str, Arm] = {
         summary="the dense run, pruned once by EMP after training, no fine-tuning",
         shares_fit_of="dense",
     ),
+    "one_shot_dynamic": Arm(
+        summary="features: the dense run; afterwards each sample keeps its own N_eff features",
+        settings=MappingProxyType({"dynamic": True}),
+        shares_fit_of="dense",
+    ),
     "training_feedback": _training("feedback", "EMP during training; dense weights keep learning behind the mask"),
     "training_project": _training("project", "EMP during training; pruned weights are zeroed but may grow back"),
     "training_freeze": _training("freeze", "EMP during training; pruned weights stay zero for good"),
+    "training_dynamic": Arm(
+        summary="features: during training each sample keeps its own N_eff features",
+        settings=MappingProxyType({"mode": "feedback", "dynamic": True}),
+        trains_with_emp=True,
+        once="one_shot_dynamic",
+    ),
     "fixed_magnitude": Arm(
         summary="magnitude pruning during training at the first training arm's final density",
         settings=MappingProxyType({"criterion": "magnitude"}),
@@ -54,7 +74,7 @@ ARMS: dict[str, Arm] = {
     ),
     "random": Arm(
         summary="random pruning during training at the first training arm's final density",
-        settings=MappingProxyType({"criterion": "random"}),
+        settings=MappingProxyType({"criterion": "random", "dynamic": False}),
         follows_training_arm=True,
     ),
 }
@@ -101,6 +121,61 @@ def check_arms(names: Sequence[str]) -> None:
             f"arm {followers[0]!r} takes its density from a training arm, and study.arms has none;"
             f" add one of {', '.join(training)} or remove {followers[0]!r}"
         )
+
+
+def arm_config(name: str, recipe: EMPConfig, leader: str | None = None, density: float = 1.0) -> EMPConfig:
+    """Return the EMP settings of an arm: of its training, or of its pruning after training, which has no schedule.
+
+    Args:
+        name: The arm.
+        recipe: Settings of the recipe's EMPCallback.
+        leader: The study's first training arm.
+        density: That arm's final density, for an arm that follows it.
+
+    Raises:
+        ValueError: The arm does not go with the recipe's settings, such as its target.
+    """
+    arm = ARMS[name]
+    settings: dict[str, Any] = {"observe_only": False}
+    if arm.shares_fit_of:
+        settings |= _after_training(recipe)
+    if arm.follows_training_arm and leader:
+        settings |= {**ARMS[leader].settings, "density": density, "beta": 1.0, "min_density": 0.0}
+        if recipe.target != "weights":
+            # Layers have few units: a floor in each of them would keep fewer than the leader does.
+            settings["scope"] = "global"
+    try:
+        return replace(recipe, **{**settings, **arm.settings})
+    except ValueError as error:
+        raise ValueError(
+            f"arm {name!r} does not go with the recipe's EMPCallback (target={recipe.target!r}): {error}. Remove it "
+            "from study.arms, or change the recipe"
+        ) from error
+
+
+def _after_training(recipe: EMPConfig) -> dict[str, Any]:
+    mode = "feedback" if recipe.target in _IN_FORWARD else "project"
+    # A beta that moves during training has arrived at its last value.
+    beta = recipe.beta_at(sys.maxsize)
+    return {"mode": mode, "beta": beta, "every_n_epochs": None, "every_n_steps": None, "start": None, "stop": None}
+
+
+def fitting_arms(names: Sequence[str], recipe: EMPConfig) -> list[str]:
+    """Return the arms of a study: of all arms, which is the default, those that go with the recipe.
+
+    Raises:
+        ValueError: One that was chosen does not.
+    """
+    fitting = []
+    for name in names:
+        try:
+            arm_config(name, recipe, leading_arm(names))
+        except ValueError:
+            if set(names) != set(ARMS):
+                raise
+        else:
+            fitting.append(name)
+    return fitting
 
 
 def plan_jobs(names: Sequence[str], seeds: Iterable[int]) -> list[TrainingJob]:

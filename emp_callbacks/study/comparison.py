@@ -15,12 +15,13 @@ from rich.console import Console
 
 import emp_callbacks
 from emp_callbacks.config import EMPConfig
-from emp_callbacks.study.arms import ARMS, TrainingJob, leading_arm, plan_jobs
+from emp_callbacks.study.arms import ARMS, TrainingJob, arm_config, fitting_arms, leading_arm, plan_jobs
 from emp_callbacks.study.progress import StudyProgress
 from emp_callbacks.study.recipe import Recipe, StudyConfig
 from emp_callbacks.study.recipe_check import nearest
 from emp_callbacks.study.run_store import RunStore, digest, write_atomically
-from emp_callbacks.study.training import Training
+from emp_callbacks.study.statistics import convergence
+from emp_callbacks.study.training import Training, recipe_config
 
 __all__ = ["StudyInterrupted", "run_study", "study_cells"]
 
@@ -70,7 +71,8 @@ def run_study(
         The results, as written to results.json; None if `only` left runs for another call.
 
     Raises:
-        ValueError: A cell is unknown, or takes its density from one that has not finished.
+        ValueError: An arm does not go with the recipe; a cell is unknown, or takes its density from one that has not
+            finished.
         FileExistsError: The folder holds runs of a different recipe, or other things.
         StudyInterrupted: The user pressed Ctrl-C; finished runs stay.
     """
@@ -99,7 +101,9 @@ class _Study:
     """One call of `run_study`."""
 
     def __init__(self, recipe: Recipe, out: Path, console: Console | None) -> None:
-        self.recipe, self.config = recipe, recipe.study
+        self.recipe = recipe
+        arms = fitting_arms(recipe.study.arms, recipe_config(recipe))
+        self.config = dataclasses.replace(recipe.study, arms=arms)
         self.leader = leading_arm(self.config.arms)
         self.console = console or Console(quiet=True)
         resolved = recipe.resolved()
@@ -161,24 +165,20 @@ class _Study:
         training = Training(self.recipe, job.seed, lambda base: self._emp_config(job, base), folder, progress.on_step)
         training.fit()
         for arm in missing:
-            trajectory = None
+            pruner = None
             if ARMS[arm].shares_fit_of:
                 own_folder = self.store.fresh_folder(arm, job.seed)
-                trajectory = training.prune_once(own_folder / "emp_trajectory.jsonl")
+                pruner = training.prune_once(arm_config(arm, training.recipe_config), own_folder)
             identity = {"arm": arm, "seed": job.seed, "fingerprint": self._fingerprint(arm, job.seed)}
-            record = self.store.save({**identity, **training.record(trajectory)})
+            record = self.store.save({**identity, **training.record(pruner)})
             self._keep(record)
             progress.done(record)
 
     def _emp_config(self, job: TrainingJob, base: EMPConfig) -> EMPConfig:
         """Return the EMP settings of a job's training, given those of the recipe."""
-        arm = ARMS[job.fit_arm]
-        settings: dict[str, Any] = {"observe_only": False, **arm.settings}
-        if arm.follows_training_arm and self.leader:
-            density = self.records[self.leader, job.seed]["density"]
-            fixed = {"density": density, "beta": 1.0, "min_density": 0.0}
-            settings = {**ARMS[self.leader].settings, **settings, **fixed}
-        return dataclasses.replace(base, **settings)
+        follows = ARMS[job.fit_arm].follows_training_arm and self.leader
+        density = self.records[self.leader, job.seed]["density"] if follows and self.leader else 1.0
+        return arm_config(job.fit_arm, base, self.leader, density)
 
     def _fingerprint(self, arm: str, seed: int) -> str:
         """Return a hash of everything that influences one run."""
@@ -197,7 +197,7 @@ class _Study:
 
     def _results(self) -> dict[str, Any]:
         arms, seeds = self.config.arms, self.config.seeds
-        return {
+        results: dict[str, Any] = {
             "schema": 1,
             "study": {
                 "recipe": str(self.recipe.path),
@@ -210,6 +210,8 @@ class _Study:
             "environment": _environment(),
             "runs": [self.records[arm, seed] for arm in arms for seed in seeds],
         }
+        found = convergence(results)
+        return {**results, "convergence": json.loads(json.dumps(dataclasses.asdict(found))) if found else None}
 
 
 def _what_trains(resolved: Mapping[str, Any]) -> dict[str, Any]:

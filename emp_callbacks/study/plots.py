@@ -16,7 +16,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import AutoLocator, MaxNLocator
 
-from emp_callbacks.study.statistics import ArmSummary, Interval, arm_names, runs_of, summarise
+from emp_callbacks.study.statistics import (
+    ArmSummary,
+    Interval,
+    arm_names,
+    convergence,
+    curve_of,
+    runs_of,
+    summarise,
+)
 
 Record = Mapping[str, Any]
 Results = Mapping[str, Any]
@@ -40,9 +48,11 @@ class ArmStyle:
 STYLES: dict[str, ArmStyle] = {
     "dense": ArmStyle("#000000", "s", "-"),
     "one_shot": ArmStyle("#E69F00", "D", "-"),
+    "one_shot_dynamic": ArmStyle("#8A8A2A", "d", "-"),
     "training_feedback": ArmStyle("#0072B2", "o", "-"),
     "training_project": ArmStyle("#009E73", "^", "-"),
     "training_freeze": ArmStyle("#D55E00", "v", "-"),
+    "training_dynamic": ArmStyle("#882255", "p", "-"),
     # These two often lie on one line: a wide one below a narrow one keeps both visible.
     "fixed_magnitude": ArmStyle("#CC79A7", "P", "-", 4.0),
     "random": ArmStyle("#56B4E9", "X", (0, (3, 2)), 1.6),
@@ -80,16 +90,20 @@ def plot_density(results: Results) -> Figure:
 
 
 def plot_learning_curves(results: Results) -> Figure:
-    """Draw the validation metric over steps: mean over seeds as a line, min to max as a band."""
-    metric = validation_metric(results)
-    figure, axes = _study_figure("Learning curves", f"{metric} ({_direction(results)})" if metric else "")
-    for arm in arm_names(results):
-        seeds = [
-            {row["step"]: row[metric] for row in run.get("curve") or [] if row.get(metric) is not None}
-            for run in runs_of(results, arm)
-        ]
-        _draw_seeds(axes, arm, seeds)
-    return _finish(figure, axes, "no validation metric was recorded")
+    """Draw the validation metric over steps: mean over seeds as a line, min to max as a band.
+
+    Arms that are pruned after another arm's training have its curve and are left out. The dotted line is the last
+    value of dense training.
+    """
+    found = convergence(results)
+    if found is None:
+        return _finish(*_study_figure("Learning curves", ""), "no validation metric was recorded")
+    figure, axes = _study_figure("Learning curves", f"{found.metric} ({_direction(results)})")
+    for row in found.arms:
+        _draw_seeds(axes, row.arm, [curve_of(run, found.metric) for run in runs_of(results, row.arm)])
+    if found.target is not None:
+        axes.axhline(found.target, color=INK, linewidth=1, linestyle=":", label=f"last of {found.baseline} (mean)")
+    return _finish(figure, axes, "")
 
 
 def plot_metric_against_density(results: Results) -> Figure:
@@ -154,13 +168,6 @@ def layer_density(records: Sequence[Record]) -> dict[str, Series]:
         for layer in record.get("layers") or []:
             layers.setdefault(layer["name"], {})[record["step"]] = layer["density"]
     return layers
-
-
-def validation_metric(results: Results) -> str | None:
-    """Return the validation twin of the study's metric (test/accuracy -> val/accuracy), None if absent."""
-    wanted = "val/" + results["study"]["metric"].rpartition("/")[2]
-    recorded = {name for run in results["runs"] for row in run.get("curve") or [] for name in row}
-    return wanted if wanted in recorded else None
 
 
 def _density_series(run: Record) -> Series:

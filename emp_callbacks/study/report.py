@@ -12,16 +12,20 @@ from typing import Any
 
 import jinja2
 from matplotlib.figure import Figure
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from emp_callbacks.study import plots
 from emp_callbacks.study.statistics import (
     MATCHED_TOLERANCE,
+    ArmConvergence,
     ArmSummary,
+    Convergence,
     Interval,
     PairedDifference,
     arm_names,
+    convergence,
     fairness_checks,
     first_training_arm,
     missing_runs,
@@ -33,22 +37,25 @@ Results = Mapping[str, Any]
 MINUS, DASH, SPACE = "\u2212", "\u2013", "\u00a0"
 
 ARMS = {
-    "dense": "trained without pruning: what the model can do with all its weights.",
+    "dense": "trained without pruning: what the model can do with everything kept.",
     "one_shot": "trained like dense, then pruned once by N_eff after the last step, not trained further.",
-    "training_feedback": "masks recomputed by N_eff during training; pruned weights keep training behind the "
-    "mask and may come back.",
+    "one_shot_dynamic": "trained like dense; after the last step each sample keeps its own N_eff features.",
+    "training_feedback": "masks recomputed by N_eff during training; what is pruned is still measured (weights keep "
+    "training behind the mask) and may come back.",
     "training_project": "weights pruned at a refresh are set to zero and may grow back until the next one.",
-    "training_freeze": "pruned weights stay zero for good; N_eff is measured on the survivors: it compounds.",
+    "training_freeze": "what is pruned stays pruned for good; N_eff is measured on the survivors: it compounds.",
+    "training_dynamic": "from the first refresh on, each sample keeps its own N_eff features in every forward pass.",
     "fixed_magnitude": "the largest weights are kept, at a density set in advance to that of the first "
     "training arm: the same schedule without N_eff.",
-    "random": "a fixed random mask at that same density: the control for the choice of weights.",
+    "random": "a fixed random mask at that same density: the control for the choice of what is kept.",
 }
 PLOT_TEXT = {
     "n_eff.png": "N_eff / N of the scores (of random scores in the arm random). Line: mean over seeds. Band: "
     "lowest to highest seed.",
     "metric_density.png": "Small markers: runs. Large markers: means with 95 % intervals. Line: dense.",
-    "density.png": "Kept weights over all weights; constant between two refreshes.",
-    "learning_curves.png": "Validation metric of the model as it is at that step, mask applied.",
+    "density.png": "Kept over all; constant between two refreshes.",
+    "learning_curves.png": "Validation metric of the model as it is at that step, mask applied. Line: mean over "
+    "seeds. Band: lowest to highest seed.",
 }
 VERDICT_STYLE = {"better": "green", "worse": "red"}
 
@@ -115,7 +122,8 @@ def write_report(results: Results, folder: Path) -> Path:
         study=results["study"],
         headline=headline(results, summaries),
         sentences=[(row.arm, _color(row.arm), answer(row, results, metric)) for row in told],
-        rows=[_table_row(row, results, metric) for row in summaries],
+        rows=[cells for row in summaries for cells in _table_rows(row, results, metric)],
+        convergence=_convergence_section(results, metric),
         unit=" (%)" if metric.percent else "",
         points=" (points)" if metric.percent else "",
         images=images,
@@ -153,8 +161,16 @@ def write_trajectory_report(records: Sequence[Mapping[str, Any]], folder: Path, 
     return _write(folder / "report.html", html)
 
 
-def comparison_table(results: Results) -> Table:
-    """Return the comparison of the arms for the terminal."""
+def comparison_table(results: Results) -> Group:
+    """Return the comparison of the arms for the terminal; where curves were recorded, that of convergence below."""
+    found = convergence(results)
+    tables = [_metric_table(results)]
+    if found:
+        tables.append(_convergence_table(results, found))
+    return Group(*tables)
+
+
+def _metric_table(results: Results) -> Table:
     study, metric = results["study"], MetricFormat.of(results)
     direction = "higher" if study["higher_is_better"] else "lower"
     unit = " (%)" if metric.percent else ""
@@ -169,12 +185,36 @@ def comparison_table(results: Results) -> Table:
     table.add_column("seeds", justify="right")
     table.add_column("seconds", justify="right")
     for row in summarise(results):
-        cells = _table_row(row, results, metric)
-        style = VERDICT_STYLE.get(row.verdict or "", "")
+        for cells in _table_rows(row, results, metric):
+            table.add_row(
+                Text(cells["arm"]), f"{cells['mean']} {_plain(cells['interval'])}".strip(), cells["density"],
+                f"{cells['difference']} {_plain(cells['difference_interval'])}".strip(), cells["p_holm"],
+                Text(cells["verdict"], style=VERDICT_STYLE.get(cells["verdict"], "")), cells["seeds"],
+                cells["seconds"],
+            )  # fmt: skip
+    return table
+
+
+def _convergence_table(results: Results, found: Convergence) -> Table:
+    metric = MetricFormat.of(results)
+    table = Table(
+        title=Text(f"Convergence: mean of {found.metric}{' (%)' if metric.percent else ''} over the training"),
+        caption=f"first step at the last value of {found.baseline}, over the seeds that get there"
+        * bool(found.baseline),
+    )
+    table.add_column("arm", no_wrap=True)
+    for name in ("mean over training", f"difference to {found.baseline}", "p (Holm)"):
+        table.add_column(Text(name), justify="right")
+    table.add_column("verdict")
+    for name in (_target_text(found, results, metric), "seeds there", "val - train loss"):
+        table.add_column(Text(name), justify="right")
+    for row in found.arms:
+        cells = _convergence_row(row, found, metric)
         table.add_row(
-            Text(row.arm), f"{cells['mean']} {_plain(cells['interval'])}", cells["density"],
+            Text(row.arm), f"{cells['mean']} {_plain(cells['interval'])}",
             f"{cells['difference']} {_plain(cells['difference_interval'])}".strip(), cells["p_holm"],
-            Text(cells["verdict"], style=style), cells["seeds"], cells["seconds"],
+            Text(cells["verdict"], style=VERDICT_STYLE.get(row.verdict or "", "")),
+            cells["step"], cells["reached"], cells["gap"],
         )  # fmt: skip
     return table
 
@@ -191,8 +231,8 @@ def headline(results: Results, summaries: Sequence[ArmSummary]) -> str:
     if row.verdict in ("better", "worse"):
         return f"{leader} is {row.verdict} than {reference}."
     if row.verdict == "undecided":
-        return f"{leader} against {reference}: undecided ({verdict_text(row.difference, row)})."
-    return f"{leader} against {reference}: {verdict_text(row.difference, row)}."
+        return f"{leader} against {reference}: undecided ({verdict_text(row.difference, row.verdict)})."
+    return f"{leader} against {reference}: {verdict_text(row.difference, row.verdict)}."
 
 
 def answer(row: ArmSummary, results: Results, metric: MetricFormat) -> str:
@@ -208,14 +248,14 @@ def answer(row: ArmSummary, results: Results, metric: MetricFormat) -> str:
     text = f"{at}; difference to {reference} {found}"
     if difference.p_value is not None:
         text += f", p{SPACE}{_equals(difference.p_value)}, Holm{SPACE}{p_text(difference.p_holm)}"
-    text += f": {verdict_text(difference, row)}."
-    return text + _density_remark(row, results)
+    text += f": {verdict_text(difference, row.verdict)}."
+    return text + _once_remark(row, metric) + _density_remark(row, results)
 
 
-def verdict_text(difference: PairedDifference, row: ArmSummary) -> str:
+def verdict_text(difference: PairedDifference, verdict: str | None) -> str:
     """Return the verdict with its reason, where there is no clear one."""
-    if row.verdict in ("better", "worse"):
-        return str(row.verdict)
+    if verdict in ("better", "worse"):
+        return str(verdict)
     if not math.isfinite(difference.mean):
         return "a run has no finite metric"
     if difference.n == 1:
@@ -257,6 +297,14 @@ def _plain(cell: str) -> str:
     return "" if cell == DASH else cell.replace("[", r"\[")  # rich would read [..] as a style
 
 
+def _once_remark(row: ArmSummary, metric: MetricFormat) -> str:
+    if row.once_difference is None:
+        return ""
+    found = f"{metric.difference(row.once_difference.mean)} {metric.interval(row.once_difference, sign=True)}"
+    said = verdict_text(row.once_difference, row.once_verdict)
+    return f" Against {row.once}, which does the same once: {found}, {said}."
+
+
 def _density_remark(row: ArmSummary, results: Results) -> str:
     densities = [run["density"] for run in runs_of(results, reference_arm(results)) if run["seed"] in row.seeds]
     if not densities or row.arm == "dense":
@@ -267,24 +315,71 @@ def _density_remark(row: ArmSummary, results: Results) -> str:
     return f" Its density is {abs(gap):.3f} {'above' if gap > 0 else 'below'} that of {reference_arm(results)}."
 
 
-def _table_row(row: ArmSummary, results: Results, metric: MetricFormat) -> dict[str, str]:
-    difference = row.difference
-    is_reference = row.arm == reference_arm(results)
-    return {
+def _table_rows(row: ArmSummary, results: Results, metric: MetricFormat) -> list[dict[str, str]]:
+    """Return the cells of an arm and, where another arm than the reference does the same once, of that comparison."""
+    own = {
         "arm": row.arm,
         "color": _color(row.arm),
         "mean": metric.number(row.metric.mean),
         "interval": metric.interval(row.metric) if row.metric.low is not None else DASH,
         "density": number(row.density.mean, 3),
-        "difference": metric.number(difference.mean, sign=True) if difference else DASH,
-        "difference_interval": metric.interval(difference, sign=True)
-        if difference and difference.low is not None
-        else DASH,
-        "p": p_text(difference.p_value if difference else None),
-        "p_holm": p_text(difference.p_holm if difference else None),
+        **_difference_cells(row.difference, metric),
         "seeds": str(row.metric.n),
         "seconds": number(row.seconds, 1),
-        "verdict": "reference" if is_reference else row.verdict or "no common seed",
+        "verdict": "reference" if row.arm == reference_arm(results) else row.verdict or "no common seed",
+    }
+    if row.once_difference is None:
+        return [own]
+    against = {
+        **dict.fromkeys(own, ""),
+        "arm": f"{SPACE}{SPACE}against {row.once}",
+        **_difference_cells(row.once_difference, metric),
+        "seeds": str(row.once_difference.n),
+        "verdict": str(row.once_verdict),
+    }
+    return [own, against]
+
+
+def _convergence_section(results: Results, metric: MetricFormat) -> dict[str, Any] | None:
+    found = convergence(results)
+    if found is None:
+        return None
+    return {
+        "metric": found.metric,
+        "baseline": found.baseline,
+        "target": _target_text(found, results, metric),
+        "rows": [_convergence_row(row, found, metric) for row in found.arms],
+    }
+
+
+def _target_text(found: Convergence, results: Results, metric: MetricFormat) -> str:
+    sign = "\u2265" if results["study"]["higher_is_better"] else "\u2264"
+    return f"first step {sign}{SPACE}{metric.value(found.target)}" if found.target is not None else "first step"
+
+
+def _convergence_row(row: ArmConvergence, found: Convergence, metric: MetricFormat) -> dict[str, str]:
+    difference = row.difference
+    return {
+        "arm": row.arm,
+        "color": _color(row.arm),
+        "mean": metric.number(row.area.mean),
+        "interval": metric.interval(row.area) if row.area.low is not None else DASH,
+        **_difference_cells(difference, metric),
+        "verdict": "reference" if row.arm == found.baseline else row.verdict or DASH,
+        "step": number(row.first_step.mean if row.first_step else None, 0),
+        "reached": f"{row.reached} of {row.seeds}" if found.target is not None else DASH,
+        "gap": number(row.gap.mean if row.gap else None, 4, sign=True),
+    }
+
+
+def _difference_cells(difference: PairedDifference | None, metric: MetricFormat) -> dict[str, str]:
+    if difference is None:
+        return dict.fromkeys(("difference", "difference_interval", "p", "p_holm"), DASH)
+    return {
+        "difference": metric.number(difference.mean, sign=True),
+        "difference_interval": metric.interval(difference, sign=True) if difference.low is not None else DASH,
+        "p": p_text(difference.p_value),
+        "p_holm": p_text(difference.p_holm),
     }
 
 

@@ -15,6 +15,8 @@ from typing import Any, Literal
 import numpy as np
 from scipy import stats
 
+from emp_callbacks.study.arms import ARMS
+
 SCHEMA = 1
 SIGNIFICANCE = 0.05
 MATCHED_ARMS = ("fixed_magnitude", "random")
@@ -22,6 +24,7 @@ MATCHED_TOLERANCE = 0.005  # absolute difference of two densities, a fraction
 
 Results = Mapping[str, Any]
 Run = Mapping[str, Any]
+Pair = tuple[str, str | None]  # an arm and the one that it is compared with
 Verdict = Literal["better", "worse", "no difference shown", "undecided"]
 
 
@@ -52,7 +55,11 @@ class PairedDifference:
 
 @dataclass(frozen=True, slots=True)
 class ArmSummary:
-    """One row of the table; `difference` and `verdict` are None for the reference and without common seed."""
+    """One row of the table; `difference` and `verdict` are None for the reference and without common seed.
+
+    `once`, `once_difference` and `once_verdict`: the arm that prunes in the same form once after training, where that
+    is not the reference, and the comparison with it.
+    """
 
     arm: str
     seeds: tuple[int, ...]
@@ -61,6 +68,52 @@ class ArmSummary:
     difference: PairedDifference | None
     verdict: Verdict | None
     seconds: float | None
+    once: str | None = None
+    once_difference: PairedDifference | None = None
+    once_verdict: Verdict | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ArmConvergence:
+    """How soon one arm's validation metric is good.
+
+    Attributes:
+        arm: An arm with a training of its own.
+        area: Mean of the validation metric over the training, each point weighted by the steps since the one before.
+        difference: Of `area` to that of the baseline; None for the baseline and without common seed.
+        verdict: What the difference shows, by p adjusted for all arms of the table.
+        seeds: Number of seeds with a curve.
+        reached: Number of seeds that ever reach the target.
+        first_step: First validation point at the target, over the seeds that reach it; None if none does.
+        gap: Validation loss at the last point minus the mean training loss since the point before; None where the
+            curve lacks one of them.
+    """
+
+    arm: str
+    area: Interval
+    difference: PairedDifference | None
+    verdict: Verdict | None
+    seeds: int
+    reached: int
+    first_step: Interval | None
+    gap: Interval | None
+
+
+@dataclass(frozen=True, slots=True)
+class Convergence:
+    """The validation curves of a study in numbers.
+
+    Attributes:
+        metric: Validation metric of the curves.
+        baseline: Arm without EMP in training; None if the study has none.
+        target: Mean over seeds of the baseline's last value; None without baseline.
+        arms: One row per arm with a training of its own.
+    """
+
+    metric: str
+    baseline: str | None
+    target: float | None
+    arms: tuple[ArmConvergence, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,18 +253,115 @@ def summarise(results: Results) -> list[ArmSummary]:
     values = {arm: _metric_by_seed(results, arm) for arm in arm_names(results)}
     values = {arm: by_seed for arm, by_seed in values.items() if by_seed}
     reference = study.get("reference", "one_shot")
-    differences = {
-        arm: None if arm == reference else paired_difference(by_seed, values.get(reference, {}))
-        for arm, by_seed in values.items()
+    once = {arm: ARMS[arm].once for arm in values if arm in ARMS}
+    once = {arm: other for arm, other in once.items() if other in values and other != reference}
+    differences = _differences(values, [*((arm, reference) for arm in values if arm != reference), *once.items()])
+    return [
+        _arm_summary(results, arm, values[arm], differences.get((arm, reference)), other, differences.get((arm, other)))
+        for arm, other in ((arm, once.get(arm)) for arm in values)
+    ]
+
+
+def _differences(
+    values: Mapping[str, Mapping[int, float]], pairs: Sequence[Pair]
+) -> dict[Pair, PairedDifference | None]:
+    """Return the difference of each pair of arms, the first minus the second, with p adjusted for all of them.
+
+    Args:
+        values: Arm -> seed -> value.
+        pairs: The second need not have values.
+    """
+    found = [paired_difference(values[arm], values.get(other or "", {})) for arm, other in pairs]
+    adjusted = holm([difference.p_value if difference else None for difference in found])
+    return {
+        pair: replace(difference, p_holm=p) if difference else None
+        for pair, difference, p in zip(pairs, found, adjusted, strict=True)
     }
-    adjusted = holm([difference.p_value if difference else None for difference in differences.values()])
+
+
+def validation_metric(results: Results) -> str | None:
+    """Return the validation twin of the study's metric (test/accuracy -> val/accuracy), None if absent."""
+    wanted = "val/" + results["study"]["metric"].rpartition("/")[2]
+    recorded = {name for run in results["runs"] for row in run.get("curve") or [] for name in row}
+    return wanted if wanted in recorded else None
+
+
+def trained_arms(results: Results) -> list[str]:
+    """Return the arms with a training of their own; what is pruned after another arm's training has its curve."""
+    arms = arm_names(results)
+    return [arm for arm in arms if _trained_as(arm) == arm or _trained_as(arm) not in arms]
+
+
+def curve_of(run: Run, metric: str) -> dict[int, float]:
+    """Return step -> value of a validation metric, in the order of the steps."""
+    return {row["step"]: row[metric] for row in run.get("curve") or [] if row.get(metric) is not None}
+
+
+def convergence(results: Results) -> Convergence | None:
+    """Compare the validation curves of the trainings with that of dense training; None where no curve was recorded.
+
+    Differences are paired by seed. First steps are not tested: seeds that never get there would be left out.
+    """
+    metric = validation_metric(results)
+    if metric is None:
+        return None
+    curves = {arm: _curves(results, arm, metric) for arm in trained_arms(results)}
+    curves = {arm: by_seed for arm, by_seed in curves.items() if by_seed}
+    areas = {arm: {seed: _area(curve) for seed, curve in by_seed.items()} for arm, by_seed in curves.items()}
+    baseline = next((arm for arm in curves if _trained_as(arm) == "dense"), None)
+    differences = _differences(areas, [(arm, baseline) for arm in areas if arm != baseline])
+    target = None
+    if baseline:
+        target = mean_interval([list(curve.values())[-1] for curve in curves[baseline].values()]).mean
+    higher = results["study"]["higher_is_better"]
     rows = []
-    for arm, p_holm in zip(values, adjusted, strict=True):
-        difference = differences[arm]
-        if difference is not None:
-            difference = replace(difference, p_holm=p_holm)
-        rows.append(_arm_summary(results, arm, values[arm], difference))
-    return rows
+    for arm, by_seed in curves.items():
+        steps = [_first_step(curve, target, higher) for curve in by_seed.values()]
+        difference = differences.get((arm, baseline))
+        row = ArmConvergence(
+            arm=arm,
+            area=mean_interval(list(areas[arm].values())),
+            difference=difference,
+            verdict=verdict(difference, higher) if difference else None,
+            seeds=len(steps),
+            reached=sum(step is not None for step in steps),
+            first_step=_interval([float(step) for step in steps if step is not None]),
+            gap=_interval([gap for run in runs_of(results, arm) if (gap := _gap(run)) is not None]),
+        )
+        rows.append(row)
+    return Convergence(metric, baseline, target, tuple(rows))
+
+
+def _curves(results: Results, arm: str, metric: str) -> dict[int, dict[int, float]]:
+    """Return seed -> step -> value, without the runs that recorded none."""
+    curves = {run["seed"]: curve_of(run, metric) for run in runs_of(results, arm)}
+    return {seed: curve for seed, curve in curves.items() if curve}
+
+
+def _interval(values: Sequence[float]) -> Interval | None:
+    return mean_interval(values) if values else None
+
+
+def _trained_as(arm: str) -> str:
+    """Return the arm whose training an arm is measured on."""
+    return (ARMS[arm].shares_fit_of if arm in ARMS else None) or arm
+
+
+def _area(curve: Mapping[int, float]) -> float:
+    steps = np.array(list(curve), dtype=np.float64)
+    return float(np.average(list(curve.values()), weights=np.diff(steps, prepend=0.0)))
+
+
+def _first_step(curve: Mapping[int, float], target: float | None, higher_is_better: bool) -> int | None:
+    if target is None:
+        return None
+    at_target = (step for step, value in curve.items() if (value >= target if higher_is_better else value <= target))
+    return next(at_target, None)
+
+
+def _gap(run: Run) -> float | None:
+    last = (run.get("curve") or [{}])[-1]
+    return last["val/loss"] - last["train/loss"] if {"val/loss", "train/loss"} <= last.keys() else None
 
 
 def verdict(difference: PairedDifference, higher_is_better: bool) -> Verdict:
@@ -242,18 +392,27 @@ def _metric_by_seed(results: Results, arm: str) -> dict[int, float]:
 
 
 def _arm_summary(
-    results: Results, arm: str, by_seed: Mapping[int, float], difference: PairedDifference | None
+    results: Results,
+    arm: str,
+    by_seed: Mapping[int, float],
+    difference: PairedDifference | None,
+    once: str | None,
+    once_difference: PairedDifference | None,
 ) -> ArmSummary:
     runs = [run for run in runs_of(results, arm) if run["seed"] in by_seed]
     seconds = [run["seconds"] for run in runs if run.get("seconds") is not None]
+    higher = results["study"]["higher_is_better"]
     return ArmSummary(
         arm=arm,
         seeds=tuple(by_seed),
         metric=mean_interval(list(by_seed.values())),
         density=mean_interval([run["density"] for run in runs]),
         difference=difference,
-        verdict=verdict(difference, results["study"]["higher_is_better"]) if difference else None,
+        verdict=verdict(difference, higher) if difference else None,
         seconds=float(np.mean(seconds)) if seconds else None,
+        once=once,
+        once_difference=once_difference,
+        once_verdict=verdict(once_difference, higher) if once_difference else None,
     )
 
 

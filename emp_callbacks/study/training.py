@@ -7,27 +7,30 @@ import hashlib
 import logging
 import math
 import signal
-import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.core.effective_number import ScoreMoments, effective_numbers, score_moments
-from emp_callbacks.integrations.lightning import EMPCallback
+from emp_callbacks.criteria import make_criterion
+from emp_callbacks.integrations.lightning import TRAJECTORY_FILE, EMPCallback
 from emp_callbacks.pruner import EMPPruner
 from emp_callbacks.study.recipe import Recipe
 from emp_callbacks.targets.weights import prunable_weights
+from emp_callbacks.trajectory import PruneEvent
 
-__all__ = ["Training", "measure"]
+__all__ = ["Training", "measure", "recipe_config"]
 
 Adapt = Callable[[EMPConfig], EMPConfig]
 OnStep = Callable[[int, int | None], None]
@@ -57,10 +60,14 @@ class Training:
         adapt: Turns the EMP settings of the recipe into those of the arm.
         folder: Where Lightning's logs and the trajectory go.
         on_step: Called after each optimizer step with (steps done, steps in all if known).
+
+    Attributes:
+        recipe_config: EMP settings of the recipe.
+        config: EMP settings of this training.
     """
 
     def __init__(self, recipe: Recipe, seed: int, adapt: Adapt, folder: Path, on_step: OnStep) -> None:
-        self._adapt = adapt
+        self._adapt, self._seed = adapt, seed
         self.evidence = _Evidence(on_step)
         pl.seed_everything(seed, workers=True, verbose=False)
         with _quiet():
@@ -74,7 +81,7 @@ class Training:
             )
         self.model, self.data, self.trainer = recipe.model, recipe.datamodule, recipe.trainer
         _check_single_process(self.trainer)
-        self.seconds = 0.0
+        self.seconds = self._seconds_after = 0.0
 
     def fit(self) -> None:
         """Train; raises KeyboardInterrupt if the user stopped it."""
@@ -83,32 +90,66 @@ class Training:
             self.trainer.fit(self.model, datamodule=self.data)
         self.seconds = time.perf_counter() - started
 
-    def prune_once(self, trajectory_path: Path) -> list[dict[str, Any]]:
-        """Apply EMP once to the trained weights, without fine-tuning; return the trajectory rows."""
+    def prune_once(self, config: EMPConfig, folder: Path) -> EMPPruner:
+        """Apply EMP once to the trained model, without fine-tuning; features are masked inside `record`.
+
+        What the criterion reads of data comes from the first `evidence_steps` training batches, in evaluation mode.
+
+        Args:
+            config: Settings without a schedule.
+            folder: Where the trajectory goes.
+
+        Raises:
+            ValueError: Evidence is needed, and the training step does not give a loss or moves the weights itself.
+        """
         started = time.perf_counter()
-        # A beta that moves during training has arrived at its last value.
-        beta = self.config.beta_at(sys.maxsize)
-        config = dataclasses.replace(self.config, mode="project", observe_only=False, beta=beta)
-        pruner = EMPPruner(self.model, config=config, trajectory_path=trajectory_path)
+        pruner = EMPPruner(self.model, config=config, trajectory_path=folder / TRAJECTORY_FILE)
         pruner.start_at(self.evidence.steps, self.trainer.current_epoch)
+        with _quiet():
+            self._show_evidence(pruner)
         pruner.refresh()
         pruner.finalize()
-        self.seconds += time.perf_counter() - started
-        return pruner.trajectory.records()
+        self._seconds_after = time.perf_counter() - started
+        return pruner
 
-    def record(self, trajectory: list[dict[str, Any]] | None = None) -> dict[str, Any]:
-        """Test the current weights and return the run's record, with everything measured on them."""
-        with _quiet(), _interrupts_raised(self.trainer):
+    def _show_evidence(self, pruner: EMPPruner) -> None:
+        """Run training batches through the model, whose weights and statistics stay as they are."""
+        config = pruner.config
+        needs = make_criterion(config.criterion, config.target).needs
+        if needs is None and config.target not in ("features", "attention_edges"):
+            return
+        _check_automatic(self.model)
+        strategy, precision = self.trainer.strategy, self.trainer.precision_plugin
+        self.model.to(strategy.root_device).eval()
+        gradients = needs == "gradients"
+        with isolate_rng(), _unlogged(self.model), torch.set_grad_enabled(gradients):
+            pl.seed_everything(self._seed, workers=True, verbose=False)
+            for index, batch in enumerate(islice(self.data.train_dataloader(), config.evidence_steps)):
+                with precision.train_step_context():
+                    loss = _loss(self.model, strategy.batch_to_device(precision.convert_input(batch)), index)
+                if gradients:
+                    loss.backward()
+                    pruner.collect()
+                    self.model.zero_grad()
+
+    def record(self, pruner: EMPPruner | None = None) -> dict[str, Any]:
+        """Test the current weights and return the run's record, with everything measured on them.
+
+        Args:
+            pruner: Of `prune_once`; None for what training itself made.
+        """
+        with _quiet(), _interrupts_raised(self.trainer), pruner.masked_forward() if pruner else nullcontext():
             (metrics,) = self.trainer.test(self.model, datamodule=self.data, verbose=False)
-        rows = self.emp.trajectory.records() if trajectory is None else trajectory
+        source = pruner or self.emp.pruner
+        assert source is not None
         return {
             "metrics": {name: float(value) for name, value in metrics.items()},
-            **measure(self.model, self.config),
+            **measure(self.model, source.config, source.last_events),
             "steps": self.evidence.steps,
-            "refreshes": len({row["step"] for row in rows}),
-            "seconds": self.seconds,
+            "refreshes": len({event.step for event in source.trajectory}),
+            "seconds": self.seconds + (self._seconds_after if pruner else 0.0),
             "curve": self.evidence.curve,
-            "trajectory": rows,
+            "trajectory": source.trajectory.records(),
             "init_digest": self.evidence.init_digest,
             "batches_digest": self.evidence.batches.hexdigest(),
         }
@@ -120,19 +161,44 @@ class Training:
                     f"trainer.callbacks holds {type(callback).__name__}, which ends some arms earlier than others;"
                     " remove it from the recipe and fix trainer.max_epochs or trainer.max_steps"
                 )
-        found = [callback.config for callback in own if isinstance(callback, EMPCallback)]
-        if len(found) > 1:
-            raise ValueError(f"trainer.callbacks holds {len(found)} EMPCallbacks; a study needs one at most")
-        # A recipe without EMP still says what to compare: one refresh per epoch.
-        self.config = self._adapt(found[0] if found else EMPConfig(every_n_epochs=1))
+        self.recipe_config = _config_of(own)
+        self.config = self._adapt(self.recipe_config)
         settings = {field.name: getattr(self.config, field.name) for field in dataclasses.fields(EMPConfig)}
         self.emp = EMPCallback(summary=False, **settings)
         kept = [callback for callback in own if not isinstance(callback, _REPLACED)]
         return [self.evidence, *kept, self.emp]
 
 
+def recipe_config(recipe: Recipe) -> EMPConfig:
+    """Return the EMP settings of a recipe; nothing is trained.
+
+    Raises:
+        ValueError: The recipe has several EMPCallbacks.
+    """
+    callbacks: list[pl.Callback] = []
+
+    def without_callbacks(own: list[pl.Callback]) -> list[pl.Callback]:
+        callbacks.extend(own)
+        return []
+
+    with isolate_rng(), _quiet():
+        recipe.build(without_callbacks, logger=False, enable_checkpointing=False)
+    return _config_of(callbacks)
+
+
+def _config_of(callbacks: Sequence[pl.Callback]) -> EMPConfig:
+    found = [callback.config for callback in callbacks if isinstance(callback, EMPCallback)]
+    if len(found) > 1:
+        raise ValueError(f"trainer.callbacks holds {len(found)} EMPCallbacks; a study needs one at most")
+    # A recipe without EMP still says what to compare: one refresh per epoch.
+    return found[0] if found else EMPConfig(every_n_epochs=1)
+
+
 class _Evidence(pl.Callback):
-    """Digests of initial weights and of every training batch, and the validation curve."""
+    """Digests of initial weights and of every training batch, and the validation curve.
+
+    The curve's `train/loss` is the mean over the batches since the point before.
+    """
 
     def __init__(self, on_step: OnStep) -> None:
         self._on_step = on_step
@@ -140,6 +206,7 @@ class _Evidence(pl.Callback):
         self.batches = hashlib.sha256()
         self.curve: list[dict[str, float]] = []
         self.steps = 0
+        self._losses: list[Tensor] = []
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
         hasher = hashlib.sha256()
@@ -157,7 +224,9 @@ class _Evidence(pl.Callback):
     ) -> None:
         _update(self.batches, batch)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:  # noqa: ARG002
+        if isinstance(outputs, Mapping) and isinstance(outputs.get("loss"), Tensor):
+            self._losses.append(outputs["loss"].detach())  # read later: a GPU is not made to wait at every step
         self.steps = trainer.global_step
         expected = trainer.estimated_stepping_batches
         self._on_step(self.steps, int(expected) if math.isfinite(expected) else None)
@@ -166,15 +235,42 @@ class _Evidence(pl.Callback):
         if trainer.sanity_checking:
             return
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val")}
-        self.curve.append({"step": trainer.global_step, "epoch": trainer.current_epoch, **metrics})
+        trained = {"train/loss": float(torch.stack(self._losses).mean())} if self._losses else {}
+        self._losses.clear()
+        self.curve.append({"step": trainer.global_step, "epoch": trainer.current_epoch, **trained, **metrics})
 
 
-def measure(model: nn.Module, config: EMPConfig) -> dict[str, float]:
-    """Return `density`, `n`, `keep` and `n_eff` of the weights as they are, by the config's targets and scope.
+def measure(model: nn.Module, config: EMPConfig, last: Sequence[PruneEvent] = ()) -> dict[str, float]:
+    """Return `density`, `n`, `keep` and `n_eff` of what the config's target says.
 
-    `keep` counts weights that are not zero; `n_eff` is the effective number of these final weights
-    (magnitude scores; summed over groups for the scopes tensor and row).
+    Of weights as they are: `keep` counts those that are not zero, `n_eff` is the effective number of these final
+    weights (magnitude scores; summed over groups for the scopes tensor and row). Of everything else as the last
+    refresh left it; with `observe_only` all are kept.
+
+    Args:
+        model: The trained model.
+        config: What was pruned.
+        last: Rows of the last refresh.
+
+    Raises:
+        ValueError: There was no refresh, and what is not a weight is known from there only.
     """
+    if config.target == "weights":
+        return _measure_weights(model, config)
+    if not last:
+        raise ValueError(
+            f"the schedule asked for no refresh, so nothing is known of the {config.target}: lower every_n_epochs, "
+            "every_n_steps or start, or train longer"
+        )
+    n, n_eff = sum(event.n for event in last), sum(event.n_eff for event in last)
+    if config.observe_only:
+        return {"density": 1.0, "n": n, "keep": n, "n_eff": n_eff}
+    # Not keep / n: where each sample has its own mask, keep is a rounded mean.
+    density = sum(event.density * event.n for event in last) / n
+    return {"density": density, "n": n, "keep": sum(event.keep for event in last), "n_eff": n_eff}
+
+
+def _measure_weights(model: nn.Module, config: EMPConfig) -> dict[str, float]:
     targets = prunable_weights(model, config.include, config.exclude)
     by_row = config.scope == "row"
     moments = []
@@ -187,6 +283,35 @@ def measure(model: nn.Module, config: EMPConfig) -> dict[str, float]:
     keep = int(groups.nonzero.sum())
     n_eff = float(effective_numbers(groups.sum() if config.scope == "global" else groups).sum())
     return {"density": keep / n, "n": n, "keep": keep, "n_eff": n_eff}
+
+
+def _loss(model: pl.LightningModule, batch: Any, index: int) -> Tensor:
+    returned = model.training_step(batch, index)
+    loss = returned.get("loss") if isinstance(returned, Mapping) else returned
+    if not isinstance(loss, Tensor):
+        raise ValueError(
+            f"{type(model).__name__}.training_step returned {type(loss).__name__}, not a loss; pruning after training "
+            "gathers evidence through it"
+        )
+    return loss
+
+
+def _check_automatic(model: pl.LightningModule) -> None:
+    if not model.automatic_optimization:
+        raise ValueError(
+            f"pruning after training gathers evidence through {type(model).__name__}.training_step, which optimises by "
+            "itself and would move the weights; leave out the one_shot arms"
+        )
+
+
+@contextmanager
+def _unlogged(model: pl.LightningModule) -> Iterator[None]:
+    """Let training_step log into the void: outside a Trainer's loop `self.log` raises."""
+    model.log = lambda *_, **__: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del model.log
 
 
 def _update(hasher: Any, value: Any) -> None:

@@ -78,7 +78,8 @@ def by_arm(results, seed):
 
 def test_every_arm_has_every_seed_and_the_files_hold_the_results(study):
     folder, results = study
-    assert [(run["arm"], run["seed"]) for run in results["runs"]] == [(a, s) for a in ARMS for s in (0, 1)]
+    fitting = [arm for arm in ARMS if not arm.endswith("_dynamic")]  # those are for features
+    assert [(run["arm"], run["seed"]) for run in results["runs"]] == [(a, s) for a in fitting for s in (0, 1)]
     assert json.loads((folder / "out" / "results.json").read_text()) == results
     assert results["study"]["reference"] == "one_shot"
     assert len(list((folder / "out" / "runs").glob("*.json"))) == 14
@@ -305,6 +306,36 @@ def test_early_stopping_is_refused(tmp_path, fits):
     with pytest.raises(ValueError, match="EarlyStopping"):
         run_study(Recipe(tmp_path / "recipe.yaml"), tmp_path / "out")
     assert fits == []
+
+
+@pytest.mark.parametrize(
+    ("arms", "settings", "words"),
+    [
+        (["dense", "training_dynamic"], {}, "arm 'training_dynamic' does not go with the recipe's EMPCallback"),
+        (["one_shot_dynamic"], {"target": "heads"}, "dynamic=True says what a feature is, and target='heads'"),
+        (["training_feedback", "fixed_magnitude"], {"target": "features"}, "arm 'fixed_magnitude' does not go with"),
+        (["dense", "training_project"], {"target": "features"}, "features have none"),
+    ],
+)
+def test_an_arm_that_does_not_fit_is_refused_before_anything_runs(arms, settings, words, tmp_path, capsys, fits):
+    recipe = yaml.safe_load(recipe_text(arms=arms))
+    recipe["trainer"]["callbacks"][0]["init_args"].update(settings)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["compare", "--config", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "out")]) == 2
+    message = capsys.readouterr().err
+    assert words in message
+    assert "Remove it from study.arms" in message
+    assert fits == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_results_hold_the_convergence(study):
+    _, results = study
+    found = results["convergence"]
+    assert (found["metric"], found["baseline"]) == ("val/accuracy", "dense")
+    assert [row["arm"] for row in found["arms"]] == [arm for arm in results["study"]["arms"] if arm != "one_shot"]
+    last = [run["curve"][-1]["val/accuracy"] for run in results["runs"] if run["arm"] == "dense"]
+    assert found["target"] == pytest.approx(sum(last) / 2)
 
 
 def test_followers_come_after_the_arm_they_follow():

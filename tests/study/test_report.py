@@ -24,9 +24,11 @@ from emp_callbacks.study.statistics import summarise
 FINAL = {
     "dense": (0.98, 1.0),
     "one_shot": (0.95, 0.60),
+    "one_shot_dynamic": (0.93, 0.40),
     "training_feedback": (0.97, 0.61),
     "training_project": (0.965, 0.15),
     "training_freeze": (0.80, 0.05),
+    "training_dynamic": (0.94, 0.40),
     "fixed_magnitude": (0.969, 0.61),
     "random": (0.94, 0.61),
 }
@@ -240,6 +242,50 @@ def test_terminal_table_has_all_numbers():
     assert "reference" in next(line for line in shown.splitlines() if "│ one_shot" in line)
 
 
+def test_convergence_is_shown_where_curves_were_recorded(tmp_path, monkeypatch):
+    results = make_results(("dense", "one_shot", "training_feedback"), seeds=(0, 1, 2))
+    for run in results["runs"]:
+        last = 0.96 if run["arm"] == "training_feedback" else 0.9 + run["seed"] / 100
+        run["curve"] = [
+            {"step": step, "val/accuracy": value, "val/loss": 0.5, "train/loss": 0.25}
+            for step, value in ((10, 0.5), (20, 0.7), (30, last))
+        ]
+    shown = terminal(results)
+    below = shown[shown.index("Convergence: mean of val/accuracy (%) over the training") :]
+    assert "first step \u2265\u00a091.00\u00a0%" in below
+    assert "one_shot" not in below
+    # (0.5 + 0.7 + 0.96) / 3, and +0.05 / 3 more than dense on average
+    line = next(line for line in below.splitlines() if "training_feedback" in line)
+    for words in ("72.00 [72.00, 72.00]", "+1.67", "3 of 3", "+0.2500"):
+        assert words in line
+    assert "2 of 3" in next(line for line in below.splitlines() if "dense" in line and "reference" in line)
+    page = read_page(results, tmp_path, monkeypatch)
+    assert "Convergence arm mean val/accuracy (%)" in page.text
+    assert "training_feedback 72.00 [72.00, 72.00] +1.67" in page.text
+    for run in results["runs"]:
+        run["curve"] = []
+    assert "Convergence" not in terminal(results)
+    assert "Convergence" not in read_page(results, tmp_path, monkeypatch).text
+
+
+def test_a_dynamic_arm_is_shown_against_the_same_done_once(tmp_path, monkeypatch):
+    results = make_results(("one_shot", "one_shot_dynamic", "training_dynamic"), seeds=(0, 1, 2))
+    for run in results["runs"][6:]:
+        run["metrics"]["test/accuracy"] = 0.9 + run["seed"] / 100
+    line = next(line for line in terminal(results).splitlines() if "against one_shot_dynamic" in line)
+    assert "\u22122.0" in line
+    page = read_page(results, tmp_path, monkeypatch)
+    assert "Against one_shot_dynamic, which does the same once: \u22122.0" in page.text
+    assert len(re.findall("against one_shot_dynamic", page.text)) == 1
+
+
+def test_learning_curves_are_those_of_trainings_and_show_where_dense_ends():
+    lines = {line.get_label(): line for line in plots.plot_learning_curves(make_results()).axes[0].get_lines()}
+    assert set(lines) == {*FINAL, "last of dense (mean)"} - {"one_shot", "one_shot_dynamic"}
+    ends = [run["curve"][-1]["val/accuracy"] for run in make_results(("dense",))["runs"]]
+    assert list(lines["last of dense (mean)"].get_ydata()) == pytest.approx([sum(ends) / 3] * 2)
+
+
 def test_only_accuracies_are_written_in_percent():
     results = make_results()
     assert MetricFormat.of(results).value(0.5) == "50.00\u00a0%"
@@ -260,6 +306,7 @@ def test_one_colour_per_arm_in_every_figure():
     for draw in (plots.plot_n_eff, plots.plot_density, plots.plot_learning_curves):
         lines = {line.get_label(): line.get_color() for line in draw(results).axes[0].get_lines()}
         assert lines
+        lines.pop("last of dense (mean)", None)
         assert all(color == plots.arm_style(arm).color for arm, color in lines.items())
     assert len({style.color for style in plots.STYLES.values()}) == len(FINAL)
 

@@ -8,6 +8,7 @@ from scipy import stats
 
 from emp_callbacks.study.statistics import (
     PairedDifference,
+    convergence,
     fairness_checks,
     holm,
     mean_interval,
@@ -46,6 +47,25 @@ def make_results(accuracy=ACCURACY, metric="test/accuracy", higher_is_better=Tru
     ]
     study = {"metric": metric, "higher_is_better": higher_is_better, "reference": "one_shot"}
     return {"schema": 1, "study": {**study, "arms": list(accuracy), "seeds": [0, 1, 2]}, "runs": runs}
+
+
+# Validation accuracy at the steps 10, 20 and 40, of two seeds.
+CURVES = {
+    "dense": [(0.2, 0.4, 0.8), (0.4, 0.6, 1.0)],
+    "one_shot": [(0.2, 0.4, 0.8), (0.4, 0.6, 1.0)],
+    "training_feedback": [(0.4, 0.6, 0.9), (0.5, 0.9, 0.95)],
+    "training_freeze": [(0.0, 0.2, 0.4), (0.1, 0.3, 0.6)],
+}
+
+
+def with_curves(curves=CURVES, metric="accuracy", higher_is_better=True):
+    results = make_results(
+        {arm: [0.9] * len(seeds) for arm, seeds in curves.items()}, f"test/{metric}", higher_is_better
+    )
+    for run in results["runs"]:
+        values = curves[run["arm"]][run["seed"]]
+        run["curve"] = [{"step": s, f"val/{metric}": v} for s, v in zip((10, 20, 40), values, strict=True)]
+    return results
 
 
 def without(results, *keys):
@@ -256,3 +276,72 @@ def test_matched_density_needs_something_to_match():
     assert "seed 2: no training arm" in check.detail
     unmatched = {arm: ACCURACY[arm] for arm in ("dense", "one_shot")}
     assert len(fairness_checks(make_results(unmatched))) == 3
+
+
+def test_convergence_by_hand():
+    found = convergence(with_curves())
+    assert (found.metric, found.baseline, found.target) == ("val/accuracy", "dense", pytest.approx(0.9))
+    rows = {row.arm: row for row in found.arms}
+    assert list(rows) == ["dense", "training_feedback", "training_freeze"], "one_shot has the curve of dense"
+    # dense: (10 * 0.2 + 10 * 0.4 + 20 * 0.8) / 40 = 0.55, and 0.75
+    assert rows["dense"].area.mean == pytest.approx(0.65)
+    # feedback: 0.7 and 0.825; differences 0.15 and 0.075
+    assert rows["training_feedback"].difference.mean == pytest.approx(0.1125)
+    # freeze: 0.25 and 0.4; differences -0.3 and -0.35
+    assert rows["training_freeze"].difference.mean == pytest.approx(-0.325)
+    p = {arm: stats.ttest_1samp(d, 0).pvalue for arm, d in {"a": [0.15, 0.075], "b": [-0.3, -0.35]}.items()}
+    assert rows["training_feedback"].difference.p_holm == pytest.approx(p["a"])
+    assert rows["training_freeze"].difference.p_holm == pytest.approx(2 * p["b"])
+    assert (rows["dense"].difference, rows["dense"].verdict) == (None, None)
+    steps = {arm: (row.reached, row.seeds, row.first_step and row.first_step.mean) for arm, row in rows.items()}
+    assert steps == {"dense": (1, 2, 40.0), "training_feedback": (2, 2, 30.0), "training_freeze": (0, 2, None)}
+
+
+def test_convergence_of_a_perplexity_goes_down():
+    curves = {"dense": [(9.0, 5.0, 4.0)] * 3, "training_feedback": [(8.0, 4.0 + i / 10, 3.0) for i in range(3)]}
+    row = convergence(with_curves(curves, "perplexity", higher_is_better=False)).arms[1]
+    assert row.verdict == "better"
+    assert (row.reached, row.first_step.mean) == (3, pytest.approx((20 + 40 + 40) / 3))
+
+
+def test_convergence_without_dense_training_compares_with_nothing():
+    curves = {arm: CURVES[arm] for arm in ("training_feedback", "training_freeze")}
+    found = convergence(with_curves(curves))
+    assert (found.baseline, found.target) == (None, None)
+    assert [(row.difference, row.reached, row.first_step) for row in found.arms] == [(None, 0, None)] * 2
+    # one_shot alone has the curve of the dense training that it came from
+    assert (
+        convergence(with_curves({arm: CURVES[arm] for arm in ("one_shot", "training_freeze")})).baseline == "one_shot"
+    )
+
+
+def test_convergence_needs_curves_and_takes_the_gap_where_it_is():
+    results = make_results()
+    assert convergence(results) is None
+    results = with_curves()
+    assert all(row.gap is None for row in convergence(results).arms)
+    for run in results["runs"]:
+        run["curve"][-1].update({"val/loss": 0.5 + run["seed"], "train/loss": 0.25})
+    assert convergence(results).arms[0].gap.mean == pytest.approx(0.75)
+    del results["runs"][0]["curve"]
+    assert convergence(results).arms[0].seeds == 1
+
+
+def test_an_arm_is_also_compared_with_the_one_that_does_the_same_once():
+    accuracy = {
+        "one_shot": [0.90, 0.92, 0.91],
+        "one_shot_dynamic": [0.80, 0.84, 0.83],
+        "training_dynamic": [0.86, 0.89, 0.89],
+    }
+    row = row_of(make_results(accuracy), "training_dynamic")
+    against = stats.ttest_1samp([0.06, 0.05, 0.06], 0).pvalue
+    others = [stats.ttest_1samp(d, 0).pvalue for d in ([-0.1, -0.08, -0.08], [-0.04, -0.03, -0.02])]
+    expected = holm([*others, against])
+    assert row.once == "one_shot_dynamic"
+    assert row.once_difference.mean == pytest.approx(0.17 / 3)
+    assert [row.difference.p_holm, row.once_difference.p_holm] == pytest.approx(expected[1:])
+    assert row.once_verdict == "better"
+    assert row_of(make_results(accuracy), "one_shot_dynamic").once is None
+    results = make_results(accuracy)
+    results["study"]["reference"] = "one_shot_dynamic"
+    assert row_of(results, "training_dynamic").once is None
