@@ -53,6 +53,7 @@ class EMPConfig:
         observe_only: Measure and log, prune nothing.
         axis: What a feature is: "channel", "token" or "patch" (see `FeatureForm`).
         dynamic: Whether each sample keeps its own N_eff features, chosen anew in every forward pass.
+        per: Who chooses them: each "sample", or in causal models each "token" its own channels.
         center: What a pruned feature becomes: "zero" or "mean".
         patch_size: Pixels per side of a patch.
 
@@ -79,6 +80,7 @@ class EMPConfig:
     observe_only: bool = False
     axis: str = "channel"
     dynamic: bool = False
+    per: str = "sample"
     center: str = "zero"
     patch_size: int = 4
 
@@ -158,7 +160,7 @@ class EMPConfig:
     @property
     def feature_form(self) -> FeatureForm:
         """What a feature is."""
-        return FeatureForm(axis=self.axis, dynamic=self.dynamic, center=self.center, patch_size=self.patch_size)
+        return FeatureForm(**{name: getattr(self, name) for name in ("axis", "dynamic", "per", "center", "patch_size")})
 
     @property
     def is_dynamic(self) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 AXES = ("channel", "token", "patch")
 CENTERS = ("zero", "mean")
+CHOOSERS = ("sample", "token")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,8 @@ class FeatureForm:
         axis: "channel": dimension 1 of (B, C, H, W), the last of (B, T, C) and (B, C). "token": dimension 1 of
             (B, T, C). "patch": squares of (B, C, H, W) through all channels, counted row by row.
         dynamic: Whether each sample prunes by its own scores.
+        per: Of the dynamic form, who chooses: each "sample" by all of its tokens, or each "token" of (B, T, C) its own
+            channels. A causal model needs "token": by sample, a token's mask would know the tokens after it.
         center: What a pruned feature becomes: "zero", or "mean": of a static site the feature's mean over samples
             and positions, of a dynamic one the mean over the sample's features, position by position.
         patch_size: Pixels per side of a patch; H and W must be multiples.
@@ -28,6 +31,7 @@ class FeatureForm:
 
     axis: str = "channel"
     dynamic: bool = False
+    per: str = "sample"
     center: str = "zero"
     patch_size: int = 4
 
@@ -36,6 +40,10 @@ class FeatureForm:
             raise ValueError(f"axis={self.axis!r} is unknown; choose one of {', '.join(AXES)}")
         if self.center not in CENTERS:
             raise ValueError(f"center={self.center!r} is unknown; choose one of {', '.join(CENTERS)}")
+        if self.per not in CHOOSERS:
+            raise ValueError(f"per={self.per!r} is unknown; choose one of {', '.join(CHOOSERS)}")
+        if self.per == "token" and self.axis != "channel":
+            raise ValueError(f"per='token' lets each token choose its channels: axis={self.axis!r} must be 'channel'")
         if not isinstance(self.dynamic, bool):
             raise TypeError(f"dynamic={self.dynamic!r} must be True or False")
         if not isinstance(self.patch_size, int) or self.patch_size < 1:
@@ -87,6 +95,10 @@ def feature_layout(form: FeatureForm, shape: torch.Size, name: str) -> FeatureLa
     Raises:
         ValueError: The shape has no such axis, or patches do not tile it.
     """
+    if form.dynamic and form.per == "token":
+        if len(shape) > 3:
+            raise ValueError(f"per='token' needs an output (B, T, C), {name!r} gave {tuple(shape)}; use per='sample'")
+        return FeatureLayout((shape[:-1].numel(), shape[-1]), (1,))
     if form.axis == "channel" and len(shape) >= 2:
         return FeatureLayout(tuple(shape), (len(shape) - 1 if len(shape) <= 3 else 1,))
     if form.axis == "token" and len(shape) == 3:

@@ -622,3 +622,46 @@ def test_what_is_not_found_is_answered_with_names():
         names(vit, ["blocks.*.mlp.acts"])
     with pytest.raises(ValueError, match="criterion 'magnitude' reads no activations"):
         feature_sites(vit, None, None, FeatureForm(), "magnitude", RULE)
+
+
+# ---- per token ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("center", ["zero", "mean"])
+def test_each_token_chooses_its_own_channels(center):
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 8).exp() * torch.randn(8)
+    outputs = []
+    for shape, per in (((3, 5, 8), "token"), ((15, 8), "sample")):
+        module = nn.Identity()
+        form = FeatureForm(dynamic=True, per=per, center=center)
+        site = FeatureSite("site", module, form, "activation", lambda n_eff, size, nonzero: n_eff.floor().long())
+        site.attach()
+        site.active = site.observing = True
+        outputs.append((module(x.reshape(shape)).reshape(15, 8), site.statistics()))
+    assert torch.equal(outputs[0][0], outputs[1][0])
+    assert outputs[0][1].keys() == outputs[1][1].keys()
+    assert all(torch.equal(value, outputs[1][1][key]) for key, value in outputs[0][1].items())
+    assert float(outputs[0][1]["samples"]) == 15
+
+
+def test_only_a_choice_per_token_is_blind_to_later_tokens():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from emp_callbacks import EMPPruner
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_layer=2, n_head=2, n_embd=16, n_positions=8)).eval()
+    one = torch.randint(0, 20, (4, 8))
+    other = one.clone()
+    other[:, 5:] = torch.randint(0, 20, (4, 3))
+    moved = {}
+    for per in ("token", "sample"):
+        pruner = EMPPruner(model, target="features", dynamic=True, per=per, beta=0.5)
+        model(one)
+        pruner.refresh()
+        with torch.no_grad():
+            moved[per] = float((model(one).logits - model(other).logits)[:, :5].abs().max())
+        pruner.finalize()
+    assert moved["token"] < 1e-5
+    assert moved["sample"] > 1e-3
