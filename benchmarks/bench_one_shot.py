@@ -125,6 +125,7 @@ class Way:
 WAYS = (
     Way("weights", "magnitude", "global", "#0072B2"),
     Way("weights", "magnitude", "row", "#009E73"),
+    Way("neurons", "weight_norm", "tensor", "#8C564B", FULLY_CONNECTED),
     Way("neurons", "weight_norm", "global", "#D55E00", FULLY_CONNECTED),
     Way("heads", "weight_norm", "global", "#CC79A7", ("gpt2",)),
     Way("kan_nodes", "spline", "global", "#E69F00", ("emp_kan",)),

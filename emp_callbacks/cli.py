@@ -160,7 +160,7 @@ def _compare(words: list[str]) -> None:
     console = _console()
     recipe = Recipe(options.config, overrides)
     if options.list_cells:
-        console.print("\n".join(study_cells(recipe.study)), highlight=False)
+        console.print("\n".join(study_cells(recipe)), highlight=False)
         return
     out = Path(options.out or recipe.study.out or Path("runs", recipe.path.stem))
     results = run_study(recipe, out, overwrite=options.overwrite, only=options.only, console=console)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from emp_callbacks.recipe_parts import RecipeParts, training_loss
+from emp_callbacks.recipe_parts import RecipeParts
+from emp_callbacks.study.training_loss import training_loss
 
 __all__ = ["Example", "image_example", "model_example", "recorded_example"]
 

@@ -18,8 +18,9 @@ from emp_callbacks.config import EMPConfig
 from emp_callbacks.criteria import make_criterion
 from emp_callbacks.finished_model import FinishedModel, open_model
 from emp_callbacks.pruner import EMPPruner
-from emp_callbacks.recipe_parts import RecipeParts, open_recipe, training_loss
+from emp_callbacks.recipe_parts import RecipeParts, open_recipe
 from emp_callbacks.shrinking import ShrinkReport, pruned_units, shrink
+from emp_callbacks.study.training_loss import training_loss
 from emp_callbacks.weights_file import ExportReport, check_free, write_weights
 
 __all__ = ["Source", "export", "prune"]

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from emp_callbacks.config import EMPConfig
 
-__all__ = ["RecipeParts", "open_recipe", "training_loss"]
+__all__ = ["RecipeParts", "open_recipe"]
 
 # A recipe for a cluster is opened on a laptop, too: nothing is trained here.
 _ANYWHERE = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": None, "plugins": None}
@@ -78,21 +76,3 @@ def _without_notices() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
-
-
-def training_loss(module: Any, batch: Any, index: int) -> Tensor:
-    """Return the loss of a LightningModule's training step, outside a Trainer.
-
-    Raises:
-        ValueError: The step does not return a loss.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r".*self\.log\(\).*|.*self\.trainer.*|.*isinstance\(treespec")
-        returned = module.training_step(batch, index)
-    loss = returned.get("loss") if isinstance(returned, Mapping) else returned
-    if not isinstance(loss, Tensor):
-        raise ValueError(
-            f"{type(module).__name__}.training_step returned {type(loss).__name__}, not a loss; "
-            "criteria that read data need one"
-        )
-    return loss

@@ -13,7 +13,10 @@ BAD = [
     ({"every_n_steps": 5, "start": 9, "stop": 8}, "stop=8 lies before the first refresh at step 9"),
     ({"every_n_steps": 5, "start": 0}, "start must be an integer >= 1, got 0"),
     ({"target": "head"}, "target must be one of 'weights', 'heads', 'neurons', .*; got 'head'"),
-    ({"criterion": "l1"}, "criterion 'l1' is unknown; criteria for weights: magnitude, taylor, saliency, wanda, random"),
+    (
+        {"criterion": "l1"},
+        "criterion 'l1' is unknown; criteria for weights: magnitude, taylor, saliency, wanda, random",
+    ),
     ({"target": "heads", "criterion": "magnitude"}, "'magnitude' does not fit target 'heads'; .*weight_norm, taylor"),
     ({"target": "heads", "scope": "row"}, "target='heads' has no such rows: use 'global' or 'tensor'"),
     ({"target": "features", "mode": "project"}, "'project' zeroes weights, and features have none"),

@@ -80,12 +80,17 @@ def run_study(
     return study.run(overwrite, only)
 
 
-def study_cells(study: StudyConfig) -> list[str]:
-    """Return the trainings of a study as "arm:seed", each of which can run alone; later ones may need earlier ones.
+def study_cells(recipe: Recipe) -> list[str]:
+    """Return the trainings of a recipe as "arm:seed", each of which can run alone; later ones may need earlier ones.
 
     `one_shot` and `dense` of a seed are one training, named after `dense`.
     """
-    return [_cell(job) for job in _ordered_jobs(study)]
+    return [_cell(job) for job in _ordered_jobs(_fitting_study(recipe))]
+
+
+def _fitting_study(recipe: Recipe) -> StudyConfig:
+    """Return the study of a recipe with the arms that fit its target."""
+    return dataclasses.replace(recipe.study, arms=fitting_arms(recipe.study.arms, recipe_config(recipe)))
 
 
 def _cell(job: TrainingJob) -> str:
@@ -102,8 +107,7 @@ class _Study:
 
     def __init__(self, recipe: Recipe, out: Path, console: Console | None) -> None:
         self.recipe = recipe
-        arms = fitting_arms(recipe.study.arms, recipe_config(recipe))
-        self.config = dataclasses.replace(recipe.study, arms=arms)
+        self.config = _fitting_study(recipe)
         self.leader = leading_arm(self.config.arms)
         self.console = console or Console(quiet=True)
         resolved = recipe.resolved()

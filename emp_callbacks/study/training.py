@@ -27,6 +27,7 @@ from emp_callbacks.criteria import make_criterion
 from emp_callbacks.integrations.lightning import TRAJECTORY_FILE, EMPCallback
 from emp_callbacks.pruner import EMPPruner
 from emp_callbacks.study.recipe import Recipe
+from emp_callbacks.study.training_loss import training_loss
 from emp_callbacks.targets.weights import prunable_weights
 from emp_callbacks.trajectory import PruneEvent
 
@@ -126,7 +127,7 @@ class Training:
             pl.seed_everything(self._seed, workers=True, verbose=False)
             for index, batch in enumerate(islice(self.data.train_dataloader(), config.evidence_steps)):
                 with precision.train_step_context():
-                    loss = _loss(self.model, strategy.batch_to_device(precision.convert_input(batch)), index)
+                    loss = training_loss(self.model, strategy.batch_to_device(precision.convert_input(batch)), index)
                 if gradients:
                     loss.backward()
                     pruner.collect()
@@ -283,17 +284,6 @@ def _measure_weights(model: nn.Module, config: EMPConfig) -> dict[str, float]:
     keep = int(groups.nonzero.sum())
     n_eff = float(effective_numbers(groups.sum() if config.scope == "global" else groups).sum())
     return {"density": keep / n, "n": n, "keep": keep, "n_eff": n_eff}
-
-
-def _loss(model: pl.LightningModule, batch: Any, index: int) -> Tensor:
-    returned = model.training_step(batch, index)
-    loss = returned.get("loss") if isinstance(returned, Mapping) else returned
-    if not isinstance(loss, Tensor):
-        raise ValueError(
-            f"{type(model).__name__}.training_step returned {type(loss).__name__}, not a loss; pruning after training "
-            "gathers evidence through it"
-        )
-    return loss
 
 
 def _check_automatic(model: pl.LightningModule) -> None:

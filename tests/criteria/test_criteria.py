@@ -75,7 +75,7 @@ def test_a_function_or_its_import_path_is_a_criterion():
     weight = torch.tensor([[1.0, -2.0]])
     assert torch.equal(make_criterion(mine, "weights").score(layer(weight)), weight.square())
     assert isinstance(make_criterion("math.sqrt", "heads"), Criterion)
-    with pytest.raises(ValueError, match="'nowhere.at.all' cannot be imported"):
+    with pytest.raises(ValueError, match=r"'nowhere\.at\.all' cannot be imported"):
         make_criterion("nowhere.at.all", "weights")
     with pytest.raises(TypeError, match="a name or a function, got int"):
         make_criterion(3, "weights")

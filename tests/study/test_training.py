@@ -13,7 +13,8 @@ from emp_callbacks.study import training as training_module
 from emp_callbacks.study.arms import arm_config
 from emp_callbacks.study.comparison import run_study
 from emp_callbacks.study.recipe import Recipe
-from emp_callbacks.study.training import Training, _check_automatic, _loss, measure
+from emp_callbacks.study.training import Training, _check_automatic, measure
+from emp_callbacks.study.training_loss import training_loss
 from emp_callbacks.trajectory import PruneEvent
 
 VIT = {"img_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2}
@@ -204,10 +205,10 @@ def test_what_is_no_weight_is_measured_at_the_last_refresh():
 
 def test_a_step_without_loss_or_with_its_own_optimizer_is_refused():
     with pytest.raises(ValueError, match="training_step returned NoneType, not a loss"):
-        _loss(SimpleNamespace(training_step=lambda batch, index: None), None, 0)
+        training_loss(SimpleNamespace(training_step=lambda batch, index: None), None, 0)
     with pytest.raises(ValueError, match="optimises by itself"):
         _check_automatic(SimpleNamespace(automatic_optimization=False))
-    assert float(_loss(SimpleNamespace(training_step=lambda b, i: {"loss": torch.ones(())}), None, 0)) == 1.0
+    assert float(training_loss(SimpleNamespace(training_step=lambda b, i: {"loss": torch.ones(())}), None, 0)) == 1.0
 
 
 def test_the_curve_holds_the_mean_training_loss_between_two_points(tmp_path, monkeypatch):
