@@ -71,12 +71,12 @@ class EMPHook:
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """Parameter name -> bool mask, True = kept: of the full parameter in ZeRO-0, else of this rank's part, flat."""
+        """Layer name -> bool mask, True = kept, see `EMPPruner.masks`: under ZeRO 1 to 3 of this rank's part, flat."""
         return self.pruner.masks
 
     @property
     def density(self) -> float:
-        """Kept share of all scored weights, in [0, 1]. Collective."""
+        """Kept share of all scored components, in [0, 1]. Collective."""
         return self.pruner.density
 
     def end_epoch(self) -> list[PruneEvent]:
