@@ -170,7 +170,7 @@ def killed_rank(rank, world_size, folder):
     pruner.save(f"{folder}/masks")
     with torch.no_grad():
         net.weight.copy_(net.weight.flip(0))
-    pruner.steps = 7
+    pruner.clock.steps = 7
     pruner.refresh()
     if rank == 1:
 
