@@ -128,6 +128,7 @@ def dynamic_event(sites: Sequence[DynamicSite], sums: Sequence[dict[str, float]]
 
     Raises:
         RuntimeError: Nothing passed a site.
+        FloatingPointError: Nothing without NaN or Inf passed it.
     """
     layers = tuple(_dynamic_layer(site, found) for site, found in zip(sites, sums, strict=True))
     n, n_eff = sum(layer.n for layer in layers), sum(layer.n_eff for layer in layers)
@@ -155,6 +156,11 @@ def dynamic_event(sites: Sequence[DynamicSite], sums: Sequence[dict[str, float]]
 def _dynamic_layer(site: DynamicSite, sums: dict[str, float]) -> LayerStats:
     """Return a site's means per sample, or per query row: its components are then the keys that the row may read."""
     rows = sums.get("samples", sums.get("rows", 0.0))
+    if not rows and sums["not_finite"]:
+        raise FloatingPointError(
+            f"NaN or Inf in everything that passed {site.name!r} since the last refresh; no mask was changed. The run "
+            "has diverged: lower the learning rate, clip gradients, or go back to the last checkpoint"
+        )
     if not rows:
         raise RuntimeError(
             f"nothing passed {site.name!r} since the last refresh; no mask was changed. Run training steps before the "

@@ -327,3 +327,24 @@ def test_products_of_half_precision_numbers_do_not_vanish():
     (event,) = pruner.refresh()
     assert event.note == ""
     assert event.n_eff == pytest.approx(100 / 30, rel=1e-3)
+
+
+def test_activations_that_are_not_finite_are_an_error_or_left_out():
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    x = torch.randn(3, 4)
+    broken = x.clone()
+    broken[0] = torch.nan
+    static = EMPPruner(model, target="features")
+    model(broken)
+    with pytest.raises(FloatingPointError, match="NaN or Inf in the scores of '1'"):
+        static.refresh()
+    static.finalize()
+    dynamic = EMPPruner(model, target="features", dynamic=True)
+    model(torch.full_like(x, torch.nan))
+    with pytest.raises(FloatingPointError, match="NaN or Inf in everything that passed '1'"):
+        dynamic.refresh()
+    model(broken)
+    (event,) = dynamic.refresh()
+    assert event.note == "4 rows with NaN or Inf were kept whole and not counted"
+    assert bool(torch.isfinite(model(broken)[1:]).all())
+    assert bool(torch.isnan(model(broken)[0]).all()), "what is broken stays visible"
