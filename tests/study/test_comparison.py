@@ -257,12 +257,21 @@ def test_an_exit_of_lightning_becomes_an_interrupt_only_if_it_was_one(interrupte
 
 def test_a_real_ctrl_c_ends_with_130(tmp_path):
     recipe, out = write(tmp_path, arms=["dense", "training_freeze"], seeds=[0]), tmp_path / "out"
-    script = (
-        "import sys, time; import pytorch_lightning as pl; from emp_callbacks.cli import main;"
-        "from emp_callbacks.study.training import _Evidence;"
-        "_Evidence.on_train_epoch_end = lambda self, trainer, module: time.sleep(1);"
-        f"sys.exit(main(['compare', '--config', {str(recipe)!r}, '--out', {str(out)!r}]))"
-    )
+    reached = tmp_path / "reached"
+    script = f"""
+import sys, time
+from pathlib import Path
+from emp_callbacks.cli import main
+from emp_callbacks.study.training import _Evidence
+
+def wait(self, trainer, module):
+    if Path({str(out / "runs" / "training_freeze-seed0")!r}).is_dir():
+        Path({str(reached)!r}).touch()
+        time.sleep(30)
+
+_Evidence.on_train_epoch_end = wait
+sys.exit(main(["compare", "--config", {str(recipe)!r}, "--out", {str(out)!r}]))
+"""
     process = subprocess.Popen(
         [sys.executable, "-c", script],
         stderr=subprocess.PIPE,
@@ -271,9 +280,8 @@ def test_a_real_ctrl_c_ends_with_130(tmp_path):
         env=os.environ,
     )
     deadline = time.monotonic() + 60
-    while not (out / "runs" / "training_freeze-seed0").is_dir() and time.monotonic() < deadline:
+    while not reached.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    time.sleep(0.7)
     process.send_signal(signal.SIGINT)
     _, message = process.communicate(timeout=60)
     assert process.returncode == 130
