@@ -11,7 +11,6 @@ from glob import escape
 from itertools import islice
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from emp_callbacks.config import EMPConfig
@@ -20,7 +19,7 @@ from emp_callbacks.finished_model import FinishedModel, open_model
 from emp_callbacks.pruner import EMPPruner
 from emp_callbacks.recipe_parts import RecipeParts, open_recipe
 from emp_callbacks.shrinking import ShrinkReport, pruned_units, shrink
-from emp_callbacks.study.training_loss import training_loss
+from emp_callbacks.study.training_loss import show_batches
 from emp_callbacks.weights_file import ExportReport, check_free, write_weights
 
 __all__ = ["Source", "export", "prune"]
@@ -171,13 +170,7 @@ def _gather(recipe: RecipeParts, pruner: EMPPruner, batches: int, *, gradients: 
     if batches < 1:
         raise ValueError(f"--batches must be at least 1, got {batches}")
     recipe.module.zero_grad()
-    with torch.set_grad_enabled(gradients):
-        for index, batch in enumerate(islice(recipe.data.train_dataloader(), batches)):
-            loss = training_loss(recipe.module, batch, index)
-            if gradients:
-                loss.backward()
-                pruner.collect()
-                recipe.module.zero_grad()
+    show_batches(pruner, recipe.module, islice(recipe.data.train_dataloader(), batches), gradients=gradients)
 
 
 def _kept(pruner: EMPPruner, model: FinishedModel) -> dict[str, Tensor]:

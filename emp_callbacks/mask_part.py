@@ -60,7 +60,7 @@ def write_part(
 
 
 def evidence_part(gathered: Mapping[str, Tensor], layers: Sequence[Layer]) -> dict[str, Tensor]:
-    """Return this rank's part of what `pack_evidence` returned: of single weights the ranges that it counts."""
+    """Return this rank's part of what `Evidence.tensors` returned: of single weights the ranges that it counts."""
     part = dict(gathered)
     for layer in layers:
         if (held := part.pop(f"weight:{layer.name}", None)) is not None:
@@ -72,7 +72,7 @@ def evidence_part(gathered: Mapping[str, Tensor], layers: Sequence[Layer]) -> di
 
 
 def read_evidence(paths: Sequence[Path], layers: Sequence[Layer]) -> dict[str, Tensor]:
-    """Return what `pack_evidence` returned on the ranks that saved, as this rank's segments lie now."""
+    """Return what `Evidence.tensors` returned on the ranks that saved, as this rank's segments lie now."""
     found: dict[str, Tensor] = {}
     for path in paths:
         with safe_open(path, framework="pt") as file:

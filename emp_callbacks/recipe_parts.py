@@ -51,14 +51,8 @@ def open_recipe(path: str | Path) -> RecipeParts:
     recipe = Recipe(path)
     seed = recipe.config.seed_everything
     pl.seed_everything(seed if isinstance(seed, int) else 0, workers=True, verbose=False)
-    callbacks: list[Any] = []
-
-    def without_callbacks(own: list[Any]) -> list[Any]:
-        callbacks.extend(own)
-        return []
-
     with _without_notices():
-        recipe.build(without_callbacks, logger=False, enable_checkpointing=False, **_ANYWHERE)
+        callbacks = recipe.build_bare(logger=False, enable_checkpointing=False, **_ANYWHERE)
     recipe.datamodule.prepare_data()
     recipe.datamodule.setup("fit")
     configs = tuple(callback.config for callback in callbacks if isinstance(callback, EMPCallback))

@@ -107,9 +107,7 @@ class Layer(ABC):
         """
 
     def release(self) -> None:
-        """Forget what was gathered."""
-        for site in self.sites:
-            site.reset()
+        """Forget what gradients said; `sites` are reset by whoever attached them."""
 
     def _observed(self, observer: Observer, unseen: str) -> tuple[Tensor, float]:
         """Return an observer's sums and how many values went into each, over all ranks. Collective."""

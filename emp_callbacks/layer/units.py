@@ -145,7 +145,6 @@ class UnitLayer(Layer):
         return self.ranks.all_sum(torch.stack([self._batches.get(b, nothing) for b in batches])).abs().mean(0)
 
     def release(self) -> None:
-        super().release()
         self._batches = {}
 
     @property

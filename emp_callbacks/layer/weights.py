@@ -69,7 +69,6 @@ class WeightLayer(Layer):
         return self._sum / len(batches)
 
     def release(self) -> None:
-        super().release()
         self._sum = None
 
     @property

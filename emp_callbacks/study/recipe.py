@@ -173,6 +173,17 @@ class Recipe(_EmpCLI):
         with _without_notices():
             super().instantiate_classes()
 
+    def build_bare(self, **trainer_settings: Any) -> list[pl.Callback]:
+        """Make a fresh `model`, `datamodule` and a `trainer` without callbacks; return those of the recipe."""
+        own: list[pl.Callback] = []
+
+        def take(callbacks: list[pl.Callback]) -> list[pl.Callback]:
+            own.extend(callbacks)
+            return []
+
+        self.build(take, **trainer_settings)
+        return own
+
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         callbacks = self._edit_callbacks(_as_list(self.config_init.trainer.callbacks))
         return super().instantiate_trainer(**{**kwargs, **self._trainer_settings, "callbacks": callbacks})

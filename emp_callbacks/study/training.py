@@ -27,7 +27,7 @@ from emp_callbacks.criteria import make_criterion
 from emp_callbacks.integrations.lightning import TRAJECTORY_FILE, EMPCallback
 from emp_callbacks.pruner import EMPPruner
 from emp_callbacks.study.recipe import Recipe
-from emp_callbacks.study.training_loss import training_loss
+from emp_callbacks.study.training_loss import show_batches
 from emp_callbacks.targets.weights import prunable_weights
 from emp_callbacks.trajectory import PruneEvent
 
@@ -122,16 +122,16 @@ class Training:
         _check_automatic(self.model)
         strategy, precision = self.trainer.strategy, self.trainer.precision_plugin
         self.model.to(strategy.root_device).eval()
-        gradients = needs == "gradients"
-        with isolate_rng(), _unlogged(self.model), torch.set_grad_enabled(gradients):
+        with isolate_rng(), _unlogged(self.model):
             pl.seed_everything(self._seed, workers=True, verbose=False)
-            for index, batch in enumerate(islice(self.data.train_dataloader(), config.evidence_steps)):
-                with precision.train_step_context():
-                    loss = training_loss(self.model, strategy.batch_to_device(precision.convert_input(batch)), index)
-                if gradients:
-                    loss.backward()
-                    pruner.collect()
-                    self.model.zero_grad()
+            batches = islice(self.data.train_dataloader(), config.evidence_steps)
+            show_batches(
+                pruner,
+                self.model,
+                (strategy.batch_to_device(precision.convert_input(batch)) for batch in batches),
+                gradients=needs == "gradients",
+                step_context=precision.train_step_context,
+            )
 
     def record(self, pruner: EMPPruner | None = None) -> dict[str, Any]:
         """Test the current weights and return the run's record, with everything measured on them.
@@ -176,15 +176,8 @@ def recipe_config(recipe: Recipe) -> EMPConfig:
     Raises:
         ValueError: The recipe has several EMPCallbacks.
     """
-    callbacks: list[pl.Callback] = []
-
-    def without_callbacks(own: list[pl.Callback]) -> list[pl.Callback]:
-        callbacks.extend(own)
-        return []
-
     with isolate_rng(), _quiet():
-        recipe.build(without_callbacks, logger=False, enable_checkpointing=False)
-    return _config_of(callbacks)
+        return _config_of(recipe.build_bare(logger=False, enable_checkpointing=False))
 
 
 def _config_of(callbacks: Sequence[pl.Callback]) -> EMPConfig:
