@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from emp_callbacks.assembly import DynamicSite
 from emp_callbacks.core.bounds import mass_bound
+from emp_callbacks.core.chunks import chunks, count_true
 from emp_callbacks.core.effective_number import keep_count
 from emp_callbacks.core.packing import pack_bits
 from emp_callbacks.core.selection import kept_mass
@@ -23,49 +24,52 @@ from emp_callbacks.trajectory import LayerStats, PruneEvent
 class MaskCounts(NamedTuple):
     """Sums over one layer, on all ranks.
 
-    `kept`, `flipped` and `regrown` count components; `kept_mass` and `mass` are in units of the score.
+    `kept`, `flipped` and `regrown` count components; `kept_mass` is in units of the score.
     """
 
     kept: float
     kept_mass: float
-    mass: float
     flipped: float
     regrown: float
 
 
-def count_masks(
-    layers: Sequence[Layer], scored: Sequence[Scored], masks: Sequence[Tensor], ranks: Ranks
-) -> list[MaskCounts]:
-    """Return the counts of every layer's new mask, against its scores and its old mask. Collective."""
-    rows = []
-    for layer, (span, scores), mask in zip(layers, scored, masks, strict=True):
-        part = span.counted
-        new, flat = mask.reshape(-1)[part], scores.reshape(-1)[part]
-        old = layer.mask_or_ones.reshape(-1)[part]
-        mass = kept_mass(flat, torch.ones_like(new))
-        flipped, regrown = int((new != old).sum()), int((new & ~old).sum())
-        rows.append([int(new.sum()), kept_mass(flat, new), mass, flipped, regrown])
-    return [MaskCounts(*row) for row in ranks.all_sum(torch.tensor(rows, dtype=torch.float64)).tolist()]
+def count_mask(layer: Layer, scored: Scored, mask: Tensor) -> Tensor:
+    """Return what this rank counts for MaskCounts of a layer's new mask, which it does not have yet, shape (4,)."""
+    part = scored.span.counted
+    new, old = mask.reshape(-1)[part], None if layer.mask is None else layer.mask.reshape(-1)[part]
+    kept = count_true(new)
+    if old is None:  # all were kept
+        flipped, regrown = new.numel() - kept, torch.zeros_like(kept)
+    else:
+        flipped = sum((count_true(new[at] ^ old[at]) for at in chunks(new)), torch.zeros_like(kept))
+        regrown = (flipped + kept - count_true(old)) // 2  # flipped are those regrown and those dropped
+    mass = kept_mass(scored.scores.reshape(-1)[part], new)
+    return torch.stack([kept.double(), mass, flipped.double(), regrown.double()])
 
 
 def check_ranks_agree(
-    decisions: Sequence[Decision], masks: Sequence[Tensor], layers: Sequence[Layer], ranks: Ranks, step: int
+    decisions: Sequence[Decision],
+    new_mask: Callable[[Decision, int], Tensor],
+    layers: Sequence[Layer],
+    ranks: Ranks,
+    step: int,
 ) -> None:
     """Raise unless every rank came to the same masks: by their bits where all hold them, else by what decides them.
 
-    Collective.
+    Collective. Makes one mask at a time.
 
     Raises:
         RuntimeError: Names the layer and the ranks; no mask was changed.
     """
     if ranks.world_size == 1:
         return
-    own = []
-    of_decision = {i: decision.digest for decision in decisions for i in decision.members}
-    for i, (layer, mask) in enumerate(zip(layers, masks, strict=True)):
-        bits = zlib.crc32(pack_bits(mask).numpy().tobytes()) if layer.span.replicated else 0
-        own.append(bits ^ of_decision[i])
-    for layer, column in zip(layers, ranks.from_all(torch.tensor(own)).unbind(1), strict=True):
+    own = torch.zeros(len(layers), dtype=torch.int64)
+    for decision in decisions:
+        for i in decision.members:
+            replicated = layers[i].span.replicated
+            bits = zlib.crc32(pack_bits(new_mask(decision, i)).numpy().tobytes()) if replicated else 0
+            own[i] = bits ^ decision.digest
+    for layer, column in zip(layers, ranks.from_all(own).unbind(1), strict=True):
         differ = (column != column[0]).nonzero().flatten().tolist()
         if differ:
             raise RuntimeError(
@@ -91,12 +95,12 @@ def prune_event(
         LayerStats(
             name=scored[i].span.name,
             n=scored[i].span.size,
-            n_eff=n_eff,
+            n_eff=sums.n_eff,
             keep=int(counts[i].kept),
             density=counts[i].kept / scored[i].span.size,
-            preserved_mass=_share(counts[i].kept_mass, counts[i].mass),
+            preserved_mass=_share(counts[i].kept_mass, sums.mass),
         )
-        for i, n_eff in zip(decision.members, decision.layer_n_eff, strict=True)
+        for i, sums in zip(decision.members, decision.layer_sums, strict=True)
     )
     keep = int(sum(count.kept for count in own))
     return PruneEvent(
@@ -108,7 +112,7 @@ def prune_event(
         keep=keep,
         threshold=decision.threshold,
         density=keep / decision.n,
-        preserved_mass=_share(sum(count.kept_mass for count in own), sum(count.mass for count in own)),
+        preserved_mass=_share(sum(count.kept_mass for count in own), sum(sums.mass for sums in decision.layer_sums)),
         mass_bound=_bound(decision, keep, common),
         churn=sum(count.flipped for count in own) / decision.n,
         regrown=int(sum(count.regrown for count in own)),
@@ -187,4 +191,4 @@ def _bound(decision: Decision, keep: int, common: dict[str, Any]) -> float | Non
 
 
 def _share(part: float, whole: float) -> float:
-    return part / whole if whole else 1.0
+    return min(part / whole, 1.0) if whole else 1.0  # two sums of all scores can differ by rounding

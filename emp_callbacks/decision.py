@@ -12,15 +12,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from emp_callbacks.core.effective_number import ScoreMoments, effective_numbers, keep_counts, score_moments
-from emp_callbacks.core.row_selection import top_rows, top_rows_sharded
-from emp_callbacks.core.selection import (
-    ScoredPart,
-    Threshold,
-    find_threshold,
+from emp_callbacks.core.chunks import gather_rows
+from emp_callbacks.core.effective_number import (
+    ScoreMoments,
+    effective_numbers,
+    keep_counts,
     key_dtype,
+    score_moments,
 )
+from emp_callbacks.core.row_selection import find_rows, row_sums, top_rows
+from emp_callbacks.core.selection import ScoredPart, Threshold, find_threshold, local_sum
 from emp_callbacks.layer import Ranks
+from emp_callbacks.row_layout import row_layout
 from emp_callbacks.segment import Span
 
 
@@ -71,6 +74,13 @@ class KeepRule:
         return keep_counts(wanted, nonzero, beta, least).masked_fill(nonzero == 0, size)
 
 
+class LayerSums(NamedTuple):
+    """N_eff of one layer's scores, in components, and their mass, in units of the score; over all ranks."""
+
+    n_eff: float
+    mass: float
+
+
 @dataclass(frozen=True)
 class Decision:
     """What one group keeps.
@@ -82,7 +92,7 @@ class Decision:
         n_eff: Effective number, in components; with `scope="row"` the sum over rows.
         keep: Keep count, with `scope="row"` the sum over rows.
         threshold: Lowest kept score.
-        layer_n_eff: Each member's own N_eff, in components.
+        layer_sums: Each member's own.
         digest: Of what decides the masks; every rank must have the same.
         note: What was out of the ordinary; empty if nothing.
         is_top: Whether exactly the `keep` highest are kept; False where a layer's guard changed that.
@@ -95,7 +105,7 @@ class Decision:
     n_eff: float
     keep: int
     threshold: float
-    layer_n_eff: tuple[float, ...]
+    layer_sums: tuple[LayerSums, ...]
     digest: int
     note: str
     is_top: bool
@@ -116,22 +126,19 @@ def decide(layers: Sequence[Scored], scope: str, rule: KeepRule, ranks: Ranks, s
         FloatingPointError: A score is NaN or Inf, on any rank; names layer, step and ranks.
     """
     moments = _layer_moments(layers, ranks, step)
-    layer_n_eff = effective_numbers(moments).tolist()
+    own = [LayerSums(*sums) for sums in torch.stack([effective_numbers(moments), moments.total], 1).tolist()]
     if scope == "row":
-        return [_decide_rows(i, layer, rule, layer_n_eff[i], ranks) for i, layer in enumerate(layers)]
+        return [_decide_rows(i, layer, rule, own[i], ranks) for i, layer in enumerate(layers)]
     if scope == "global":
         everything = tuple(range(len(layers)))
-        return [_decide_pooled("global", everything, layers, moments.sum(), layer_n_eff, rule, ranks)]
-    own = [ScoreMoments.unstack(row[None]) for row in moments.stack()]
-    return [
-        _decide_pooled(layer.span.name, (i,), layers, own[i], layer_n_eff, rule, ranks)
-        for i, layer in enumerate(layers)
-    ]
+        return [_decide_pooled("global", everything, layers, moments.sum(), own, rule, ranks)]
+    alone = [ScoreMoments.unstack(row[None]) for row in moments.stack()]
+    return [_decide_pooled(layer.span.name, (i,), layers, alone[i], own, rule, ranks) for i, layer in enumerate(layers)]
 
 
 def _layer_moments(layers: Sequence[Scored], ranks: Ranks, step: int) -> ScoreMoments:
     """Return the moments of each layer, shape (L,), over all ranks. Collective."""
-    local = torch.cat([score_moments(layer.counted.scores[None]).stack().cpu() for layer in layers])
+    local = gather_rows([score_moments(layer.counted.scores[None]).stack()[0] for layer in layers])
     sums = ranks.all_sum(local)
     broken = ~torch.isfinite(sums[:, 0])
     if bool(broken.any()):
@@ -152,7 +159,7 @@ def _decide_pooled(
     members: tuple[int, ...],
     layers: Sequence[Scored],
     moments: ScoreMoments,
-    layer_n_eff: list[float],
+    layer_sums: list[LayerSums],
     rule: KeepRule,
     ranks: Ranks,
 ) -> Decision:
@@ -163,7 +170,7 @@ def _decide_pooled(
         size += layers[i].span.size
     n_eff = effective_numbers(moments)
     keep = int(rule.counts(n_eff, size, moments.nonzero)[0])
-    own = tuple(layer_n_eff[i] for i in members)
+    own = tuple(layer_sums[i] for i in members)
     if not int(moments.nonzero[0]):
         note = "every score is 0: no information, everything is kept"
         return Decision(group, members, size, 0.0, size, 0.0, own, 0, note, False, lambda i: _all_kept(layers[i]))
@@ -221,72 +228,29 @@ def _all_kept(layer: Scored) -> Tensor:
     return torch.ones_like(layer.scores, dtype=torch.bool)
 
 
-def _decide_rows(member: int, layer: Scored, rule: KeepRule, layer_n_eff: float, ranks: Ranks) -> Decision:
+def _decide_rows(member: int, layer: Scored, rule: KeepRule, layer_sums: LayerSums, ranks: Ranks) -> Decision:
     """Decide on each output unit of one parameter by itself. Collective where the parameter is sharded."""
-    span = layer.span
-    decide_rows = _whole_rows if span.replicated else _sharded_rows
-    rows = decide_rows(layer, rule, ranks)
-    silent = int((rows.moments.nonzero == 0).sum())
+    span, scores = layer.span, layer.scores.reshape(-1)
+    all_sum = local_sum if span.replicated else ranks.all_sum  # replicated: every rank reads the same
+    layout = row_layout(span, scores, slice(0, scores.numel()))
+    counted = layout.parts if span.replicated else row_layout(span, scores, span.counted).parts
+    units = span.shape[span.output_dim]
+    moments = ScoreMoments.unstack(all_sum(row_sums(counted, units)))
+    n_eff = effective_numbers(moments)
+    keep = rule.counts(n_eff, span.size // units, moments.nonzero)
+    thresholds = find_rows(counted, keep, moments, span.size // units, scores.dtype, all_sum)
+    lowest = torch.tensor([min(thresholds.lowest_kept(part) for part in layout.parts)], dtype=torch.float64)
+    silent = int((moments.nonzero == 0).sum())
     return Decision(
         group=span.name,
         members=(member,),
         n=span.size,
-        n_eff=float(rows.n_eff.sum()),
-        keep=int(rows.keep.sum()),
-        threshold=rows.threshold,
-        layer_n_eff=(layer_n_eff,),
-        digest=zlib.crc32(rows.keep.numpy().tobytes()),
+        n_eff=float(n_eff.sum()),
+        keep=int(keep.sum()),
+        threshold=float(lowest if span.replicated else ranks.from_all(lowest).min()),
+        layer_sums=(layer_sums,),
+        digest=zlib.crc32(keep.numpy().tobytes()),
         note=f"{silent} rows whose scores are all 0 are kept whole" if silent else "",
         is_top=False,
-        mask=lambda _: rows.mask,
+        mask=lambda _: layout.flat([thresholds.mask(part) for part in layout.parts]).view(layer.scores.shape),
     )
-
-
-class _Rows(NamedTuple):
-    """What is kept of the G rows of one parameter; `mask` has the layout of its scores."""
-
-    moments: ScoreMoments
-    n_eff: Tensor
-    keep: Tensor
-    threshold: float
-    mask: Tensor
-
-
-def _whole_rows(layer: Scored, rule: KeepRule, ranks: Ranks) -> _Rows:  # noqa: ARG001
-    """Every rank reads the whole parameter, and reads the same."""
-    dim = layer.span.output_dim
-    moved = layer.scores.movedim(dim, 0)
-    rows = moved.reshape(moved.shape[0], -1)
-    moments = ScoreMoments.unstack(score_moments(rows).stack().cpu())
-    n_eff = effective_numbers(moments)
-    keep = rule.counts(n_eff, rows.shape[1], moments.nonzero)
-    mask = top_rows(rows, keep)
-    threshold = float(rows.detach().double().abs().masked_fill(~mask, torch.inf).min())
-    return _Rows(moments, n_eff, keep, threshold, mask.view(moved.shape).movedim(0, dim).contiguous())
-
-
-def _sharded_rows(layer: Scored, rule: KeepRule, ranks: Ranks) -> _Rows:
-    """Rows begin on one rank and end on another: their sums and counts are reduced. Collective."""
-    span, scores = layer.span, layer.scores.reshape(-1)
-    units = span.shape[span.output_dim]
-    row, column = _row_and_column(span, scores)
-    wide = scores.detach().double().abs()
-    sums = torch.zeros(units, 3, dtype=torch.float64, device=scores.device)
-    part = span.counted
-    sums.index_add_(0, row[part], torch.stack([wide, wide.square(), (wide > 0).double()], dim=1)[part])
-    moments = ScoreMoments.unstack(ranks.all_sum(sums.cpu()))
-    n_eff = effective_numbers(moments)
-    keep = rule.counts(n_eff, span.size // units, moments.nonzero)
-    mask, key = top_rows_sharded(scores, row, column, keep, ranks.all_sum)
-    lowest = Threshold(int(key.min()), 0, key_dtype([scores.dtype])).value
-    return _Rows(moments, n_eff, keep, lowest, mask)
-
-
-def _row_and_column(span: Span, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Return for each component of a span its output unit and its place among the unit's components."""
-    count, device = scores.numel(), scores.device
-    at = span.positions
-    flat = torch.arange(at, at + count, device=device) if isinstance(at, int) else at.to(device)
-    inner = math.prod(span.shape[span.output_dim + 1 :])
-    units = span.shape[span.output_dim]
-    return (flat // inner) % units, flat // (inner * units) * inner + flat % inner

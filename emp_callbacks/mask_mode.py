@@ -10,6 +10,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from emp_callbacks.core.masked_values import put_pruned, take_pruned, zero_pruned
 from emp_callbacks.segment import Segment
 
 
@@ -46,14 +47,13 @@ class MaskedWeight:
     def hide(self) -> None:
         """Move the pruned values from the parameter into the stash and leave zeros; twice is once."""
         if self.mask is not None and self.stash is None:
-            pruned = ~self.mask
-            self.stash = self.weight.masked_select(pruned)
-            self.weight.masked_fill_(pruned, 0)
+            self.stash = take_pruned(self.weight, self.mask)
+            zero_pruned(self.weight, self.mask)
 
     def unhide(self) -> None:
         """Move the stashed values back into the parameter; twice is once."""
         if self.mask is not None and self.stash is not None:
-            self.weight.masked_scatter_(~self.mask, self.stash)
+            put_pruned(self.weight, self.mask, self.stash)
             self.stash = None
 
 
@@ -122,7 +122,7 @@ class Feedback(MaskMode):
 
     def restore(self, weight: MaskedWeight) -> None:
         if weight.mask is not None:
-            weight.weight.masked_fill_(~weight.mask, 0)
+            zero_pruned(weight.weight, weight.mask)
 
 
 @final
@@ -134,7 +134,8 @@ class Project(MaskMode):
 
     def install(self, weight: MaskedWeight, mask: Tensor, states: Iterable[Tensor]) -> None:
         weight.mask = mask
-        _zero_pruned(mask, [weight.weight, *states])
+        for values in (weight.weight, *states):
+            zero_pruned(values, mask)
 
     def restore(self, weight: MaskedWeight) -> None:
         """Nothing: what has grown since the refresh is part of the checkpoint's weights."""
@@ -157,12 +158,13 @@ class Freeze(MaskMode):
 
     def install(self, weight: MaskedWeight, mask: Tensor, states: Iterable[Tensor]) -> None:
         weight.mask = mask
-        _zero_pruned(mask, [weight.weight, *states])
+        for values in (weight.weight, *states):
+            zero_pruned(values, mask)
         self.mask_gradient(weight)
 
     def after_update(self, weight: MaskedWeight) -> None:
         if weight.mask is not None:
-            weight.weight.mul_(weight.mask)
+            zero_pruned(weight.weight, weight.mask)
 
     def restore(self, weight: MaskedWeight) -> None:
         self.after_update(weight)
@@ -173,7 +175,7 @@ class Freeze(MaskMode):
     def mask_gradient(self, weight: MaskedWeight) -> None:
         gradient = weight.segment.gradient
         if weight.mask is not None and gradient is not None:
-            gradient.masked_fill_(~weight.mask, 0)
+            zero_pruned(gradient, weight.mask)
 
 
 @final
@@ -187,12 +189,6 @@ class Observe(MaskMode):
 
     def restore(self, weight: MaskedWeight) -> None:
         """Nothing to do: the weights are never touched."""
-
-
-def _zero_pruned(mask: Tensor, tensors: Iterable[Tensor]) -> None:
-    pruned = ~mask
-    for values in tensors:
-        values.masked_fill_(pruned, 0)  # not mul_: 0 * inf is nan
 
 
 MASK_MODES: dict[str, type[MaskMode]] = {"feedback": Feedback, "project": Project, "freeze": Freeze}

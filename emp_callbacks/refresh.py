@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emp_callbacks.accounting import check_ranks_agree, count_masks, dynamic_event, prune_event
+from emp_callbacks.accounting import MaskCounts, check_ranks_agree, count_mask, dynamic_event, prune_event
 from emp_callbacks.assembly import DynamicSite
 from emp_callbacks.backends import Backend
+from emp_callbacks.core.chunks import gather_rows
 from emp_callbacks.criteria import Criterion
-from emp_callbacks.decision import KeepRule, Scored, decide
+from emp_callbacks.decision import Decision, KeepRule, Scored, decide
 from emp_callbacks.layer import Layer
 from emp_callbacks.mask_mode import MaskMode
 from emp_callbacks.trajectory import PruneEvent
@@ -46,12 +47,21 @@ def refresh_masks(
     visible = [_visible(values, layer, criterion, mode) for values, layer in zip(scores, layers, strict=True)]
     scored = [Scored(layer.span, values) for layer, values in zip(layers, visible, strict=True)]
     decisions = decide(scored, common["scope"], rule, backend, common["step"])
-    masks = [mode.merge(layers[i].mask, decision.mask(i)) for decision in decisions for i in decision.members]
-    check_ranks_agree(decisions, masks, layers, backend, common["step"])
-    counts = count_masks(layers, scored, masks, backend)
-    for layer, mask in zip(layers, masks, strict=True):
-        for weight, part in zip(layer.weights, layer.put_mask(mask), strict=True):
-            mode.install(weight, part, backend.optimizer_states(weight.segment))
+
+    def new_mask(decision: Decision, i: int) -> Tensor:
+        return mode.merge(layers[i].mask, decision.mask(i))
+
+    check_ranks_agree(decisions, new_mask, layers, backend, common["step"])
+    # From here on nothing can fail. One layer after the other, so that no second mask of the whole model is held.
+    rows = {}
+    for decision in decisions:
+        for i in decision.members:
+            mask = new_mask(decision, i)
+            rows[i] = count_mask(layers[i], scored[i], mask)
+            for weight, part in zip(layers[i].weights, layers[i].put_mask(mask), strict=True):
+                mode.install(weight, part, backend.optimizer_states(weight.segment))
+    sums = backend.all_sum(gather_rows([rows[i] for i in range(len(layers))]))
+    counts = [MaskCounts(*row) for row in sums.tolist()]
     return [prune_event(decision, scored, counts, common) for decision in decisions]
 
 

@@ -1,83 +1,371 @@
-"""The highest scores of every row of a matrix, each row its own group, without a Python loop over rows."""
+"""The highest scores of every row of a matrix, each row its own group, without a Python loop over rows.
+
+Few rows that lie whole on one device are sorted. Of many, or spread over ranks, the lowest kept score is searched for:
+counts of the scores that reach a probe narrow a bracket, for all rows at once, until it parts exactly the wanted
+number from the rest. What is counted are integers, so the answer does not depend on where the scores lie.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from emp_callbacks.core.effective_number import CHUNK
-from emp_callbacks.core.selection import AllSum, key_dtype, longest_in_bits, score_bits
+from emp_callbacks.core.chunks import chunk_length, gather_rows
+from emp_callbacks.core.effective_number import ScoreMoments, key_dtype, score_moments
+from emp_callbacks.core.selection import AllSum, local_sum
+
+FEW = 1 << 17  # scores that are sorted rather than searched
+BLOCK = 1 << 22  # scores that are searched at a time: 16 MiB of float32
+INTERPOLATIONS = 10  # probes after which every second one halves the bracket, which ends for any scores
+# Of normal scores EMP keeps those above 0.6 times their mean, and there a threshold higher by its own size would keep
+# a third of all scores less. For others this is only a first guess.
+GUESS, SLOPE = 0.6, 0.35
+ALL_TIES = torch.iinfo(torch.int64).max
+INTEGERS = {
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
+
+
+class RowPart(NamedTuple):
+    """Scores of some rows, or of pieces of them.
+
+    Attributes:
+        scores: Shape (A, R, B), floating, either sign: of each of R rows, A pieces of B scores.
+        rows: Index of each row, shape (R,), int64, ascending, on the CPU.
+        columns: Place of each score in its row, int64, broadcastable to the scores.
+    """
+
+    scores: Tensor
+    rows: Tensor
+    columns: Tensor
+
+
+def whole_rows(scores_gn: Tensor) -> RowPart:
+    """Return all rows of a matrix as one part."""
+    columns = torch.arange(scores_gn.shape[1], device=scores_gn.device)
+    return RowPart(scores_gn.detach()[None], torch.arange(len(scores_gn)), columns[None, None])
+
+
+@dataclass(frozen=True)
+class RowThresholds:
+    """The rule "keep above `value`, and of the scores equal to it the columns up to `last_tie`", for each row.
+
+    Attributes:
+        value: Shape (G,), in the scores' dtype: at most the lowest kept score, above all that are not kept. -inf
+            keeps the whole row, also NaN.
+        last_tie: Shape (G,), int64.
+    """
+
+    value: Tensor
+    last_tie: Tensor
+
+    def mask(self, part: RowPart) -> Tensor:
+        """Return the mask of a part of the rows, shape (A, R, B), bool, True = kept."""
+        rows, device = part.rows.to(self.value.device), part.scores.device
+        value, last_tie = self.value[rows].to(device), self.last_tie[rows].to(device)
+        kept = torch.empty(part.scores.shape, dtype=torch.bool, device=device)
+        for at, magnitude in _magnitudes(part.scores):
+            # Not below: that keeps NaN where all is kept.
+            below = torch.lt(magnitude, value[at[1], None], out=magnitude)
+            kept[at].copy_(below).logical_not_()
+        tied = last_tie < ALL_TIES
+        if device.type != "cpu" or bool(tied.any()):  # an accelerator is not waited for
+            for at, magnitude in _magnitudes(part.scores):
+                surplus = part.columns.expand(kept.shape)[at] > last_tie[at[1], None]
+                kept[at] &= ~(surplus.logical_and_(magnitude == value[at[1], None]))
+        return kept
+
+    def lowest_kept(self, part: RowPart) -> float:
+        """Return the lowest kept score of a part of the rows; if there is none, a number above all scores."""
+        value = self.value[part.rows].to(part.scores.device)
+        lowest = [torch.full((), torch.inf, dtype=key_dtype([value.dtype]), device=value.device)]
+        dtype = key_dtype([part.scores.dtype])
+        for (at, magnitude), (_, below) in zip(_magnitudes(part.scores), _pieces(part.scores, dtype), strict=True):
+            torch.lt(magnitude, value[at[1], None], out=below)
+            lowest.append(
+                magnitude.add_(below, alpha=torch.finfo(dtype).max).amin()
+            )  # masked_fill takes six times as long
+        return float(gather_rows(lowest).min())
+
+
+def row_sums(parts: Sequence[RowPart], rows: int) -> Tensor:
+    """Return the moments of each row over some parts of them, stacked, shape (rows, 3), float64, on the CPU."""
+    sums = torch.zeros(rows, 3, dtype=torch.float64)
+    for part in parts:
+        own = torch.zeros(len(part.rows), 3, dtype=torch.float64, device=part.scores.device)
+        wide_pieces = _pieces(part.scores, torch.float64)
+        for (at, magnitude), (_, wide) in zip(_magnitudes(part.scores), wide_pieces, strict=True):
+            own[at[1], 0] += wide.copy_(magnitude).sum((0, 2))
+            own[at[1], 1] += wide.square_().sum((0, 2))
+            own[at[1], 2] += torch.gt(magnitude, 0, out=magnitude).sum((0, 2))
+        sums.index_add_(0, part.rows, own.cpu())
+    return sums
 
 
 def top_rows(scores_gn: Tensor, keep_g: Tensor) -> Tensor:
     """Return the mask of the keep_g[g] highest scores of each row, ties by lowest index.
 
     Args:
-        scores_gn: Shape (G, N), any floating dtype, either sign.
+        scores_gn: Shape (G, N), any floating dtype, either sign. A row with NaN or Inf must be kept whole.
         keep_g: Shape (G,), int64, each in [0, N].
 
     Returns:
         Shape (G, N), bool, True = kept.
     """
-    rows = max(1, CHUNK // max(1, scores_gn.shape[1]))
-    blocks = zip(torch.split(scores_gn, rows), torch.split(keep_g.to(scores_gn.device), rows), strict=True)
-    return torch.cat([_top_rows_block(block, keep) for block, keep in blocks])
+    rows = whole_rows(scores_gn)
+    return find_whole_rows(scores_gn, keep_g).mask(rows)[0]
 
 
-def _top_rows_block(scores_gn: Tensor, keep_g: Tensor) -> Tensor:
-    dtype = key_dtype([scores_gn.dtype])
-    bits = score_bits(scores_gn, dtype)
-    keep = keep_g[:, None]
-    key = torch.zeros_like(keep)
-    # Bisection over the bit pattern: the largest key that at least `keep` scores of the row reach.
-    for bit in reversed(range(63 if dtype == torch.float64 else 31)):
-        candidate = key | (1 << bit)
-        reached = (bits >= candidate).sum(1, keepdim=True) >= keep
-        key = torch.where(reached, candidate, key)
-    above = bits > key
-    ties = bits == key
-    return above | (ties & (ties.cumsum(1) <= keep - above.sum(1, keepdim=True)))
-
-
-def top_rows_sharded(
-    scores_n: Tensor, row_n: Tensor, column_n: Tensor, keep_g: Tensor, all_sum: AllSum
-) -> tuple[Tensor, Tensor]:
-    """Return what `top_rows` would, for rows that are spread over ranks. Collective.
+def find_whole_rows(scores_gn: Tensor, keep_g: Tensor, moments: ScoreMoments | None = None) -> RowThresholds:
+    """Return the thresholds that keep exactly the keep_g[g] highest scores of each row of a matrix.
 
     Args:
-        scores_n: This rank's part, flat, shape (n,), floating, either sign; may be empty.
-        row_n: Row of each element, shape (n,), int64, in [0, G).
-        column_n: Index of each element within its row, shape (n,), int64.
-        keep_g: Shape (G,), int64, on the CPU, the same on every rank.
-        all_sum: Returns the sum of an int64 tensor over all ranks.
-
-    Returns:
-        The mask, shape (n,), bool, and the bit pattern of each row's lowest kept score, shape (G,), int64.
+        scores_gn: As for `top_rows`.
+        keep_g: As for `top_rows`.
+        moments: Of each row, where they are known already.
     """
-    dtype = key_dtype([scores_n.dtype])
-    bits = score_bits(scores_n, dtype).long()
-
-    def count(chosen: Tensor) -> Tensor:
-        return all_sum(torch.bincount(row_n[chosen], minlength=keep_g.numel()).cpu())
-
-    key = _largest_per_row(63 if dtype == torch.float64 else 31, lambda at: count(bits >= at[row_n]) >= keep_g, keep_g)
-    above, ties = bits > key[row_n], bits == key[row_n]
-    need = keep_g - count(above)
-    cut = torch.full_like(key, torch.iinfo(torch.int64).max)
-    if bool((count(ties) != need).any()):
-        width = longest_in_bits(int(column_n.max()) + 1 if column_n.numel() else 0, all_sum)
-        # the highest column that fewer than `need` ties lie below: the need-th tie itself
-        cut = _largest_per_row(width, lambda at: count(ties & (column_n < at[row_n])) < need, keep_g)
-        cut = cut.masked_fill(need == 0, -1)
-    return above | (ties & (column_n <= cut.to(column_n.device)[row_n])), key
+    if scores_gn.device.type != "cpu" or scores_gn.numel() <= FEW:
+        return _sort_rows(scores_gn.detach(), keep_g.to(scores_gn.device))
+    moments = moments or score_moments(scores_gn)
+    return find_rows([whole_rows(scores_gn)], keep_g, moments, scores_gn.shape[1], scores_gn.dtype)
 
 
-def _largest_per_row(width: int, holds: Callable[[Tensor], Tensor], like_g: Tensor) -> Tensor:
-    """Return for each row the largest number of `width` bits for which `holds`, a falling condition, is true."""
-    found = torch.zeros_like(like_g)
-    for bit in reversed(range(width)):
+def _sort_rows(scores_gn: Tensor, keep_g: Tensor) -> RowThresholds:
+    size, found = scores_gn.shape[1], []
+    rows = max(1, chunk_length(scores_gn.device) // max(1, size))
+    for scores, keep in zip(torch.split(scores_gn, rows), torch.split(keep_g[:, None], rows), strict=True):
+        ordered = scores.abs().sort(dim=1, descending=True, stable=True)
+        last = (keep - 1).clamp(min=0)
+        value, column = ordered.values.gather(1, last), ordered.indices.gather(1, last)
+        following = ordered.values.gather(1, keep.clamp(max=size - 1))
+        last_tie = torch.where(following == value, column, ALL_TIES)
+        found.append((_extremes(value, keep, size), last_tie.masked_fill(keep == size, ALL_TIES)))
+    return RowThresholds(*(torch.cat(values).squeeze(1) for values in zip(*found, strict=True)))
+
+
+def _extremes(value: Tensor, keep: Tensor, size: int) -> Tensor:
+    return value.masked_fill(keep == 0, torch.inf).masked_fill(keep == size, -torch.inf)
+
+
+def find_rows(
+    parts: Sequence[RowPart],
+    keep_g: Tensor,
+    moments: ScoreMoments,
+    size: int,
+    dtype: torch.dtype,
+    all_sum: AllSum = local_sum,
+) -> RowThresholds:
+    """Return the thresholds that keep exactly the keep_g[g] highest scores of each row. Collective through `all_sum`.
+
+    Args:
+        parts: What this rank counts of the rows, each of the same dtype; over all ranks they cover the rows once.
+        keep_g: Shape (G,), int64, each in [0, size], on the CPU.
+        moments: Of each row, shape (G,), on the CPU.
+        size: Scores in a row.
+        dtype: Of the scores; the same on every rank.
+        all_sum: Returns the sum of a tensor over all ranks.
+    """
+    sums = moments.stack()
+    found = [
+        _search(parts, rows, keep_g[rows], ScoreMoments.unstack(sums[rows]), size, dtype, all_sum)
+        for rows in torch.split(torch.arange(len(keep_g)), max(1, BLOCK // max(1, size)))
+    ]
+    return RowThresholds(*(torch.cat(values) for values in zip(*found, strict=True)))
+
+
+def _search(
+    parts: Sequence[RowPart],
+    rows: Tensor,
+    keep: Tensor,
+    moments: ScoreMoments,
+    size: int,
+    dtype: torch.dtype,
+    all_sum: AllSum,
+) -> tuple[Tensor, Tensor]:
+    """Return the value and the last tie of some rows. Collective."""
+    searched = [_Searched(part, rows) for part in parts]
+    brackets = _Brackets(keep, moments, size, dtype)
+    for i in itertools.count():
+        is_open = brackets.is_open
+        if not bool(is_open.any()):
+            break
+        if int(is_open.sum()) < 0.75 * max(len(part.rows) for part in searched):
+            for part in searched:
+                part.keep_only(is_open)
+        probe = brackets.probe(i)
+        brackets.narrow(probe, all_sum(_sum(len(rows), [part.count_reaching(probe) for part in searched])))
+    last_tie = torch.full_like(keep, ALL_TIES)
+    tied = brackets.is_tied.nonzero().squeeze(1)
+    if len(tied):
+        need = (keep - brackets.reach_high)[tied]
+        last_tie[tied] = _last_ties(parts, rows[tied], brackets.low[tied], need, size, all_sum)
+    return _extremes(brackets.low, keep, size), last_tie
+
+
+class _Brackets:
+    """Two values for each of some rows, between which the lowest kept score lies.
+
+    Attributes:
+        low: Shape (rows,), reached by at least as many scores as wanted.
+        high: Shape (rows,), reached by fewer; at first above the l2 norm, which no score exceeds.
+        reach_low: How many reach `low`, float64.
+        reach_high: How many reach `high`, float64.
+    """
+
+    def __init__(self, keep: Tensor, moments: ScoreMoments, size: int, dtype: torch.dtype) -> None:
+        self._keep, self._size = keep.double(), size
+        self._all_or_none = (keep == 0) | (keep == size)
+        self._last = GUESS * moments.total / size
+        self._surplus = torch.zeros_like(self._keep)
+        self.low, self.high = torch.zeros(len(keep), dtype=dtype), (1.01 * moments.total_sq.sqrt()).to(dtype)
+        self.reach_low, self.reach_high = torch.full_like(self._keep, size), torch.zeros_like(self._keep)
+
+    @property
+    def is_open(self) -> Tensor:
+        """Whether a row is still to be searched, shape (rows,), bool."""
+        return (self.reach_low != self._keep) & (_bits(self.high) - _bits(self.low) > 1) & ~self._all_or_none
+
+    @property
+    def is_tied(self) -> Tensor:
+        """Whether more scores than wanted equal the lowest kept one, in rows that are not open."""
+        return (self.reach_low != self._keep) & ~self._all_or_none
+
+    def probe(self, i: int) -> Tensor:
+        """Return the i-th value to try in each row, between `low` and `high`."""
+        low, high = _bits(self.low), _bits(self.high)
+        if i > INTERPOLATIONS and i % 2:
+            return _value(low + (high - low) // 2, self.low.dtype)
+        if i == 1:  # across to the other side, as far as normal scores ask for and chance may add
+            step = 1.3 * self._surplus / self._size / SLOPE + 0.5 * self._surplus.sign() / math.sqrt(self._size)
+            self._last = self._last * (1 + step).clamp(min=0.1)
+        elif i > 1:
+            self._last = self._between()
+        return _value(_bits(self._last.to(self.low.dtype)).clamp(min=low + 1, max=high - 1), self.low.dtype)
+
+    def _between(self) -> Tensor:
+        """Return where the lowest kept score is expected, and a little beyond as seen from the nearer end.
+
+        So the farther end comes close, too.
+        """
+        above, below = self.reach_low - self._keep, self._keep - self.reach_high
+        inside = above + below
+        aim = above + torch.where(above > below, -0.7, 0.7) * inside.sqrt() * (inside > 8)
+        return self.low + (self.high.double() - self.low) * (aim / inside).clamp(0.02, 0.98)
+
+    def narrow(self, probe: Tensor, reached: Tensor) -> None:
+        """Move an end of each open bracket to the probe, which `reached` scores reach."""
+        raised, lowered = self.is_open & (reached >= self._keep), self.is_open & (reached < self._keep)
+        self._surplus = reached - self._keep
+        self.low, self.reach_low = torch.where(raised, probe, self.low), torch.where(raised, reached, self.reach_low)
+        self.high = torch.where(lowered, probe, self.high)
+        self.reach_high = torch.where(lowered, reached, self.reach_high)
+
+
+def _last_ties(
+    parts: Sequence[RowPart], rows: Tensor, value: Tensor, need: Tensor, size: int, all_sum: AllSum
+) -> Tensor:
+    """Return the column of the need-th score equal to `value` in each of some rows: fewer lie before it. Collective."""
+    ties = [_Searched(part, rows).equal_to(value) for part in parts]
+    own, columns = (torch.cat([torch.zeros(0, dtype=torch.int64), *places]) for places in zip(*ties, strict=True))
+    found = torch.zeros_like(rows)
+    for bit in reversed(range(size.bit_length())):
         candidate = found | (1 << bit)
-        found = torch.where(holds(candidate), candidate, found)
+        before = all_sum(torch.bincount(own[columns < candidate[own]], minlength=len(rows)))
+        found = torch.where(before < need, candidate, found)
     return found
+
+
+def _bits(value: Tensor) -> Tensor:
+    return value.view(INTEGERS[value.dtype]).long()
+
+
+def _value(bits: Tensor, dtype: torch.dtype) -> Tensor:
+    return bits.to(INTEGERS[dtype]).view(dtype)
+
+
+def _between(low: Tensor, high: Tensor, above: Tensor, below: Tensor) -> Tensor:
+    """Return where to look next in brackets that hold `above` scores too many for `low`, `below` too few for `high`.
+
+    A little beyond where the wanted one is expected, seen from the nearer end: so that the farther end comes close.
+    """
+    inside = above + below
+    aim = above + torch.where(above > below, -0.7, 0.7) * inside.sqrt() * (inside > 8)
+    share = (aim / inside).clamp(0.02, 0.98)
+    return low.double() + (high.double() - low.double()) * share
+
+
+def _sum(size: int, counts: Sequence[Tensor]) -> Tensor:
+    return sum(counts, torch.zeros(size, dtype=torch.float64))
+
+
+class _Searched:
+    """Magnitudes of those of some rows that a part holds; rows drop out when they are found."""
+
+    def __init__(self, part: RowPart, rows: Tensor) -> None:
+        place = torch.searchsorted(rows, part.rows).clamp(max=len(rows) - 1)
+        held = (rows[place] == part.rows).nonzero().squeeze(1)
+        self.rows = place[held]
+        at = _run(held, part.scores.device)
+        scores = part.scores[:, at]
+        self.columns = part.columns if part.columns.shape[1] == 1 else part.columns[:, at]
+        self.magnitude = torch.empty(scores.shape, dtype=key_dtype([scores.dtype]), device=scores.device)
+        self.magnitude.copy_(scores).abs_()
+
+    def count_reaching(self, value: Tensor) -> Tensor:
+        """Return how many scores of each row are >= value, shape (rows,), float64, on the CPU."""
+        own_value = value[self.rows].to(self.magnitude)
+        counts = torch.zeros(len(own_value), dtype=torch.float64, device=own_value.device)
+        for at, out in _pieces(self.magnitude):
+            # Compared into floats, which is three times as fast as into bool; exact up to 2^24 of them.
+            counts[at[1]] += torch.ge(self.magnitude[at], own_value[at[1], None], out=out).sum((0, 2))
+        return torch.zeros(len(value), dtype=torch.float64).index_add_(0, self.rows, counts.cpu())
+
+    def equal_to(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Return row and column of each score that equals the value of its row, int64, on the CPU."""
+        at = (self.magnitude == value[self.rows].to(self.magnitude)[:, None]).nonzero(as_tuple=True)
+        return self.rows[at[1].cpu()], self.columns.expand(self.magnitude.shape)[at].cpu()
+
+    def keep_only(self, chosen: Tensor) -> None:
+        """Drop the rows that are not chosen."""
+        at = chosen[self.rows].nonzero().squeeze(1)
+        self.rows = self.rows[at]
+        at = at.to(self.magnitude.device)
+        self.magnitude = self.magnitude[:, at]
+        self.columns = self.columns if self.columns.shape[1] == 1 else self.columns[:, at]
+
+
+def _run(indices: Tensor, device: torch.device) -> slice | Tensor:
+    """Return ascending indices as a slice if they follow each other: what it takes is then no copy."""
+    if not len(indices) or int(indices[-1]) - int(indices[0]) + 1 == len(indices):
+        return slice(int(indices[0]), int(indices[-1]) + 1) if len(indices) else slice(0, 0)
+    return indices.to(device)
+
+
+def _pieces(scores: Tensor, dtype: torch.dtype | None = None) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
+    """Yield slices of the first two dimensions that cover (A, R, B) in chunks, and memory for each that is reused."""
+    if not scores.numel():
+        return
+    pieces, rows, width = scores.shape
+    length = chunk_length(scores.device)
+    row_step = max(1, min(rows, length // width))
+    piece_step = max(1, min(pieces, length // (row_step * width)))
+    buffer = torch.empty(row_step * piece_step * width, dtype=dtype or key_dtype([scores.dtype]), device=scores.device)
+    for piece, row in itertools.product(range(0, pieces, piece_step), range(0, rows, row_step)):
+        at = slice(piece, min(piece + piece_step, pieces)), slice(row, min(row + row_step, rows))
+        shape = at[0].stop - piece, at[1].stop - row, width
+        yield at, buffer[: math.prod(shape)].view(shape)
+
+
+def _magnitudes(scores: Tensor) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
+    """Yield slices of the first two dimensions that cover the scores in chunks, and the magnitudes of each."""
+    for at, out in _pieces(scores):
+        yield at, out.copy_(scores[at]).abs_()

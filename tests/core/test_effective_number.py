@@ -115,6 +115,6 @@ def test_moments_of_parts_add_up_to_the_whole():
 def test_chunk_size_does_not_matter(monkeypatch, chunk, shape):
     scores = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     expected = torch.stack([scores.double().abs().sum(1), scores.double().square().sum(1)], 1)
-    monkeypatch.setattr(module, "CHUNK", chunk)
+    monkeypatch.setattr("emp_callbacks.core.chunks.CHUNK", chunk)
     if shape[0]:
         torch.testing.assert_close(score_moments(scores).stack()[:, :2], expected)

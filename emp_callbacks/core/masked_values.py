@@ -1,0 +1,74 @@
+"""Zeroing, taking out and putting back the pruned values of a tensor, in place and exact for NaN and Inf.
+
+On a CPU the mask is worked on as integers, chunk by chunk: several times as fast as torch's masked_fill_,
+masked_select and masked_scatter_, which elsewhere do the same.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from emp_callbacks.core.chunks import chunks, count_true
+
+_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def zero_pruned(values: Tensor, mask: Tensor) -> None:
+    """Set the pruned values to 0.
+
+    Args:
+        values: Any shape and dtype; changed in place.
+        mask: Same shape, bool, True = kept.
+    """
+    if not _in_flat_order(values, mask):
+        values.masked_fill_(~mask, 0)  # not mul_: 0 * inf is nan
+        return
+    bits, kept = _bits(values), mask.view(torch.int8).view(-1)
+    for at in chunks(bits):
+        bits[at] &= kept[at].to(bits.dtype).neg_()  # -1 has all bits set
+
+
+def take_pruned(values: Tensor, mask: Tensor) -> Tensor:
+    """Return the pruned values in flat order, shape (pruned,).
+
+    Args:
+        values: Any shape and dtype.
+        mask: Same shape, bool, True = kept.
+    """
+    if not _in_flat_order(values, mask):
+        return values.masked_select(~mask)
+    flat, kept = _bits(values), mask.view(-1).numpy()
+    taken, end = flat.new_empty(values.numel() - int(count_true(mask))), 0
+    for at in chunks(flat):
+        own = np.compress(~kept[at], flat[at].numpy())
+        taken[end : end + len(own)] = torch.from_numpy(own)
+        end += len(own)
+    return taken.view(values.dtype)
+
+
+def put_pruned(values: Tensor, mask: Tensor, taken: Tensor) -> None:
+    """Put back what `take_pruned` took.
+
+    Args:
+        values: Any shape and dtype; changed in place.
+        mask: Same shape, bool, True = kept.
+        taken: Shape (pruned,), dtype of the values.
+    """
+    if not _in_flat_order(values, mask):
+        values.masked_scatter_(~mask, taken)
+        return
+    flat, kept, stored, end = _bits(values), mask.view(-1).numpy(), _bits(taken), 0
+    for at in chunks(flat):
+        places = torch.from_numpy(np.flatnonzero(~kept[at]))
+        flat[at].scatter_(0, places, stored[end : end + len(places)])
+        end += len(places)
+
+
+def _in_flat_order(values: Tensor, mask: Tensor) -> bool:
+    return values.device.type == "cpu" and values.is_contiguous() and mask.is_contiguous()
+
+
+def _bits(values: Tensor) -> Tensor:
+    return values.view(-1).view(_INTEGER[values.element_size()])
