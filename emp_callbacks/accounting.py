@@ -11,7 +11,7 @@ from torch import Tensor
 
 from emp_callbacks.assembly import DynamicSite
 from emp_callbacks.core.bounds import mass_bound
-from emp_callbacks.core.chunks import chunks, count_true
+from emp_callbacks.core.chunks import chunks, count_true, longest_chunk, scratch
 from emp_callbacks.core.effective_number import keep_count
 from emp_callbacks.core.packing import pack_bits
 from emp_callbacks.core.selection import kept_mass
@@ -41,7 +41,9 @@ def count_mask(layer: Layer, scored: Scored, mask: Tensor) -> Tensor:
     if old is None:  # all were kept
         flipped, regrown = new.numel() - kept, torch.zeros_like(kept)
     else:
-        flipped = sum((count_true(new[at] ^ old[at]) for at in chunks(new)), torch.zeros_like(kept))
+        with scratch(longest_chunk(new), torch.bool, new.device) as buffer:
+            differ = (torch.bitwise_xor(new[at], old[at], out=buffer[: at.stop - at.start]) for at in chunks(new))
+            flipped = sum(map(count_true, differ), torch.zeros_like(kept))
         regrown = (flipped + kept - count_true(old)) // 2  # flipped are those regrown and those dropped
     mass = kept_mass(scored.scores.reshape(-1)[part], new)
     return torch.stack([kept.double(), mass, flipped.double(), regrown.double()])

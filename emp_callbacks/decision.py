@@ -21,7 +21,7 @@ from emp_callbacks.core.effective_number import (
     score_moments,
 )
 from emp_callbacks.core.row_selection import find_rows, row_sums, top_rows
-from emp_callbacks.core.selection import ScoredPart, Threshold, find_threshold, local_sum
+from emp_callbacks.core.threshold import ScoredPart, Threshold, find_threshold
 from emp_callbacks.layer import Ranks
 from emp_callbacks.row_layout import row_layout
 from emp_callbacks.segment import Span
@@ -125,10 +125,14 @@ def decide(layers: Sequence[Scored], scope: str, rule: KeepRule, ranks: Ranks, s
     Raises:
         FloatingPointError: A score is NaN or Inf, on any rank; names layer, step and ranks.
     """
-    moments = _layer_moments(layers, ranks, step)
-    own = [LayerSums(*sums) for sums in torch.stack([effective_numbers(moments), moments.total], 1).tolist()]
     if scope == "row":
-        return [_decide_rows(i, layer, rule, own[i], ranks) for i, layer in enumerate(layers)]
+        rows = [_local_row_sums(layer) for layer in layers]
+        moments = _layer_moments(torch.stack([of_layer.sum(0) for of_layer in rows]), layers, ranks, step)
+        own = _layer_sums(moments)
+        return [_decide_rows(i, layer, rule, rows[i], own[i], ranks) for i, layer in enumerate(layers)]
+    local = gather_rows([score_moments(layer.counted.scores[None]).stack()[0] for layer in layers])
+    moments = _layer_moments(local, layers, ranks, step)
+    own = _layer_sums(moments)
     if scope == "global":
         everything = tuple(range(len(layers)))
         return [_decide_pooled("global", everything, layers, moments.sum(), own, rule, ranks)]
@@ -136,9 +140,12 @@ def decide(layers: Sequence[Scored], scope: str, rule: KeepRule, ranks: Ranks, s
     return [_decide_pooled(layer.span.name, (i,), layers, alone[i], own, rule, ranks) for i, layer in enumerate(layers)]
 
 
-def _layer_moments(layers: Sequence[Scored], ranks: Ranks, step: int) -> ScoreMoments:
-    """Return the moments of each layer, shape (L,), over all ranks. Collective."""
-    local = gather_rows([score_moments(layer.counted.scores[None]).stack()[0] for layer in layers])
+def _layer_sums(moments: ScoreMoments) -> list[LayerSums]:
+    return [LayerSums(*sums) for sums in torch.stack([effective_numbers(moments), moments.total], 1).tolist()]
+
+
+def _layer_moments(local: Tensor, layers: Sequence[Scored], ranks: Ranks, step: int) -> ScoreMoments:
+    """Return the moments of each layer, shape (L,), over all ranks from those of this rank, (L, 3). Collective."""
     sums = ranks.all_sum(local)
     broken = ~torch.isfinite(sums[:, 0])
     if bool(broken.any()):
@@ -228,17 +235,24 @@ def _all_kept(layer: Scored) -> Tensor:
     return torch.ones_like(layer.scores, dtype=torch.bool)
 
 
-def _decide_rows(member: int, layer: Scored, rule: KeepRule, layer_sums: LayerSums, ranks: Ranks) -> Decision:
-    """Decide on each output unit of one parameter by itself. Collective where the parameter is sharded."""
+def _local_row_sums(layer: Scored) -> Tensor:
+    """Return the moments of each row over what this rank counts of it, shape (G, 3)."""
+    parts = row_layout(layer.span, layer.scores.reshape(-1), layer.span.counted).parts
+    return row_sums(parts, layer.span.shape[layer.span.output_dim])
+
+
+def _decide_rows(
+    member: int, layer: Scored, rule: KeepRule, local_sums: Tensor, layer_sums: LayerSums, ranks: Ranks
+) -> Decision:
+    """Decide on each output unit of one parameter by itself. Collective."""
     span, scores = layer.span, layer.scores.reshape(-1)
-    all_sum = local_sum if span.replicated else ranks.all_sum  # replicated: every rank reads the same
     layout = row_layout(span, scores, slice(0, scores.numel()))
-    counted = layout.parts if span.replicated else row_layout(span, scores, span.counted).parts
-    units = span.shape[span.output_dim]
-    moments = ScoreMoments.unstack(all_sum(row_sums(counted, units)))
+    counted = row_layout(span, scores, span.counted).parts
+    units = len(local_sums)
+    moments = ScoreMoments.unstack(ranks.all_sum(local_sums))
     n_eff = effective_numbers(moments)
     keep = rule.counts(n_eff, span.size // units, moments.nonzero)
-    thresholds = find_rows(counted, keep, moments, span.size // units, scores.dtype, all_sum)
+    thresholds = find_rows(layout.parts, counted, keep, moments, span.size // units, scores.dtype, ranks.all_sum)
     lowest = torch.tensor([min(thresholds.lowest_kept(part) for part in layout.parts)], dtype=torch.float64)
     silent = int((moments.nonzero == 0).sum())
     return Decision(
@@ -247,7 +261,7 @@ def _decide_rows(member: int, layer: Scored, rule: KeepRule, layer_sums: LayerSu
         n=span.size,
         n_eff=float(n_eff.sum()),
         keep=int(keep.sum()),
-        threshold=float(lowest if span.replicated else ranks.from_all(lowest).min()),
+        threshold=float(ranks.from_all(lowest).min()),
         layer_sums=(layer_sums,),
         digest=zlib.crc32(keep.numpy().tobytes()),
         note=f"{silent} rows whose scores are all 0 are kept whole" if silent else "",

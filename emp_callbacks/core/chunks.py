@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor
 
-# On a CPU: 1 MiB of float32, 2 MiB as float64. On an accelerator: few kernels, yet little scratch.
-CHUNK = 1 << 18
+# On a CPU: 2 MiB of float32, which two cores share. On an accelerator: few kernels, yet little scratch.
+CHUNK = 1 << 19
 ACCELERATOR_CHUNK = 1 << 24
 FEW = 16  # one in so many is few enough to be taken out
 
@@ -26,26 +27,48 @@ def chunks(scores_n: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + length, size))
 
 
+_free: list[Tensor] = []
+
+
+@contextmanager
+def scratch(length: int, dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
+    """Lend memory for what a pass computes of a chunk, shape (length,), not initialised.
+
+    On a CPU the memory of a few chunks is kept for the next pass: fresh memory costs more than what is computed in it.
+    Flags are best kept as floats: on a CPU torch compares into floats three times as fast as into bool.
+    """
+    size = length * dtype.itemsize
+    if device.type != "cpu" or length > CHUNK:
+        yield torch.empty(length, dtype=dtype, device=device)
+        return
+    try:
+        memory = _free.pop()
+    except IndexError:
+        memory = torch.empty(0, dtype=torch.uint8)
+    if memory.numel() < size:
+        with torch.inference_mode(mode=False):  # memory born in inference mode could not be written outside of it
+            memory = torch.empty(CHUNK * torch.float64.itemsize, dtype=torch.uint8)
+    try:
+        yield memory[:size].view(dtype)
+    finally:
+        _free.append(memory)
+
+
 def magnitudes(scores_n: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """Yield slices that cover a flat tensor and, for each, |scores| as `dtype`, in memory that the next one reuses."""
     scores_n = scores_n.detach()
-    (buffer,) = chunk_buffers(1, scores_n, dtype)
-    for at in chunks(scores_n):
-        out = buffer[: at.stop - at.start]
-        if scores_n.dtype == dtype:
-            yield at, torch.abs(scores_n[at], out=out)
-        else:
-            yield at, out.copy_(scores_n[at]).abs_()
+    with scratch(longest_chunk(scores_n), dtype, scores_n.device) as buffer:
+        for at in chunks(scores_n):
+            out = buffer[: at.stop - at.start]
+            if scores_n.dtype == dtype:
+                yield at, torch.abs(scores_n[at], out=out)
+            else:
+                yield at, out.copy_(scores_n[at]).abs_()
 
 
-def chunk_buffers(count: int, scores_n: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return memory for what a pass over a flat tensor computes of each chunk, shape (count, length), to be reused.
-
-    What holds flags is best a float, too: on a CPU torch compares into floats three times as fast as into bool, and
-    makes bool of them in no time.
-    """
-    length = min(chunk_length(scores_n.device), scores_n.numel())
-    return torch.empty(count, length, dtype=dtype, device=scores_n.device)
+def longest_chunk(scores_n: Tensor) -> int:
+    """Return the number of elements of the longest chunk of a flat tensor."""
+    return min(chunk_length(scores_n.device), scores_n.numel())
 
 
 def take(values: Tensor, chosen: Tensor) -> Tensor:
@@ -73,4 +96,6 @@ def count_true(mask: Tensor) -> Tensor:
 
 def gather_rows(rows: Sequence[Tensor]) -> Tensor:
     """Return small tensors of one shape stacked, on the CPU: an accelerator is waited for once."""
+    if not rows:
+        return torch.zeros(0)
     return torch.stack([row.to(rows[0].device) for row in rows]).cpu()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from emp_callbacks.core.chunks import chunk_length
+from emp_callbacks.core.chunks import chunk_length, scratch
 
 # N_eff of equal scores is an integer that float64 sums can miss by a few ulp from below
 # (10 scores of 0.1 give 9.999999999999998): without the slack, floor() would drop one.
@@ -81,18 +81,16 @@ def score_moments(scores_gn: Tensor) -> ScoreMoments:
 
 
 def _row_moments(block_gn: Tensor, length: int) -> Tensor:
-    shape, device = block_gn[:, :length].shape, block_gn.device
-    magnitude = torch.empty(shape, dtype=key_dtype([block_gn.dtype]), device=device)
-    wide = torch.empty(shape, dtype=torch.float64, device=device)
+    dtype, device, most = key_dtype([block_gn.dtype]), block_gn.device, block_gn[:, :length].numel()
     parts = []
-    for part in torch.split(block_gn, length, dim=1):
-        own, own_wide = magnitude[:, : part.shape[1]], wide[:, : part.shape[1]]
-        own.copy_(part).abs_()
-        total = _sum_rows(own_wide.copy_(own))
-        total_sq = _sum_rows(own_wide.square_())
-        # Written as floats, which is three times as fast as bool; exact up to 2^24 of them.
-        count = _sum_rows(torch.gt(own, 0, out=own))
-        parts.append(torch.stack([total, total_sq, count.double()], dim=1))
+    with scratch(most, dtype, device) as buffer, scratch(most, torch.float64, device) as wide_buffer:
+        for part in torch.split(block_gn, length, dim=1):
+            magnitude = buffer[: part.numel()].view(part.shape).copy_(part).abs_()
+            wide = wide_buffer[: part.numel()].view(part.shape).copy_(magnitude)
+            total, total_sq = _sum_rows(wide), _sum_rows(wide.square_())
+            # Written as floats, which is three times as fast as bool; exact up to 2^24 of them.
+            count = _sum_rows(torch.gt(magnitude, 0, out=magnitude))
+            parts.append(torch.stack([total, total_sq, count.double()], dim=1))
     # Stacked and summed at the end: torch's cascade keeps the rounding error near one ulp.
     return torch.stack(parts).sum(0)
 

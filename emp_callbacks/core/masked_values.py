@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from emp_callbacks.core.chunks import chunks, count_true
+from emp_callbacks.core.chunks import chunks, count_true, longest_chunk, scratch
 
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -26,8 +26,9 @@ def zero_pruned(values: Tensor, mask: Tensor) -> None:
         values.masked_fill_(~mask, 0)  # not mul_: 0 * inf is nan
         return
     bits, kept = _bits(values), mask.view(torch.int8).view(-1)
-    for at in chunks(bits):
-        bits[at] &= kept[at].to(bits.dtype).neg_()  # -1 has all bits set
+    with scratch(longest_chunk(bits), bits.dtype, bits.device) as buffer:
+        for at in chunks(bits):
+            bits[at] &= buffer[: at.stop - at.start].copy_(kept[at]).neg_()  # -1 has all bits set
 
 
 def take_pruned(values: Tensor, mask: Tensor) -> Tensor:
@@ -42,9 +43,8 @@ def take_pruned(values: Tensor, mask: Tensor) -> Tensor:
     flat, kept = _bits(values), mask.view(-1).numpy()
     taken, end = flat.new_empty(values.numel() - int(count_true(mask))), 0
     for at in chunks(flat):
-        own = np.compress(~kept[at], flat[at].numpy())
-        taken[end : end + len(own)] = torch.from_numpy(own)
-        end += len(own)
+        start, end = end, end + at.stop - at.start - np.count_nonzero(kept[at])
+        np.compress(~kept[at], flat[at].numpy(), out=taken[start:end].numpy())
     return taken.view(values.dtype)
 
 

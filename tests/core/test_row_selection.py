@@ -51,13 +51,13 @@ def cut_up(scores):
 @pytest.mark.parametrize("block", [1, 50, 1 << 22])
 def test_a_thousand_random_cases_equal_a_stable_sort_of_each_row(monkeypatch, block):
     monkeypatch.setattr(row_selection, "BLOCK", block)
-    for seed in range(1000):
+    for seed in range(400):
         scores, keep = random_case(seed)
         whole, expected = whole_rows(scores), reference(scores, keep)
         moments = score_moments(scores)
-        searched = find_rows([whole], keep, moments, scores.shape[1], scores.dtype)
+        searched = find_rows([whole], [whole], keep, moments, scores.shape[1], scores.dtype)
         parts, together = cut_up(scores)
-        in_parts = find_rows(parts, keep, moments, scores.shape[1], scores.dtype)
+        in_parts = find_rows(parts, parts, keep, moments, scores.shape[1], scores.dtype)
         assert torch.equal(top_rows(scores, keep), expected), f"sorted, case {seed}"
         assert torch.equal(searched.mask(whole)[0], expected), f"searched, case {seed}"
         assert torch.equal(together([in_parts.mask(part) for part in parts]), expected), f"in parts, case {seed}"

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emp_callbacks import effective_number, emp_mask, keep_count, preserved_mass
-from emp_callbacks.core import selection
+from emp_callbacks.core import threshold as search
 from emp_callbacks.core.chunks import accelerator_take
 from emp_callbacks.core.effective_number import key_dtype
-from emp_callbacks.core.selection import ScoredPart, find_threshold
+from emp_callbacks.core.threshold import ScoredPart, find_threshold
 from tests.core.reference import reference_mask
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -117,14 +117,14 @@ SAMPLE = 64  # 512 scores are then enough to be bracketed
 @pytest.fixture
 def bracketed(monkeypatch):
     """Let small groups be bracketed; return how many scores each full look went over."""
-    monkeypatch.setattr(selection, "SAMPLE", SAMPLE)
-    looked_at, look = [], selection._kth_highest
+    monkeypatch.setattr(search, "SAMPLE", SAMPLE)
+    looked_at, look = [], search._kth_highest
 
     def counted(scores, *args):
         looked_at.append(sum(values.numel() for values in scores))
         return look(scores, *args)
 
-    monkeypatch.setattr(selection, "_kth_highest", counted)
+    monkeypatch.setattr(search, "_kth_highest", counted)
     return looked_at
 
 
@@ -149,14 +149,14 @@ def test_two_thousand_bracketed_cases_equal_a_stable_sort(monkeypatch, bracketed
 
 def test_a_bracket_that_misses_is_noticed(monkeypatch, bracketed):
     scores = torch.randn(1000, generator=rng(1))
-    monkeypatch.setattr(selection, "_bracket", lambda *_: (2.0, 3.0))
+    monkeypatch.setattr(search, "_bracket", lambda *_: (2.0, 3.0))
     threshold = find_threshold([ScoredPart(scores, 0)], 600, torch.float32)
     assert bracketed == [1000]  # all were looked at
     assert int(threshold.mask(ScoredPart(scores, 0)).sum()) == 600
 
 
 def test_more_equal_scores_than_are_taken_out_are_noticed(monkeypatch, bracketed):
-    monkeypatch.setattr("emp_callbacks.core.selection.CHUNK", 10)
+    monkeypatch.setattr("emp_callbacks.core.threshold.CHUNK", 10)
     monkeypatch.setattr("emp_callbacks.core.chunks.CHUNK", 10)
     scores = torch.ones(1000)
     scores[::3] = 2.0
@@ -178,12 +178,12 @@ def test_an_accelerator_takes_out_the_same_without_being_waited_for(monkeypatch,
         return accelerator_take(values, chosen, most=len(values) // 2)
 
     scores = torch.randn(2000, generator=rng(3))
-    monkeypatch.setattr(selection, "DEVIATIONS", 1.0)
-    monkeypatch.setattr(selection, "take", take)
+    monkeypatch.setattr(search, "DEVIATIONS", 1.0)
+    monkeypatch.setattr(search, "take", take)
     mask = find_threshold([ScoredPart(scores, 0)], 700, torch.float32).mask(ScoredPart(scores, 0))
     assert torch.equal(mask, reference_top(scores, 700))
     assert bracketed[-1] == 1000  # half of all: those in the bracket, filled up with zeros
-    monkeypatch.setattr(selection, "take", lambda values, chosen: accelerator_take(values, chosen, most=1))
+    monkeypatch.setattr(search, "take", lambda values, chosen: accelerator_take(values, chosen, most=1))
     mask = find_threshold([ScoredPart(scores, 0)], 700, torch.float32).mask(ScoredPart(scores, 0))
     assert torch.equal(mask, reference_top(scores, 700))
     assert bracketed[-1] == 2000  # it had not taken all of them
