@@ -12,7 +12,8 @@ from torch import Tensor
 
 from emp_callbacks.core.chunks import chunks, count_true, longest_chunk, scratch
 
-_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# By bytes of an element.
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def zero_pruned(values: Tensor, mask: Tensor) -> None:
@@ -71,4 +72,4 @@ def _in_flat_order(values: Tensor, mask: Tensor) -> bool:
 
 
 def _bits(values: Tensor) -> Tensor:
-    return values.view(-1).view(_INTEGER[values.element_size()])
+    return values.view(-1).view(INTEGERS[values.element_size()])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from emp_callbacks.core.masked_values import INTEGERS
 from emp_callbacks.targets.compiled_site import choose, watch
 from emp_callbacks.targets.feature_form import FeatureForm, FeatureLayout, feature_layout
 from emp_callbacks.targets.forward_site import CountRule, ForwardSite, choose_rows, in_backward, named_sites
@@ -194,10 +195,9 @@ class FeatureSite(ForwardSite):
         return masked
 
     def _masked(self, activation: Tensor, layout: FeatureLayout, mask: Tensor) -> Tensor:
-        # where, not a product: a pruned Inf would become NaN
         viewed = activation.reshape(layout.view)
         fill = 0.0 if self._mean is None else layout.spread(self._mean).to(activation.dtype)
-        return torch.where(layout.spread(mask), viewed, fill).reshape(activation.shape)
+        return _replace_pruned(viewed, layout.spread(mask), fill).reshape(activation.shape)
 
     def _dynamic(self, activation: Tensor, layout: FeatureLayout) -> Tensor | None:
         compiling = torch.compiler.is_compiling()
@@ -206,7 +206,7 @@ class FeatureSite(ForwardSite):
             mean = self._sample_means(viewed, layout)
             scores = _distances(viewed, mean, layout)
             kept = choose(scores, self._number) if compiling else self.choose(scores)
-            return torch.where(layout.spread(kept), viewed, mean).reshape(activation.shape)
+            return _replace_pruned(viewed, layout.spread(kept), mean).reshape(activation.shape)
         if not self._gathers:
             return None
         if compiling:
@@ -265,6 +265,33 @@ class FeatureSite(ForwardSite):
 def _distances(viewed: Tensor, mean: Tensor | float, layout: FeatureLayout) -> Tensor:
     """Return how far each sample's features are from what pruning makes of them, shape (B, F), float64."""
     return layout.mean((viewed - mean).detach().abs())
+
+
+def _replace_pruned(viewed: Tensor, mask: Tensor, fill: Tensor | float) -> Tensor:
+    """Return activations with the pruned ones replaced; never by a product, in which a pruned Inf becomes NaN."""
+    if isinstance(fill, Tensor) or torch.compiler.is_compiling():
+        return torch.where(mask, viewed, fill)
+    zeroed: Tensor = _ZeroPruned.apply(viewed, mask)
+    return zeroed
+
+
+class _ZeroPruned(torch.autograd.Function):
+    """What torch.where(mask, activation, 0) is, forward and backward, in an eighth of its time on a CPU."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(viewed: Tensor, mask: Tensor) -> Tensor:
+        integers = INTEGERS[viewed.element_size()]
+        return (viewed.view(integers) & mask.to(integers).neg()).view(viewed.dtype)  # -1 has all bits set
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG004
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _ZeroPruned.apply(gradient, *ctx.saved_tensors), None
 
 
 class _WatchGradient(torch.autograd.Function):

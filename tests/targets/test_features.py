@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from emp_callbacks.core.effective_number import effective_number
 from emp_callbacks.core.selection import emp_mask
 from emp_callbacks.decision import KeepRule
-from emp_callbacks.targets.features import FeatureForm, FeatureSite, feature_sites
+from emp_callbacks.targets.features import FeatureForm, FeatureSite, _ZeroPruned, feature_sites
 
 RULE = KeepRule(beta=1.0).counts
 SHAPES = {
@@ -665,3 +665,19 @@ def test_only_a_choice_per_token_is_blind_to_later_tokens():
         pruner.finalize()
     assert moved["token"] < 1e-5
     assert moved["sample"] > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_zeroing_is_where_in_value_gradient_and_second_gradient(dtype):
+    values = torch.tensor([[1.5, torch.inf, -2.0], [torch.nan, 3.0, -0.0]], dtype=dtype).T  # not contiguous
+    mask = torch.tensor([[True, False], [False, True], [True, True]])
+    found = []
+    for zeroed in (lambda x: _ZeroPruned.apply(x, mask), lambda x: torch.where(mask, x, 0.0)):
+        x, direction = values.clone().requires_grad_(), torch.ones_like(values).requires_grad_()
+        output = zeroed(x)
+        (gradient,) = torch.autograd.grad(output, x, direction, create_graph=True)
+        (second,) = torch.autograd.grad(gradient.sum(), direction)
+        found.append((output.detach(), gradient.detach(), second))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    per_row = torch.func.vmap(_ZeroPruned.apply)(values, mask)
+    assert torch.equal(per_row, found[0][0])
