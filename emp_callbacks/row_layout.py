@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from emp_callbacks.core.row_selection import RowPart
+from emp_callbacks.core.row_selection import FILLED, RowPart
 from emp_callbacks.segment import Span
 
 
@@ -88,7 +88,7 @@ def _scattered(scores: Tensor, positions: Tensor, rows: int, width: int) -> RowL
     order[row[by_row], place] = by_row
     order = order[held].reshape(-1)
     filled = order >= 0
-    table, columns = scores.new_zeros(len(order)), torch.full_like(order, torch.iinfo(torch.int64).max)
+    table, columns = scores.new_zeros(len(order)), torch.full_like(order, FILLED)
     table[filled.to(scores.device)] = scores[order[filled].to(scores.device)]
     columns[filled] = column[order[filled]]
     shape = 1, len(held), longest

@@ -28,7 +28,7 @@ INTERPOLATIONS = 10  # probes after which every second one halves the bracket, w
 # Of normal scores EMP keeps those above 0.6 times their mean, and there a threshold higher by its own size would keep
 # a third of all scores less. For others this is only a first guess.
 GUESS, SLOPE = 0.6, 0.35
-ALL_TIES = torch.iinfo(torch.int64).max
+ALL_TIES = FILLED = torch.iinfo(torch.int64).max
 INTEGERS = {
     torch.float16: torch.int16,
     torch.bfloat16: torch.int16,
@@ -43,12 +43,20 @@ class RowPart(NamedTuple):
     Attributes:
         scores: Shape (A, R, B), floating, either sign: of each of R rows, A pieces of B scores.
         rows: Index of each row, shape (R,), int64, ascending, on the CPU.
-        columns: Place of each score in its row, int64, broadcastable to the scores.
+        columns: Place of each score in its row, int64, broadcastable to the scores; FILLED where a row was filled up
+            with a 0 to the length of others: then of the scores' shape.
     """
 
     scores: Tensor
     rows: Tensor
     columns: Tensor
+
+    @property
+    def lengths(self) -> Tensor:
+        """How many scores of each row it holds, shape (R,), int64, on the CPU."""
+        if self.columns.shape != self.scores.shape:
+            return torch.full_like(self.rows, self.scores.shape[0] * self.scores.shape[2])
+        return (self.columns < FILLED).sum((0, 2)).cpu()
 
 
 def whole_rows(scores_gn: Tensor) -> RowPart:
@@ -113,33 +121,24 @@ def row_sums(parts: Sequence[RowPart], rows: int) -> Tensor:
     return sums
 
 
-def top_rows(scores_gn: Tensor, keep_g: Tensor) -> Tensor:
+def top_rows(scores_gn: Tensor, keep_g: Tensor, moments: ScoreMoments | None = None) -> Tensor:
     """Return the mask of the keep_g[g] highest scores of each row, ties by lowest index.
 
     Args:
         scores_gn: Shape (G, N), any floating dtype, either sign. A row with NaN or Inf must be kept whole.
         keep_g: Shape (G,), int64, each in [0, N].
+        moments: Of each row, where they are known already.
 
     Returns:
         Shape (G, N), bool, True = kept.
     """
     rows = whole_rows(scores_gn)
-    return find_whole_rows(scores_gn, keep_g).mask(rows)[0]
-
-
-def find_whole_rows(scores_gn: Tensor, keep_g: Tensor, moments: ScoreMoments | None = None) -> RowThresholds:
-    """Return the thresholds that keep exactly the keep_g[g] highest scores of each row of a matrix.
-
-    Args:
-        scores_gn: As for `top_rows`.
-        keep_g: As for `top_rows`.
-        moments: Of each row, where they are known already.
-    """
     if scores_gn.device.type != "cpu" or scores_gn.numel() <= FEW:
-        return _sort_rows(scores_gn.detach(), keep_g.to(scores_gn.device))
-    moments = moments or score_moments(scores_gn)
-    rows = [whole_rows(scores_gn)]
-    return find_rows(rows, rows, keep_g, moments, scores_gn.shape[1], scores_gn.dtype)
+        thresholds = _sort_rows(scores_gn.detach(), keep_g.to(scores_gn.device))
+    else:
+        known = moments or score_moments(scores_gn)
+        thresholds = find_rows([rows], [rows], keep_g, known, scores_gn.shape[1], scores_gn.dtype)
+    return thresholds.mask(rows)[0]
 
 
 def _sort_rows(scores_gn: Tensor, keep_g: Tensor) -> RowThresholds:
@@ -195,7 +194,7 @@ def _whole_and_cut(held: Sequence[RowPart], rows: int, size: int, all_sum: AllSu
     """Return the rows that lie whole on this rank, and those of which any rank holds a piece only. Collective."""
     count = torch.zeros(rows, dtype=torch.int64)
     for part in held:
-        count.index_add_(0, part.rows, torch.full_like(part.rows, part.scores[:, :1].numel()))
+        count.index_add_(0, part.rows, part.lengths)
     cut = all_sum(((count > 0) & (count < size)).long()) > 0
     return ((count == size) & ~cut).nonzero().squeeze(1), cut.nonzero().squeeze(1)
 
@@ -367,6 +366,8 @@ class _Searched:
         self.columns = part.columns if part.columns.shape[1] == 1 else part.columns[:, at]
         self.magnitude = torch.empty(scores.shape, dtype=key_dtype([scores.dtype]), device=scores.device)
         self.magnitude.copy_(scores).abs_()
+        if part.columns.shape == part.scores.shape:
+            self.magnitude.masked_fill_(self.columns == FILLED, -1.0)  # reaches nothing
 
     def count_reaching(self, value: Tensor) -> Tensor:
         """Return how many scores of each row are >= value, shape (rows,), float64, on the CPU."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from emp_callbacks.core.effective_number import score_moments
 from emp_callbacks.core.row_selection import top_rows
 from emp_callbacks.targets.compiled_site import number_of
 from emp_callbacks.targets.names import canonical_name, check_patterns, matches
@@ -131,16 +132,15 @@ def choose_rows(scores_gn: Tensor, rule: CountRule) -> RowChoice:
         scores_gn: Shape (G, N), floating, >= 0. A row with NaN or Inf is kept whole.
         rule: Gives the keep counts.
     """
-    size = scores_gn.shape[1]
-    total = scores_gn.sum(1, dtype=torch.float64)
-    total_sq = torch.linalg.vector_norm(scores_gn, dim=1, dtype=torch.float64).square()
-    n_eff = total.square() / total_sq.masked_fill(total == 0, 1.0)
+    size, moments = scores_gn.shape[1], score_moments(scores_gn)
+    nothing = moments.total == 0
+    n_eff = moments.total.square() / moments.total_sq.masked_fill(nothing, 1.0)
     finite = torch.isfinite(n_eff)
     n_eff = n_eff.masked_fill(~finite, 0.0)
-    keep = rule(n_eff, size, torch.count_nonzero(scores_gn, dim=1).double()).masked_fill(~finite, size)
-    mask = top_rows(scores_gn, keep)
-    kept = scores_gn.masked_fill(~mask, 0.0).sum(1, dtype=torch.float64)
-    mass = (kept / total).masked_fill((total == 0) | ~finite, 1.0)
+    keep = rule(n_eff, size, moments.nonzero).masked_fill(~finite, size)
+    mask = top_rows(scores_gn, keep, moments)
+    kept = (scores_gn * mask).sum(1, dtype=torch.float64)
+    mass = (kept / moments.total).masked_fill(nothing | ~finite, 1.0)
     return RowChoice(n_eff, keep, finite, mask, mass)
 
 
