@@ -98,6 +98,23 @@ def test_layers_of_a_global_event_add_up():
         assert layer.density == pytest.approx(float(mask.double().mean()))
 
 
+@pytest.mark.parametrize("scope", ["global", "tensor", "row"])
+def test_rows_count_what_a_second_refresh_drops_and_brings_back(scope):
+    net = mlp(30, 40, 10)
+    pruner = EMPPruner(net, scope=scope, observe_only=True)
+    pruner.refresh()
+    before = pruner.masks
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(torch.rand(parameter.shape) ** 2)
+    events, after = pruner.refresh(), pruner.masks
+    regrown = sum(int((after[name] & ~before[name]).sum()) for name in before)
+    flipped = sum(int((after[name] != before[name]).sum()) for name in before)
+    assert 0 < regrown < flipped - regrown
+    assert sum(event.regrown for event in events) == regrown
+    assert sum(event.churn * event.n for event in events) == pytest.approx(flipped)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("scope", ["global", "tensor", "row"])
 def test_other_dtypes(dtype, scope):

@@ -366,8 +366,6 @@ class _Searched:
         self.columns = part.columns if part.columns.shape[1] == 1 else part.columns[:, at]
         self.magnitude = torch.empty(scores.shape, dtype=key_dtype([scores.dtype]), device=scores.device)
         self.magnitude.copy_(scores).abs_()
-        if part.columns.shape == part.scores.shape:
-            self.magnitude.masked_fill_(self.columns == FILLED, -1.0)  # reaches nothing
 
     def count_reaching(self, value: Tensor) -> Tensor:
         """Return how many scores of each row are >= value, shape (rows,), float64, on the CPU."""

@@ -155,6 +155,14 @@ def test_a_bracket_that_misses_is_noticed(monkeypatch, bracketed):
     assert int(threshold.mask(ScoredPart(scores, 0)).sum()) == 600
 
 
+def test_where_the_bracket_is_one_value_nothing_is_taken_out(monkeypatch, bracketed):
+    monkeypatch.setattr(search, "take", None)
+    scores = (torch.arange(2000.0) % 2) + 1
+    mask = find_threshold([ScoredPart(scores, 0)], 400, torch.float32).mask(ScoredPart(scores, 0))
+    assert torch.equal(mask, reference_top(scores, 400))
+    assert max(bracketed) <= SAMPLE
+
+
 def test_more_equal_scores_than_are_taken_out_are_noticed(monkeypatch, bracketed):
     monkeypatch.setattr("emp_callbacks.core.threshold.CHUNK", 10)
     monkeypatch.setattr("emp_callbacks.core.chunks.CHUNK", 10)
