@@ -12,6 +12,7 @@ from emp_callbacks.accounting import MaskCounts, check_ranks_agree, count_mask, 
 from emp_callbacks.assembly import DynamicSite
 from emp_callbacks.backends import Backend
 from emp_callbacks.core.chunks import gather_rows
+from emp_callbacks.core.masked_values import zero_pruned
 from emp_callbacks.criteria import Criterion
 from emp_callbacks.decision import Decision, KeepRule, Scored, decide
 from emp_callbacks.layer import Layer
@@ -100,4 +101,6 @@ def _visible(scores: Tensor, layer: Layer, criterion: Criterion, mode: MaskMode)
     sees_it = criterion.zero_scores_zero and bool(layer.weights)  # of features, nothing is zeroed but their output
     if mode.name != "freeze" or layer.mask is None or sees_it:
         return scores
-    return scores.masked_fill(~layer.mask, 0)
+    hidden = scores.clone()
+    zero_pruned(hidden, layer.mask)
+    return hidden

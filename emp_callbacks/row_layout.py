@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from emp_callbacks.core.row_selection import FILLED, RowPart
+from emp_callbacks.core.row_parts import FILLED, RowPart
 from emp_callbacks.segment import Span
 
 

@@ -10,10 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from emp_callbacks.core.bit_patterns import as_bits
 from emp_callbacks.core.chunks import chunks, count_true, longest_chunk, scratch
-
-# By bytes of an element.
-INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def zero_pruned(values: Tensor, mask: Tensor) -> None:
@@ -72,4 +70,4 @@ def _in_flat_order(values: Tensor, mask: Tensor) -> bool:
 
 
 def _bits(values: Tensor) -> Tensor:
-    return values.view(-1).view(INTEGERS[values.element_size()])
+    return as_bits(values.view(-1))

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from emp_callbacks.core.bit_patterns import as_bits, from_bits
 from emp_callbacks.core.chunks import (
     CHUNK,
     FEW,
@@ -101,12 +102,8 @@ class Threshold:
         return kept
 
 
-def _integer(dtype: torch.dtype) -> torch.dtype:
-    return torch.int64 if dtype == torch.float64 else torch.int32
-
-
 def _value(key: int, dtype: torch.dtype) -> float:
-    return float(torch.tensor(key, dtype=_integer(dtype)).view(dtype))
+    return float(from_bits(torch.tensor(key), dtype))
 
 
 class _Found(NamedTuple):
@@ -248,7 +245,7 @@ def _kth_highest(scores: Sequence[Tensor], keep: int, dtype: torch.dtype, all_su
         counts = torch.zeros(1 << width, dtype=torch.int64)
         for values in scores:
             for _, own in magnitudes(values, dtype):
-                bits = own.view(_integer(dtype))
+                bits = as_bits(own)
                 if done < whole:
                     bits = bits[(bits >> done) == prefix]
                 counts += torch.bincount((bits >> shift) & ((1 << width) - 1), minlength=1 << width).cpu()

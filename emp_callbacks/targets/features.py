@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from emp_callbacks.core.masked_values import INTEGERS
+from emp_callbacks.core.bit_patterns import as_bits, from_bits
 from emp_callbacks.targets.compiled_site import choose, watch
 from emp_callbacks.targets.feature_form import FeatureForm, FeatureLayout, feature_layout
 from emp_callbacks.targets.forward_site import CountRule, ForwardSite, choose_rows, in_backward, named_sites
@@ -282,8 +282,8 @@ class _ZeroPruned(torch.autograd.Function):
 
     @staticmethod
     def forward(viewed: Tensor, mask: Tensor) -> Tensor:
-        integers = INTEGERS[viewed.element_size()]
-        return (viewed.view(integers) & mask.to(integers).neg()).view(viewed.dtype)  # -1 has all bits set
+        bits = as_bits(viewed)
+        return from_bits(bits & mask.to(bits.dtype).neg(), viewed.dtype)  # -1 has all bits set
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG004

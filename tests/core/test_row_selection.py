@@ -3,9 +3,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emp_callbacks.core import row_selection
+from emp_callbacks.core import row_search, row_selection
 from emp_callbacks.core.effective_number import score_moments
-from emp_callbacks.core.row_selection import RowPart, find_rows, row_sums, top_rows, whole_rows
+from emp_callbacks.core.row_parts import RowPart, whole_rows
+from emp_callbacks.core.row_selection import find_rows, row_sums, top_rows
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -84,8 +85,8 @@ def test_long_rows_are_searched_as_they_would_be_sorted(kind, dtype):
 
 def test_normal_rows_need_few_probes(monkeypatch):
     probes = []
-    count = row_selection._Searched.count_reaching
-    monkeypatch.setattr(row_selection._Searched, "count_reaching", lambda *a: probes.append(1) or count(*a))
+    count = row_search.SearchedRows.count_reaching
+    monkeypatch.setattr(row_search.SearchedRows, "count_reaching", lambda *a: probes.append(1) or count(*a))
     scores = torch.randn(256, 4096, generator=rng(3))
     keep = torch.full((256,), 2600)
     assert int(top_rows(scores, keep).sum()) == 256 * 2600
