@@ -28,7 +28,7 @@ class RowLayout:
     def flat(self, masks: list[Tensor]) -> Tensor:
         """Return the masks of the parts as one, in the order of the rank's components, shape (n,)."""
         if self.order is None:
-            return torch.cat([mask.reshape(-1) for mask in masks])
+            return torch.cat([mask.reshape(-1) for mask in masks]) if len(masks) > 1 else masks[0].reshape(-1)
         held = self.order >= 0
         return torch.empty(int(held.sum()), dtype=torch.bool, device=held.device).scatter_(
             0, self.order[held], masks[0].reshape(-1)[held]

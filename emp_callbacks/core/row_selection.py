@@ -47,10 +47,12 @@ class RowThresholds:
             # Not below: that keeps NaN where all is kept.
             below = torch.lt(magnitude, value[at[1], None], out=magnitude)
             kept[at].copy_(below).logical_not_()
-        if kept.device.type != "cpu" or bool((last_tie < ALL_TIES).any()):  # an accelerator is not waited for
-            for at, magnitude in row_magnitudes(part.scores):
-                surplus = part.columns.expand(kept.shape)[at] > last_tie[at[1], None]
-                kept[at] &= ~(surplus.logical_and_(magnitude == value[at[1], None]))
+        # Few rows have ties to cut; which, an accelerator is not asked: it would have to be waited for.
+        tied = torch.arange(len(last_tie)) if device.type != "cpu" else (last_tie < ALL_TIES).nonzero().squeeze(1)
+        for rows in torch.split(tied.to(device), max(1, chunk_length(device) // max(1, kept[:, :1].numel()))):
+            equal = part.scores[:, rows].abs() == value[rows, None]
+            surplus = part.columns.expand(kept.shape)[:, rows] > last_tie[rows, None]
+            kept[:, rows] &= ~equal.logical_and_(surplus)
         return kept
 
     def lowest_kept(self, part: RowPart) -> float:
