@@ -44,10 +44,10 @@ def scratch(length: int, dtype: torch.dtype, device: torch.device) -> Iterator[T
     try:
         memory = _free.pop()
     except IndexError:
-        memory = torch.empty(0, dtype=torch.uint8)
+        memory = torch.empty(0, dtype=torch.uint8, device=device)
     if memory.numel() < size:
         with torch.inference_mode(mode=False):  # memory born in inference mode could not be written outside of it
-            memory = torch.empty(CHUNK * torch.float64.itemsize, dtype=torch.uint8)
+            memory = torch.empty(CHUNK * torch.float64.itemsize, dtype=torch.uint8, device=device)
     try:
         yield memory[:size].view(dtype)
     finally:

@@ -52,7 +52,7 @@ def cut_up(scores):
 @pytest.mark.parametrize("block", [1, 50, 1 << 22])
 def test_a_thousand_random_cases_equal_a_stable_sort_of_each_row(monkeypatch, block):
     monkeypatch.setattr(row_selection, "BLOCK", block)
-    for seed in range(400):
+    for seed in range(350):
         scores, keep = random_case(seed)
         whole, expected = whole_rows(scores), reference(scores, keep)
         moments = score_moments(scores)
