@@ -27,7 +27,7 @@ def chunks(scores_n: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + length, size))
 
 
-_free: list[Tensor] = []
+_free: dict[int, list[Tensor]] = {4: [], 8: []}  # by bytes per element
 
 
 @contextmanager
@@ -37,21 +37,21 @@ def scratch(length: int, dtype: torch.dtype, device: torch.device) -> Iterator[T
     On a CPU the memory of a few chunks is kept for the next pass: fresh memory costs more than what is computed in it.
     Flags are best kept as floats: on a CPU torch compares into floats three times as fast as into bool.
     """
-    size = length * dtype.itemsize
+    size, width = length * dtype.itemsize, max(4, dtype.itemsize)
     if device.type != "cpu" or length > CHUNK:
         yield torch.empty(length, dtype=dtype, device=device)
         return
     try:
-        memory = _free.pop()
+        memory = _free[width].pop()
     except IndexError:
         memory = torch.empty(0, dtype=torch.uint8, device=device)
     if memory.numel() < size:
         with torch.inference_mode(mode=False):  # memory born in inference mode could not be written outside of it
-            memory = torch.empty(CHUNK * torch.float64.itemsize, dtype=torch.uint8, device=device)
+            memory = torch.empty(CHUNK * width, dtype=torch.uint8, device=device)
     try:
         yield memory[:size].view(dtype)
     finally:
-        _free.append(memory)
+        _free[width].append(memory)
 
 
 def magnitudes(scores_n: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:

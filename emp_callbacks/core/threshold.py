@@ -11,7 +11,7 @@ the leading bits in histograms, digit by digit (radix select), which add over ra
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -244,11 +244,9 @@ def _kth_highest(scores: Sequence[Tensor], keep: int, dtype: torch.dtype, all_su
         shift = done - width
         counts = torch.zeros(1 << width, dtype=torch.int64)
         for values in scores:
-            for _, own in magnitudes(values, dtype):
-                bits = as_bits(own)
-                if done < whole:
-                    bits = bits[(bits >> done) == prefix]
-                counts += torch.bincount((bits >> shift) & ((1 << width) - 1), minlength=1 << width).cpu()
+            for bits in _bits(values, dtype):
+                candidates = bits[(bits >> done) == prefix] if done < whole else bits
+                counts += torch.bincount((candidates >> shift) & ((1 << width) - 1), minlength=1 << width).cpu()
         counts = all_sum(counts)
         at_least = counts.flip(0).cumsum(0).flip(0)  # scores whose digit is >= the bin's
         digit = int((at_least >= need).sum()) - 1
@@ -257,6 +255,12 @@ def _kth_highest(scores: Sequence[Tensor], keep: int, dtype: torch.dtype, all_su
         prefix = (prefix << width) | digit
         done = shift
     return prefix, need, ties
+
+
+def _bits(scores_n: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Yield the bit patterns of the magnitudes, in small pieces: a histogram takes several times their memory."""
+    for _, own in magnitudes(scores_n, dtype):
+        yield from torch.split(as_bits(own), max(1, chunk_length(scores_n.device) // 8))
 
 
 # ---- among equal scores ---------------------------------------------------------------------------------------------
