@@ -110,7 +110,8 @@ def _sort_rows(scores_gn: Tensor, keep_g: Tensor) -> RowThresholds:
         value, column = ordered.values.gather(1, last), ordered.indices.gather(1, last)
         following = ordered.values.gather(1, keep.clamp(max=size - 1))
         last_tie = torch.where(following == value, column, ALL_TIES)
-        found.append((_extremes(value, keep, size), value, last_tie.masked_fill(keep == size, ALL_TIES)))
+        above = torch.full_like(value, torch.inf)
+        found.append((_extremes(value, keep, size), above, last_tie.masked_fill(keep == size, ALL_TIES)))
     return RowThresholds(*(torch.cat(values).squeeze(1) for values in zip(*found, strict=True)))
 
 

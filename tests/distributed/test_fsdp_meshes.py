@@ -15,9 +15,9 @@ from tests.distributed.ranks import process_group, spawn
 from tests.distributed.sharded_net import WAYS, ForwardWatch, fsdp1, fsdp2, full_masks, make_net
 
 
-def selection_on(model):
+def selection_on(model, scope):
     """Return the masks of one refresh, how many weights are whole here, and whether this rank's own masks agree."""
-    pruner = EMPPruner(model)
+    pruner = EMPPruner(model, scope=scope)
     pruner.refresh()
     masks = full_masks(pruner)
     whole = sum(w.weight.numel() == w.segment.size for w in pruner._weights)
@@ -61,15 +61,15 @@ def tensor_parallel(mesh):
     return fsdp2(net, mesh=mesh["data"])
 
 
-def meshes():
+def meshes(scope):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     one_rank_each = init_device_mesh("cpu", (4, 1), mesh_dim_names=("replica", "shard"))
     hybrid = ShardingStrategy.HYBRID_SHARD
     return {
-        "fsdp2-replicas": selection_on(fsdp2(make_net(), mesh=mesh)),
-        "fsdp1-replicas": selection_on(fsdp1(make_net(), device_mesh=mesh, sharding_strategy=hybrid)),
-        "fsdp2-tensor-parallel": selection_on(tensor_parallel(mesh)),
-        "fsdp2-one-rank-per-shard": selection_on(fsdp2(make_net(), mesh=one_rank_each)),
+        "fsdp2-replicas": selection_on(fsdp2(make_net(), mesh=mesh), scope),
+        "fsdp1-replicas": selection_on(fsdp1(make_net(), device_mesh=mesh, sharding_strategy=hybrid), scope),
+        "fsdp2-tensor-parallel": selection_on(tensor_parallel(mesh), scope),
+        "fsdp2-one-rank-per-shard": selection_on(fsdp2(make_net(), mesh=one_rank_each), scope),
     }
 
 
@@ -125,7 +125,7 @@ def other_model(rank):
 def all_of_it(rank, world_size, folder):
     with process_group(rank, world_size, folder):
         result = {
-            "meshes": meshes(),
+            "meshes": {scope: meshes(scope) for scope in ("global", "row")},
             "late": {way: built_late(way) for way in ("fsdp2", "fsdp1")},
             "nan": {way: nan_on_one_rank(rank, way) for way in ("fsdp2", "fsdp1")},
             "early": too_early("fsdp2"),
@@ -147,20 +147,21 @@ def ranks(tmp_path_factory):
 
 
 @functools.cache
-def alone():
-    return selection_on(make_net())[0]
+def alone(scope="global"):
+    return selection_on(make_net(), scope)[0]
 
 
 @pytest.mark.parametrize(
     "way", ["fsdp2-replicas", "fsdp1-replicas", "fsdp2-tensor-parallel", "fsdp2-one-rank-per-shard"]
 )
-def test_a_mesh_with_replicas_counts_every_weight_once(way, ranks):
+@pytest.mark.parametrize("scope", ["global", "row"])
+def test_a_mesh_with_replicas_counts_every_weight_once(scope, way, ranks):
     for result in ranks:
-        masks, _, own = result["meshes"][way]
+        masks, _, own = result["meshes"][scope][way]
         assert own
-        for name, mask in alone().items():
+        for name, mask in alone(scope).items():
             assert torch.equal(masks[name], mask), name
-    whole = [result["meshes"][way][1] for result in ranks]
+    whole = [result["meshes"][scope][way][1] for result in ranks]
     assert whole == [4] * 4 if way == "fsdp2-one-rank-per-shard" else max(whole) < 4
 
 
