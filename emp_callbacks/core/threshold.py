@@ -54,10 +54,6 @@ class ScoredPart(NamedTuple):
     scores: Tensor
     positions: int | Tensor
 
-    def positions_at(self, inside: Tensor) -> Tensor:
-        """Return the group positions of the elements with indices `inside`, shape (k,), int64."""
-        return inside + self.positions if isinstance(self.positions, int) else self.positions[inside]
-
     def count_up_to(self, position: int) -> int:
         """Return how many elements have a group position <= `position`: they come first."""
         if isinstance(self.positions, int):
@@ -67,8 +63,11 @@ class ScoredPart(NamedTuple):
     @property
     def end(self) -> int:
         """One more than the highest group position; 0 if there are no elements."""
-        size = self.scores.numel()
-        return int(self.positions_at(torch.tensor([size - 1]))[0]) + 1 if size else 0
+        if not self.scores.numel():
+            return 0
+        return 1 + (
+            self.positions + len(self.scores) - 1 if isinstance(self.positions, int) else int(self.positions[-1])
+        )
 
 
 @dataclass(frozen=True, slots=True)
