@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from emp_callbacks.config import EMPConfig
-    from emp_callbacks.core.bounds import mass_bound
+    from emp_callbacks.core.bounds import mass_bound, tight_mass_bound
     from emp_callbacks.core.effective_number import effective_number, keep_count
     from emp_callbacks.core.selection import emp_mask, preserved_mass
     from emp_callbacks.integrations.deepspeed import EMPHook
@@ -39,6 +39,7 @@ _HOMES = {
     "preserved_mass": "core.selection",
     "pruned_units": "shrinking",
     "shrink": "shrinking",
+    "tight_mass_bound": "core.bounds",
 }
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "preserved_mass",
     "pruned_units",
     "shrink",
+    "tight_mass_bound",
 ]
 
 

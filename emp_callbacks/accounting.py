@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from emp_callbacks.assembly import DynamicSite
+from emp_callbacks.certificates import Certificates
 from emp_callbacks.core.bounds import mass_bound
 from emp_callbacks.core.chunks import chunks, count_true, longest_chunk, scratch
 from emp_callbacks.core.effective_number import keep_count
@@ -82,7 +83,11 @@ def check_ranks_agree(
 
 
 def prune_event(
-    decision: Decision, scored: Sequence[Scored], counts: Sequence[MaskCounts], common: dict[str, Any]
+    decision: Decision,
+    scored: Sequence[Scored],
+    counts: Sequence[MaskCounts],
+    certificates: Certificates,
+    common: dict[str, Any],
 ) -> PruneEvent:
     """Return the row of one group.
 
@@ -90,6 +95,7 @@ def prune_event(
         decision: What the group keeps.
         scored: The scores of every layer, as `decide` was given them.
         counts: Of every layer.
+        certificates: Of layers and groups, where asked for.
         common: The fields that all rows of a refresh share: step, epoch, mode, criterion, scope, beta.
     """
     own = [counts[i] for i in decision.members]
@@ -101,6 +107,7 @@ def prune_event(
             keep=int(counts[i].kept),
             density=counts[i].kept / scored[i].span.size,
             preserved_mass=_share(counts[i].kept_mass, sums.mass),
+            certificate=certificates.layers.get(i),
         )
         for i, sums in zip(decision.members, decision.layer_sums, strict=True)
     )
@@ -116,11 +123,13 @@ def prune_event(
         density=keep / decision.n,
         preserved_mass=_share(sum(count.kept_mass for count in own), sum(sums.mass for sums in decision.layer_sums)),
         mass_bound=_bound(decision, keep, common),
+        tight_mass_bound=decision.mass_floor,
         churn=sum(count.flipped for count in own) / decision.n,
         regrown=int(sum(count.regrown for count in own)),
         seconds=0.0,
         note=decision.note,
         layers=layers,
+        certificate=certificates.groups.get(decision.group),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from emp_callbacks.criteria import Criterion
 from emp_callbacks.criteria.attention import EDGE_SCORES
 from emp_callbacks.criteria.wanda import is_observable
 from emp_callbacks.layer import FeatureLayer, Layer, Member, UnitLayer, WeightLayer
-from emp_callbacks.observers import ActivationSizes, InputSquares
+from emp_callbacks.observers import ActivationSizes, InputSquares, can_unfold
 from emp_callbacks.segment import Segment
 from emp_callbacks.targets import UNIT_TARGETS, UnitTarget, WeightTarget, canonical_name, prunable_weights
 from emp_callbacks.targets.attention_edges import EdgeSite, edge_sites
@@ -54,12 +55,13 @@ def find_dynamic_sites(config: EMPConfig, criterion: Criterion, backend: Backend
 
 def _weight_layers(config: EMPConfig, criterion: Criterion, backend: Backend) -> list[Layer]:
     targets = prunable_weights(backend.module, config.include, config.exclude, backend.full_shape)
-    inputs = _input_observers(backend, targets) if criterion.needs == "inputs" else [None] * len(targets)
+    observed = criterion.needs == "inputs"
+    inputs = _input_observers(backend, targets, config.certify) if observed else [None] * len(targets)
     segments = backend.segments(targets)
     return [WeightLayer(segment, backend, observer) for segment, observer in zip(segments, inputs, strict=True)]
 
 
-def _input_observers(backend: Backend, targets: Sequence[WeightTarget]) -> list[InputSquares | None]:
+def _input_observers(backend: Backend, targets: Sequence[WeightTarget], products: bool) -> list[InputSquares | None]:
     """Return for each parameter an observer of what it multiplies; None where no module shows that."""
     owners: dict[int, tuple[str, nn.Module]] = {}
     for name, module in backend.module.named_modules():
@@ -71,8 +73,9 @@ def _input_observers(backend: Backend, targets: Sequence[WeightTarget]) -> list[
             observers.append(None)
             continue
         name, module = owners[id(target.parameter)]
-        inputs = backend.full_shape(target.parameter)[1 - target.output_dim] * getattr(module, "groups", 1)
-        observers.append(InputSquares(name, module, inputs))
+        shape, groups = backend.full_shape(target.parameter), getattr(module, "groups", 1)
+        patch = (groups, math.prod(shape) // shape[target.output_dim]) if products and can_unfold(module) else None
+        observers.append(InputSquares(name, module, shape[1 - target.output_dim] * groups, patch))
     return observers
 
 

@@ -51,6 +51,10 @@ class EMPConfig:
             Not for weights, of which there are enough.
         density: Keep this fixed fraction of each group, in (0, 1], instead of N_eff: for baselines.
         observe_only: Measure and log, prune nothing.
+        certify: Say in every row what pruning can have changed at most: the error of each layer's outputs for "wanda",
+            the change of the loss to first order for "taylor". For "wanda" every layer's input features are also
+            multiplied with each other in the evidence window: memory for inputs^2 numbers, and per step about as many
+            operations as a forward pass of a layer with as many outputs as inputs.
         axis: What a feature is: "channel", "token" or "patch" (see `FeatureForm`).
         dynamic: Whether each sample keeps its own N_eff features, chosen anew in every forward pass.
         per: Who chooses them: each "sample", or in causal models each "token" its own channels.
@@ -78,6 +82,7 @@ class EMPConfig:
     tolerance: float = 0.01
     density: float | None = None
     observe_only: bool = False
+    certify: bool = False
     axis: str = "channel"
     dynamic: bool = False
     per: str = "sample"
@@ -125,6 +130,14 @@ class EMPConfig:
             )
         if self.is_dynamic and self.mode != "feedback":
             raise ValueError(f"mode={self.mode!r} keeps a mask, but here each sample has its own; use 'feedback'")
+        if self.certify and (
+            self.target == "features" or make_criterion(self.criterion, self.target).certificate is None
+        ):
+            raise ValueError(
+                f"certify=True: no certificate is known for criterion {self.criterion_name!r} and target "
+                f"{self.target!r}; use criterion 'wanda' (weights) or 'taylor' (weights, heads, neurons, kan_nodes). "
+                "Without certify every row bounds the preserved mass, and emp inspect --data bounds the loss"
+            )
         if self.target == "features" and self.mode == "project":
             raise ValueError("mode='project' zeroes weights, and features have none; use 'feedback' or 'freeze'")
 

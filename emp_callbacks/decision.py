@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from emp_callbacks.core.bounds import tight_mass_bound, tight_mass_bounds
 from emp_callbacks.core.chunks import gather_rows
 from emp_callbacks.core.effective_number import (
     ScoreMoments,
@@ -96,6 +97,7 @@ class Decision:
         digest: Of what decides the masks; every rank must have the same.
         note: What was out of the ordinary; empty if nothing.
         is_top: Whether exactly the `keep` highest are kept; False where a layer's guard changed that.
+        mass_floor: Lower bound on the share of the score mass that is kept; None where none holds.
         mask: Member index -> mask, layout of that layer's scores, bool, True = kept.
     """
 
@@ -109,6 +111,7 @@ class Decision:
     digest: int
     note: str
     is_top: bool
+    mass_floor: float | None
     mask: Callable[[int], Tensor]
 
 
@@ -180,7 +183,7 @@ def _decide_pooled(
     own = tuple(layer_sums[i] for i in members)
     if not int(moments.nonzero[0]):
         note = "every score is 0: no information, everything is kept"
-        return Decision(group, members, size, 0.0, size, 0.0, own, 0, note, False, lambda i: _all_kept(layers[i]))
+        return Decision(group, members, size, 0.0, size, 0.0, own, 0, note, False, None, lambda i: _all_kept(layers[i]))
     scores = {i: layers[i].scores for i in members}
     pool = _Pool(layers, scores, starts)
     threshold = pool.threshold(keep, ranks)
@@ -195,8 +198,9 @@ def _decide_pooled(
         names = ", ".join(layers[i].span.name for i in short)
         note = f"kept so that no layer falls below min_units={rule.min_units}: {names}"
     digest = zlib.crc32(f"{keep} {threshold.key} {threshold.last_tie}".encode())
-    chosen = partial(pool.mask, threshold=threshold)
-    return Decision(group, members, size, float(n_eff[0]), keep, lowest, own, digest, note, not short, chosen)
+    chosen, total = partial(pool.mask, threshold=threshold), float(n_eff[0])
+    floor = None if short else tight_mass_bound(keep, size, total)
+    return Decision(group, members, size, total, keep, lowest, own, digest, note, not short, floor, chosen)
 
 
 class _Pool(NamedTuple):
@@ -219,6 +223,12 @@ class _Pool(NamedTuple):
         scored = Scored(self.layers[i].span, self.scores[i])
         part = scored.counted if counted else scored.all
         return ScoredPart(part.scores, part.positions + self.starts[i])
+
+
+def _mean_floor(keep: Tensor, n: int, n_eff: Tensor, mass: Tensor) -> float | None:
+    """Return the lower bound on what all rows keep of their mass together; None if there is none."""
+    total = float(mass.sum())
+    return float((tight_mass_bounds(keep, n, n_eff) * mass).sum()) / total if total else None
 
 
 def _is_short(mask: Tensor, rule: KeepRule) -> bool:
@@ -266,5 +276,6 @@ def _decide_rows(
         digest=zlib.crc32(keep.numpy().tobytes()),
         note=f"{silent} rows whose scores are all 0 are kept whole" if silent else "",
         is_top=False,
+        mass_floor=_mean_floor(keep, span.size // units, n_eff, moments.total),
         mask=lambda _: layout.flat([thresholds.mask(part) for part in layout.parts]).view(layer.scores.shape),
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from emp_callbacks.targets.compiled_site import watch
@@ -43,9 +45,13 @@ class Observer(ForwardSite):
     def see_forward(self, activation: Tensor) -> None:
         """Add what passes, unless it is only computed again for a backward pass."""
         if not in_backward():
-            total = self._total(activation.detach())
-            count = torch.tensor(activation.numel() / self.size, device=activation.device)
-            self._add({"total": total, "count": count})
+            values = activation.detach()
+            count = torch.tensor(values.numel() / self.size, device=values.device)
+            self._add({"total": self._total(values), "count": count, **self._further(values)})
+
+    def _further(self, values: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
+        """Return further sums over what passes, float64."""
+        return {}
 
     def _total(self, values: Tensor) -> Tensor:
         raise NotImplementedError
@@ -59,7 +65,30 @@ class InputSquares(Observer):
         name: Name of the module.
         module: A Linear, transformers' Conv1D, or a convolution.
         size: Input features or channels.
+        patch: Number of groups and of inputs that one output of a group reads, to sum the products of these inputs with
+            each other as well: what the error of the outputs is measured from.
     """
+
+    def __init__(self, name: str, module: nn.Module, size: int, patch: tuple[int, int] | None = None) -> None:
+        super().__init__(name, module, size)
+        self.patch = patch
+
+    def statistics(self) -> dict[str, Tensor]:
+        """Return this rank's sums as any observer's; with `patch` also "products", shape (groups, inputs, inputs)."""
+        sums = super().statistics()
+        if self.patch is not None:
+            groups, inputs = self.patch
+            nothing = torch.zeros(groups, inputs, inputs, dtype=torch.float64)
+            sums["products"] = self._sums.get("products", nothing).cpu()
+        return sums
+
+    def _further(self, values: Tensor) -> dict[str, Tensor]:
+        if self.patch is None:
+            return {}
+        total = torch.zeros(self.patch[0], self.patch[1], self.patch[1], dtype=torch.float64, device=values.device)
+        for patches in _patches(self.module, values, self.patch):
+            total += patches @ patches.mT
+        return {"products": total}
 
     def _register(self) -> list[RemovableHandle]:
         return [self.module.register_forward_pre_hook(self._hook)]
@@ -102,6 +131,43 @@ class ActivationSizes(Observer):
         moved = values.movedim(feature_dim(self.module, values.ndim), -1)
         blocks = moved.reshape(-1, self.size, moved.shape[-1] // self.size)
         return blocks.float().abs().sum((0, 2), dtype=torch.float64)
+
+
+def can_unfold(module: nn.Module) -> bool:
+    """Return whether what each output of a module reads is known here; of a Conv3d it is not."""
+    return not isinstance(module, nn.Conv3d)
+
+
+def _patches(module: nn.Module, values: Tensor, patch: tuple[int, int]) -> Iterator[Tensor]:
+    """Yield what each output of a module reads, shape (groups, inputs, outputs), float32, in pieces.
+
+    A convolution's patches are as many times as large as its input as its kernel has taps: one sample at a time.
+    """
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        yield values.float().reshape(1, -1, patch[1]).mT
+        return
+    flat = isinstance(module, nn.Conv1d)
+
+    def both(setting: int | tuple[int, ...], other: int) -> tuple[int, ...]:
+        pair = tuple(setting) if isinstance(setting, tuple) else (setting,)
+        return (other, *pair) if flat else pair
+
+    images = values.float().unsqueeze(-2) if flat else values.float()
+    padding = module.padding
+    if isinstance(padding, str):  # "same" or "valid"
+        taps = zip(module.kernel_size, module.dilation, strict=True)
+        total = [dilation * (kernel - 1) if padding == "same" else 0 for kernel, dilation in taps]
+        sides = [side for amount in reversed(total) for side in (amount // 2, amount - amount // 2)]
+        images, padding = functional.pad(images, sides), (0,) * len(total)
+    for image in images.split(1):
+        columns = functional.unfold(
+            image,
+            both(module.kernel_size, 1),
+            dilation=both(module.dilation, 1),
+            padding=both(padding, 0),
+            stride=both(module.stride, 1),
+        )
+        yield columns.view(*patch, -1)
 
 
 def feature_dim(module: nn.Module, ndim: int) -> int:

@@ -448,7 +448,10 @@ class EMPPruner:
         else:
             self._criterion.batches = tuple(self._evidence.batches)
             with self._dense_owners():
-                events = refresh_masks(self._layers, self._criterion, self._rule, self._mode, self._backend, common)
+                certified = self.config.certify
+                events = refresh_masks(
+                    self._layers, self._criterion, self._rule, self._mode, self._backend, common, certified=certified
+                )
             self._backend.refresh_copies()
         seconds = time.perf_counter() - started
         events = [replace(event, seconds=seconds) for event in events]

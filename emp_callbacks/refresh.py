@@ -11,6 +11,7 @@ from torch import Tensor
 from emp_callbacks.accounting import MaskCounts, check_ranks_agree, count_mask, dynamic_event, prune_event
 from emp_callbacks.assembly import DynamicSite
 from emp_callbacks.backends import Backend
+from emp_callbacks.certificates import Certificates, certify
 from emp_callbacks.core.chunks import gather_rows
 from emp_callbacks.core.masked_values import zero_pruned
 from emp_callbacks.criteria import Criterion
@@ -27,6 +28,8 @@ def refresh_masks(
     mode: MaskMode,
     backend: Backend,
     common: dict[str, Any],
+    *,
+    certified: bool = False,
 ) -> list[PruneEvent]:
     """Give every layer, whose dense weights are in place, a new mask, and return the rows. Collective.
 
@@ -37,6 +40,7 @@ def refresh_masks(
         mode: What the masks mean.
         backend: The parallel strategy.
         common: The fields that all rows share, see `prune_event`.
+        certified: Whether the rows say what pruning can have changed at most.
 
     Raises:
         FloatingPointError: A score is NaN or Inf; no mask was changed.
@@ -53,6 +57,7 @@ def refresh_masks(
         return mode.merge(layers[i].mask, decision.mask(i))
 
     check_ranks_agree(decisions, new_mask, layers, backend, common["step"])
+    certificates = certify(decisions, scored, new_mask, layers, criterion) if certified else Certificates({}, {})
     # From here on nothing can fail. One layer after the other, so that no second mask of the whole model is held.
     rows = {}
     for decision in decisions:
@@ -63,7 +68,7 @@ def refresh_masks(
                 mode.install(weight, part, backend.optimizer_states(weight.segment))
     sums = backend.all_sum(gather_rows([rows[i] for i in range(len(layers))]))
     counts = [MaskCounts(*row) for row in sums.tolist()]
-    return [prune_event(decision, scored, counts, common) for decision in decisions]
+    return [prune_event(decision, scored, counts, certificates, common) for decision in decisions]
 
 
 def refresh_dynamic(

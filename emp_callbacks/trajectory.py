@@ -13,6 +13,35 @@ from rich.table import Table
 
 
 @dataclass(frozen=True, kw_only=True)
+class Certificate:
+    """What pruning can have changed at most, proved from the data of the evidence window (`certify=True`).
+
+    Attributes:
+        kind: "output_error": l2 norm of the change of a layer's outputs over all gathered tokens, samples and pixels,
+            given the layer's inputs. "loss_change": change of the loss to first order, mean over the gathered batches.
+        bound: The guarantee, in units of the layer's outputs or of the loss, >= 0.
+        measured: What it bounds, on the same data: |measured| <= bound, a change of the loss with its sign. None where
+            what it takes was not gathered.
+        scale: Of "output_error" the l2 norm of the unpruned outputs, where it was measured: bound / scale is relative.
+        tightness: Of "output_error" the largest measured / bound of one output unit, in [0, 1] up to rounding.
+
+    Source: triangle inequality, docs/certificates.md.
+    """
+
+    kind: str
+    bound: float
+    measured: float | None = None
+    scale: float | None = None
+    tightness: float | None = None
+
+    @property
+    def relative(self) -> tuple[float, float | None]:
+        """Bound and measured, where a scale is known as fractions of it."""
+        scale = self.scale or 1.0
+        return self.bound / scale, None if self.measured is None else self.measured / scale
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerStats:
     """One layer at one refresh. Where every sample (or query row) has its own mask: means over them.
 
@@ -25,6 +54,7 @@ class LayerStats:
         preserved_mass: Share of the layer's score mass that is kept, in [0, 1].
         first_token: Of attention edges: the softmax weight of the first key before pruning, averaged over the queries
             that can read another one (an attention sink takes much of it); else None.
+        certificate: With `certify=True`, what pruning the layer can have changed; else None.
     """
 
     name: str
@@ -34,6 +64,12 @@ class LayerStats:
     density: float
     preserved_mass: float
     first_token: float | None = None
+    certificate: Certificate | None = None
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> LayerStats:
+        """Return the layer of a row that `PruneEvent.record()` wrote."""
+        return cls(**{**record, "certificate": _certificate(record)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +92,15 @@ class PruneEvent:
         threshold: Lowest kept score.
         density: keep / n.
         preserved_mass: s_eff, share of the score mass that is kept, in [0, 1].
-        mass_bound: Its lower bound where one holds (beta = 1, 2 <= keep <= n - 1), else None.
+        mass_bound: The paper's lower bound on it where that holds (beta = 1, 2 <= keep <= n - 1), else None.
+        tight_mass_bound: The lower bound that N_eff itself gives, for every beta; scope "row": mean over rows, weighted
+            by their mass. None where other than the highest scores are kept (`min_units`), or each sample has its mask.
         churn: Share of mask bits that flipped since the last refresh (before the first all are kept).
         regrown: Components that were pruned and are kept again.
         seconds: Wall time of the refresh (shared by the groups of one refresh).
         note: What was out of the ordinary; empty if nothing.
         layers: Every layer of the group.
+        certificate: With `certify=True` and a criterion that speaks of the loss: of the whole group; else None.
     """
 
     step: int
@@ -84,6 +123,8 @@ class PruneEvent:
     seconds: float
     note: str
     layers: tuple[LayerStats, ...]
+    tight_mass_bound: float | None = None
+    certificate: Certificate | None = None
 
     def record(self) -> dict[str, Any]:
         """Return the row as plain JSON types."""
@@ -92,7 +133,13 @@ class PruneEvent:
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> PruneEvent:
         """Return the row that `record()` wrote."""
-        return cls(**{**record, "layers": tuple(LayerStats(**layer) for layer in record["layers"])})
+        layers = tuple(LayerStats.from_record(layer) for layer in record["layers"])
+        return cls(**{**record, "layers": layers, "certificate": _certificate(record)})
+
+
+def _certificate(record: dict[str, Any]) -> Certificate | None:
+    found = record.get("certificate")
+    return None if found is None else Certificate(**found)
 
 
 class Trajectory(Sequence[PruneEvent]):
@@ -200,8 +247,28 @@ def layer_table(events: Sequence[PruneEvent]) -> Table:
     table.add_column("mass kept", justify="right")
     if any(layer.first_token is not None for event in events for layer in event.layers):
         table.add_column("first token", justify="right")
+    certificates = [layer.certificate for event in events for layer in event.layers if layer.certificate is not None]
+    if certificates:
+        said = {"output_error": "output error", "loss_change": "loss change"}[certificates[0].kind]
+        table.add_column(f"{said} <=", justify="right", footer=_total_certificate(events))
+        table.add_column("measured", justify="right")
     for layer in (layer for event in events for layer in event.layers):
         sizes = (f"{layer.n:,}", f"{layer.n_eff / layer.n:.3f}", f"{layer.keep:,}", f"{layer.density:.3f}")
         sink = () if layer.first_token is None else (f"{layer.first_token:.3f}",)
-        table.add_row(layer.name, *sizes, f"{layer.preserved_mass:.3f}", *sink)
+        proved = certificate_cells(layer.certificate) if certificates else ()
+        table.add_row(layer.name, *sizes, f"{layer.preserved_mass:.3f}", *sink, *proved)
     return table
+
+
+def certificate_cells(certificate: Certificate | None) -> tuple[str, str]:
+    """Return what is guaranteed and what was measured as text: errors of outputs relative, in percent."""
+    if certificate is None:
+        return "-", "-"
+    form = ".1%" if certificate.scale else ".4g"
+    bound, measured = certificate.relative
+    return f"{bound:{form}}", "-" if measured is None else f"{measured:{form}}"
+
+
+def _total_certificate(events: Sequence[PruneEvent]) -> str:
+    found = [event.certificate for event in events]
+    return "" if None in found else f"{sum(certificate.bound for certificate in found if certificate):.4g}"

@@ -23,12 +23,15 @@ class Criterion(ABC):
         needs: Evidence that must be gathered before a refresh; None if the weights say everything.
         signed: What becomes of scores below 0: "absolute", or "shift": the lowest of those that compete becomes 0.
         zero_scores_zero: Whether a component whose weights are 0 has the score 0.
+        certificate: What the sum of the pruned scores bounds: the error of a layer's outputs, or the change of the loss
+            to first order; None if nothing.
     """
 
     targets: ClassVar[tuple[str, ...]]
     needs: ClassVar[Evidence | None] = None
     signed: Literal["absolute", "shift"] = "absolute"
     zero_scores_zero: ClassVar[bool] = False
+    certificate: ClassVar[Literal["output_error", "loss_change"] | None] = None
 
     @abstractmethod
     def score(self, layer: Any) -> Tensor:

@@ -21,6 +21,7 @@ class Taylor(Criterion):
     targets = ("weights", "heads", "neurons", "features", "kan_nodes")
     needs = "gradients"
     zero_scores_zero = True
+    certificate = "loss_change"
 
     def of_batch(self, weight: Tensor, gradient: Tensor) -> Tensor:
         return weight * gradient

@@ -19,6 +19,7 @@ class Wanda(Criterion):
     targets = ("weights",)
     needs = "inputs"
     zero_scores_zero = True
+    certificate = "output_error"
 
     def check(self, layer: Layer) -> None:
         if not layer.sites:

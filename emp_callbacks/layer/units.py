@@ -139,10 +139,18 @@ class UnitLayer(Layer):
         if self.activations is not None:
             sizes, count = self._observed(self.activations, "activations")
             return sizes / count
+        # abs after the sum over ranks: a unit whose slices lie on several ranks has one sum per batch
+        return self.signed_sums(batches).abs().mean(0)
+
+    def signed_sums(self, batches: Sequence[int]) -> Tensor:
+        """Return the sum of per_weight over what pruning each unit zeroes, shape (batches, units), float64. Collective.
+
+        Raises:
+            RuntimeError: Nothing was gathered.
+        """
         check_gathered(self.name, batches)
         nothing = torch.zeros(self.units, dtype=torch.float64)
-        # abs after the sum over ranks: a unit whose slices lie on several ranks has one sum per batch
-        return self.ranks.all_sum(torch.stack([self._batches.get(b, nothing) for b in batches])).abs().mean(0)
+        return self.ranks.all_sum(torch.stack([self._batches.get(batch, nothing) for batch in batches]))
 
     def release(self) -> None:
         self._batches = {}

@@ -68,6 +68,15 @@ class WeightLayer(Layer):
             return torch.zeros_like(self.weight, dtype=torch.float32)
         return self._sum / len(batches)
 
+    def input_products(self) -> Tensor | None:
+        """Return X X^T of what each output reads, over all ranks, shape (groups, inputs, inputs), float64, on the CPU.
+
+        None where it was not gathered. Collective.
+        """
+        if self.inputs is None or self.inputs.patch is None:
+            return None
+        return self._summed(self.inputs)["products"]
+
     def release(self) -> None:
         self._sum = None
 
