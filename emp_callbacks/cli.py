@@ -9,12 +9,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from emp_callbacks.cli_options import compare_parser, export_parser, inspect_parser, prune_parser, report_parser
+from emp_callbacks.cli_options import (
+    compare_parser,
+    criteria_parser,
+    export_parser,
+    inspect_parser,
+    prune_parser,
+    report_parser,
+    sweep_parser,
+    violations_parser,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from emp_callbacks.export import Source
+    from emp_callbacks.study.once import OnceStudy
     from emp_callbacks.weights_file import ExportReport
 
 __all__ = ["main"]
@@ -31,10 +41,15 @@ commands:
   validate  evaluate a recipe's model on its validation split
   test      evaluate a recipe's model on its test split
   compare   train a recipe with several ways of pruning and several seeds, and report
-  report    write the report of a finished comparison or of a single fit again
+  report    write the report of a finished study or of a single fit again
   inspect   show N_eff and what EMP would keep of a checkpoint or a timm model
   prune     prune a finished model once, and write its weights
   export    write the masked weights of a run as plain safetensors
+
+studies on trained models, pruned once:
+  sweep-beta        is beta = 1 where the metric begins to fall?
+  compare-criteria  N_eff, metric and masks of every criterion on one model
+  violations        the measured change of the loss beside every bound
 
 examples:
   emp fit --config recipes/quickstart.yaml
@@ -172,18 +187,74 @@ def _compare(words: list[str]) -> None:
     console.print(f"report: {report}", highlight=False, soft_wrap=True)
 
 
+def _sweep(words: list[str]) -> None:
+    """Prune trained models for several beta."""
+    options, overrides = sweep_parser().parse_known_args(words)
+    from emp_callbacks.study.beta_sweep import BETAS, beta_sweep
+
+    names = ("target", "criterion", "scope")
+    settings = {name: value for name in names if (value := getattr(options, name)) is not None}
+    study = beta_sweep(betas=options.betas or BETAS, tolerance=options.tolerance, overrides=settings)
+    _run_once(study, options, overrides, words)
+
+
+def _criteria(words: list[str]) -> None:
+    """Prune trained models by every criterion."""
+    options, overrides = criteria_parser().parse_known_args(words)
+    from emp_callbacks.study.criteria_comparison import criteria_comparison
+
+    study = criteria_comparison(
+        targets=options.targets, density=options.density, batches=options.batches, scope=options.scope
+    )
+    _run_once(study, options, overrides, words)
+
+
+def _violations(words: list[str]) -> None:
+    """Measure losses beside their bounds."""
+    options, overrides = violations_parser().parse_known_args(words)
+    from emp_callbacks.study.beta_sweep import BETAS
+    from emp_callbacks.study.violations import CRITERIA, violations
+
+    study = violations(
+        criteria=options.criteria or CRITERIA,
+        betas=options.betas or BETAS,
+        batches=options.batches,
+        probes=options.probes,
+        scope=options.scope,
+    )
+    _run_once(study, options, overrides, words)
+
+
+def _run_once(study: OnceStudy, options: argparse.Namespace, overrides: list[str], words: Sequence[str]) -> None:
+    """Run a study on trained models and show what it found."""
+    from emp_callbacks.study.once import run_once_study
+    from emp_callbacks.study.page import print_page, write_page
+    from emp_callbacks.study.recipe import Recipe
+
+    console, out = _console(), Path(options.out)
+    results = run_once_study(
+        study,
+        [Recipe(path, overrides) for path in options.config],
+        out,
+        models=Path(options.models),
+        seeds=options.seeds,
+        overwrite=options.overwrite,
+        console=console,
+        words=[study.command, *words],
+    )
+    page = study.page(results)
+    written = write_page(page, out, results)
+    print_page(page, console)
+    console.print(f"report: {written}", highlight=False, soft_wrap=True)
+
+
 def _report(words: list[str]) -> None:
     """Write the report of a folder again."""
     folder = Path(report_parser().parse_args(words).folder)
     results, rows = folder / "results.json", folder / "emp_trajectory.jsonl"
     console = _console()
     if results.is_file():
-        from emp_callbacks.study.report import comparison_table, write_report
-        from emp_callbacks.study.run_store import read_results
-
-        study = read_results(results)
-        page = write_report(study, folder)
-        console.print(comparison_table(study))
+        page = _report_of_study(results, console)
     elif rows.is_file():
         from emp_callbacks.study.report import write_trajectory_report
         from emp_callbacks.trajectory import Trajectory
@@ -192,6 +263,24 @@ def _report(words: list[str]) -> None:
     else:
         raise FileNotFoundError(_nothing_to_report(folder))
     console.print(f"report: {page}", highlight=False, soft_wrap=True)
+
+
+def _report_of_study(path: Path, console: Console) -> Path:
+    from emp_callbacks.study.run_store import read_results
+
+    results = read_results(path)
+    if isinstance(results["study"], str):
+        from emp_callbacks.study.once_studies import PAGES
+        from emp_callbacks.study.page import print_page, write_page
+
+        found = PAGES[results["study"]](results)
+        print_page(found, console)
+        return write_page(found, path.parent, results)
+    from emp_callbacks.study.report import comparison_table, write_report
+
+    written = write_report(results, path.parent)
+    console.print(comparison_table(results))
+    return written
 
 
 def _nothing_to_report(folder: Path) -> str:
@@ -285,6 +374,9 @@ def _console() -> Console:
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     **{command: _lightning(command) for command in _LIGHTNING_HELP},
     "compare": _compare,
+    "sweep-beta": _sweep,
+    "compare-criteria": _criteria,
+    "violations": _violations,
     "report": _report,
     "inspect": _inspect,
     "prune": _prune,

@@ -231,6 +231,24 @@ class EMPPruner:
         """
         return {layer.name: layer.mask_or_ones.clone() for layer in self._layers if layer.is_known}
 
+    @torch.no_grad()
+    def scores(self) -> dict[str, Tensor]:
+        """Return layer name -> |score| of its components now, layout of `masks`. Collective; changes nothing.
+
+        A criterion that reads gradients, inputs or activations speaks of what was gathered since the last refresh.
+
+        Raises:
+            ValueError: Every sample or query row scores for itself.
+            RuntimeError: Nothing was gathered.
+        """
+        if self._dynamic:
+            raise ValueError(
+                "every sample or query row has scores of its own here; they exist in the forward pass only"
+            )
+        self._criterion.batches = tuple(self._evidence.batches)
+        with self._dense_owners():
+            return {layer.name: self._criterion.score(layer).detach().abs() for layer in self._layers}
+
     @property
     def weight_masks(self) -> dict[str, Tensor]:
         """Parameter name -> bool mask of what is zeroed in it (False), like `masks` for weights; {} for features."""

@@ -23,7 +23,7 @@ from emp_callbacks.study.run_store import RunStore, digest, write_atomically
 from emp_callbacks.study.statistics import convergence
 from emp_callbacks.study.training import Training, recipe_config
 
-__all__ = ["StudyInterrupted", "run_study", "study_cells"]
+__all__ = ["StudyInterrupted", "environment", "run_study", "study_cells", "what_trains"]
 
 Record = dict[str, Any]
 
@@ -112,7 +112,7 @@ class _Study:
         self.console = console or Console(quiet=True)
         resolved = recipe.resolved()
         self.resolved = {**resolved, "study": {**resolved["study"], "out": str(out)}}
-        self.recipe_digest = digest(_what_trains(resolved))
+        self.recipe_digest = digest(what_trains(resolved))
         self.store = RunStore(out, self.recipe_digest)
         self.records: dict[tuple[str, int], Record] = {}
 
@@ -211,14 +211,14 @@ class _Study:
                 "arms": list(arms),
                 "seeds": list(seeds),
             },
-            "environment": _environment(),
+            "environment": environment(),
             "runs": [self.records[arm, seed] for arm in arms for seed in seeds],
         }
         found = convergence(results)
         return {**results, "convergence": json.loads(json.dumps(dataclasses.asdict(found))) if found else None}
 
 
-def _what_trains(resolved: Mapping[str, Any]) -> dict[str, Any]:
+def what_trains(resolved: Mapping[str, Any]) -> dict[str, Any]:
     """Return the part of a resolved recipe, and of the software, that decides how a run trains."""
     trained = {key: value for key, value in resolved.items() if key not in ("study", "seed_everything")}
     trainer = {key: value for key, value in trained["trainer"].items() if key not in _PRESENTATION}
@@ -226,7 +226,8 @@ def _what_trains(resolved: Mapping[str, Any]) -> dict[str, Any]:
     return {**trained, "trainer": trainer, "versions": versions}
 
 
-def _environment() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
+    """Return versions, machine and date, for results."""
     return {
         "emp_callbacks": emp_callbacks.__version__,
         "torch": torch.__version__,

@@ -136,7 +136,7 @@ def plot_trajectory(records: Sequence[Record]) -> Figure:
     figure = Figure(figsize=(SIZE[0], 1.0 + sum(heights)), layout="constrained", dpi=DPI)
     panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
     for axes in panels:
-        _style(axes)
+        style_axes(axes)
     marker = "o" if len(records) <= 60 else None
     _draw_fractions(panels[0], records, marker)
     churn = group_series(records, "churn")
@@ -185,7 +185,7 @@ def _density_series(run: Record) -> Series:
 def _study_figure(title: str, ylabel: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=SIZE, layout="constrained", dpi=DPI)
     axes = figure.subplots()
-    _style(axes)
+    style_axes(axes)
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK, pad=10)
     axes.set_xlabel("optimizer step")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -193,7 +193,8 @@ def _study_figure(title: str, ylabel: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _style(axes: Axes) -> None:
+def style_axes(axes: Axes) -> None:
+    """Give axes the look of all figures here."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#999999")
     axes.tick_params(colors=INK, labelsize=9)

@@ -60,14 +60,14 @@ class StudyProgress:
 
     def done(self, record: Mapping[str, Any]) -> None:
         """Count one finished run and print its line."""
-        self.finished += 1
-        self._bars.update(self._runs, completed=self.finished)
         value = record["metrics"].get(self._metric)
         shown = f"{self._metric} {value:.4f}" if value is not None else f"{self._metric} not logged"
-        self._console.print(
-            f"[{self.finished}/{self._total}] {record['arm']} seed {record['seed']}: {shown},"
-            f" density {record['density']:.3f}, {record['seconds']:.1f} s",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        name, density, seconds = f"{record['arm']} seed {record['seed']}", record["density"], record["seconds"]
+        self.advance(f"{name}: {shown}, density {density:.3f}, {seconds:.1f} s")
+
+    def advance(self, line: str) -> None:
+        """Count one finished run and print a line about it."""
+        self.finished += 1
+        self._bars.update(self._runs, completed=self.finished)
+        text = f"[{self.finished}/{self._total}] {line}"
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from matplotlib.figure import Figure
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from emp_callbacks.study import plots
+from emp_callbacks.study.page import DASH, number, save_picture, template, write_html
 from emp_callbacks.study.statistics import (
     MATCHED_TOLERANCE,
     ArmConvergence,
@@ -34,7 +32,7 @@ from emp_callbacks.study.statistics import (
 )
 
 Results = Mapping[str, Any]
-MINUS, DASH, SPACE = "\u2212", "\u2013", "\u00a0"
+SPACE = "\u00a0"
 
 ARMS = {
     "dense": "trained without pruning: what the model can do with everything kept.",
@@ -110,7 +108,7 @@ def write_report(results: Results, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     checks = fairness_checks(results)
     images = [
-        {"name": name, "text": PLOT_TEXT[name], "data": _save(draw(results), folder / name)}
+        {"name": name, "text": PLOT_TEXT[name], "data": save_picture(draw(results), folder / name)}
         for name, draw in plots.STUDY_PLOTS.items()
     ]
     metric = MetricFormat.of(results)
@@ -137,7 +135,7 @@ def write_report(results: Results, folder: Path) -> Path:
         environment=results.get("environment", {}),
         command=results["study"].get("command") or f"emp compare --config {results['study'].get('recipe', '?')}",
     )
-    return _write(folder / "report.html", html)
+    return write_html(folder / "report.html", html)
 
 
 def write_trajectory_report(records: Sequence[Mapping[str, Any]], folder: Path, title: str) -> Path:
@@ -153,12 +151,12 @@ def write_trajectory_report(records: Sequence[Mapping[str, Any]], folder: Path, 
     html = _template().render(
         kind="run",
         title=title,
-        images=[{"name": "trajectory.png", "text": text, "data": _save(figure, folder / "trajectory.png")}],
+        images=[{"name": "trajectory.png", "text": text, "data": save_picture(figure, folder / "trajectory.png")}],
         records=[_record_row(record) for record in records],
         layers=_layer_tables(records),
         last=_record_row(records[-1]),
     )
-    return _write(folder / "report.html", html)
+    return write_html(folder / "report.html", html)
 
 
 def comparison_table(results: Results) -> Group:
@@ -270,16 +268,6 @@ def verdict_text(difference: PairedDifference, verdict: str | None) -> str:
 def reference_arm(results: Results) -> str:
     """Return the arm with which the others are compared."""
     return str(results["study"].get("reference", "one_shot"))
-
-
-def number(value: float | None, decimals: int, sign: bool = False) -> str:
-    """Return `value` with a fixed number of decimals and a true minus; a dash for None."""
-    if value is None:
-        return DASH
-    text = f"{value:{'+' if sign else ''}.{decimals}f}"
-    if float(text) == 0:
-        text = text.replace("-", "+" if sign else "")
-    return text.replace("-", MINUS)
 
 
 def p_text(p: float | None) -> str:
@@ -439,20 +427,5 @@ def _color(arm: str) -> str:
     return plots.arm_style(arm).color
 
 
-def _save(figure: Figure, path: Path) -> str:
-    figure.savefig(path)
-    return base64.b64encode(path.read_bytes()).decode("ascii")
-
-
-def _write(path: Path, html: str) -> Path:
-    path.write_text(html, encoding="utf-8")
-    return path
-
-
-@cache
 def _template() -> jinja2.Template:
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template("report.html.j2")
+    return template("report.html.j2")

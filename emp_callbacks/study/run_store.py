@@ -14,8 +14,8 @@ import yaml
 
 __all__ = ["RunStore", "digest", "read_results", "write_atomically"]
 
-# The first line of OUT/config.yaml: how a folder of ours is told from somebody else's.
-_HEADER = "# written by emp compare: the recipe with every default filled in\n"
+# The first line of OUT/config.yaml begins like this: how a folder of ours is told from somebody else's.
+_OURS = "# written by emp"
 
 
 def digest(data: Any) -> str:
@@ -69,7 +69,10 @@ class RunStore:
         if _has_content(self.out):
             self._check_owner()
         self.runs.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.out / "config.yaml", _HEADER + yaml.safe_dump(dict(recipe), sort_keys=False))
+        write_atomically(
+            self.out / "config.yaml",
+            f"{_OURS}: the recipe with every default filled in\n" + yaml.safe_dump(dict(recipe), sort_keys=False),
+        )
         return moved
 
     def finished(self, arm: str, seed: int, fingerprint: str) -> dict[str, Any] | None:
@@ -105,9 +108,9 @@ class RunStore:
 
     def _check_owner(self) -> None:
         config = self.out / "config.yaml"
-        if not config.is_file() or not config.read_text().startswith(_HEADER):
+        if not config.is_file() or not config.read_text().startswith(_OURS):
             raise FileExistsError(
-                f"{self.out} is not empty and was not written by emp compare; choose another folder with"
+                f"{self.out} is not empty and was not written by emp; choose another folder with"
                 " --out DIR, or add --overwrite to move what is there aside"
             )
         for path in sorted(self.runs.glob("*.json")):

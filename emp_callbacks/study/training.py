@@ -10,7 +10,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ __all__ = ["Training", "measure", "recipe_config"]
 
 Adapt = Callable[[EMPConfig], EMPConfig]
 OnStep = Callable[[int, int | None], None]
+StepContext = Callable[[], AbstractContextManager[Any]]
 
 # These end a run early or choose weights by a metric: arms would no longer be trained alike.
 _UNFAIR = (pl.callbacks.EarlyStopping, pl.callbacks.Timer)
@@ -91,6 +92,12 @@ class Training:
             self.trainer.fit(self.model, datamodule=self.data)
         self.seconds = time.perf_counter() - started
 
+    def take_up(self, weights: Mapping[str, Tensor]) -> None:
+        """Stand where a fit that ended with these weights left off."""
+        self.model.load_state_dict(weights)
+        self.data.prepare_data()
+        self.data.setup("fit")
+
     def prune_once(self, config: EMPConfig, folder: Path) -> EMPPruner:
         """Apply EMP once to the trained model, without fine-tuning; features are masked inside `record`.
 
@@ -104,34 +111,50 @@ class Training:
             ValueError: Evidence is needed, and the training step does not give a loss or moves the weights itself.
         """
         started = time.perf_counter()
-        pruner = EMPPruner(self.model, config=config, trajectory_path=folder / TRAJECTORY_FILE)
-        pruner.start_at(self.evidence.steps, self.trainer.current_epoch)
-        with _quiet():
-            self._show_evidence(pruner)
+        pruner = self.informed_pruner(config, folder / TRAJECTORY_FILE)
         pruner.refresh()
         pruner.finalize()
         self._seconds_after = time.perf_counter() - started
         return pruner
 
-    def _show_evidence(self, pruner: EMPPruner) -> None:
-        """Run training batches through the model, whose weights and statistics stay as they are."""
-        config = pruner.config
+    def informed_pruner(self, config: EMPConfig, trajectory_path: Path | None = None) -> EMPPruner:
+        """Return a pruner of the trained model that has seen what its criterion reads of data, before its refresh.
+
+        Raises:
+            ValueError: As `prune_once`.
+        """
+        pruner = EMPPruner(self.model, config=config, trajectory_path=trajectory_path)
+        pruner.start_at(self.evidence.steps, self.trainer.current_epoch)
         needs = make_criterion(config.criterion, config.target).needs
         if needs is None and config.target not in ("features", "attention_edges"):
-            return
+            return pruner
+        with self.batches(config.evidence_steps) as (batches, step_context):
+            show_batches(pruner, self.model, batches, gradients=needs == "gradients", step_context=step_context)
+        return pruner
+
+    @contextmanager
+    def batches(self, count: int) -> Iterator[tuple[Iterator[Any], StepContext]]:
+        """Lend the first training batches, on the model's device, and the context of a training step.
+
+        The model is in evaluation mode, logs nothing, and its weights and statistics stay as they are.
+
+        Raises:
+            ValueError: The training step moves the weights itself.
+        """
         _check_automatic(self.model)
         strategy, precision = self.trainer.strategy, self.trainer.precision_plugin
         self.model.to(strategy.root_device).eval()
-        with isolate_rng(), _unlogged(self.model):
+        with _quiet(), isolate_rng(), _unlogged(self.model):
             pl.seed_everything(self._seed, workers=True, verbose=False)
-            batches = islice(self.data.train_dataloader(), config.evidence_steps)
-            show_batches(
-                pruner,
-                self.model,
-                (strategy.batch_to_device(precision.convert_input(batch)) for batch in batches),
-                gradients=needs == "gradients",
-                step_context=precision.train_step_context,
-            )
+            found = islice(self.data.train_dataloader(), count)
+            on_device = (strategy.batch_to_device(precision.convert_input(batch)) for batch in found)
+            yield on_device, precision.train_step_context
+
+    def test(self, pruner: EMPPruner | None = None) -> dict[str, float]:
+        """Return the test metrics of the model as it is; with a pruner, features are masked as it decided."""
+        with _quiet(), _interrupts_raised(self.trainer), pruner.masked_forward() if pruner else nullcontext():
+            (metrics,) = self.trainer.test(self.model, datamodule=self.data, verbose=False)
+        return {name: float(value) for name, value in metrics.items()}
 
     def record(self, pruner: EMPPruner | None = None) -> dict[str, Any]:
         """Test the current weights and return the run's record, with everything measured on them.
@@ -139,12 +162,11 @@ class Training:
         Args:
             pruner: Of `prune_once`; None for what training itself made.
         """
-        with _quiet(), _interrupts_raised(self.trainer), pruner.masked_forward() if pruner else nullcontext():
-            (metrics,) = self.trainer.test(self.model, datamodule=self.data, verbose=False)
+        metrics = self.test(pruner)
         source = pruner or self.emp.pruner
         assert source is not None
         return {
-            "metrics": {name: float(value) for name, value in metrics.items()},
+            "metrics": metrics,
             **measure(self.model, source.config, source.last_events),
             "steps": self.evidence.steps,
             "refreshes": len({event.step for event in source.trajectory}),
@@ -290,6 +312,9 @@ def _check_automatic(model: pl.LightningModule) -> None:
 @contextmanager
 def _unlogged(model: pl.LightningModule) -> Iterator[None]:
     """Let training_step log into the void: outside a Trainer's loop `self.log` raises."""
+    if "log" in vars(model):  # within another block
+        yield
+        return
     model.log = lambda *_, **__: None  # type: ignore[method-assign]
     try:
         yield

@@ -180,7 +180,7 @@ def test_overwrite_moves_the_old_results_aside(tmp_path, capsys):
     out.mkdir()
     (out / "notes.txt").write_text("mine")
     assert main(words[:-1]) == 2
-    assert "was not written by emp compare" in capsys.readouterr().err
+    assert "was not written by emp" in capsys.readouterr().err
     assert main(words) == 0
     assert (tmp_path / "out.old-1" / "notes.txt").read_text() == "mine"
     assert main(words) == 0

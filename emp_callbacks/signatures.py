@@ -1,0 +1,73 @@
+"""Failure signatures: where N_eff is no good budget, and what to do about it. Each is one line "what: remedy"."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from emp_callbacks.trajectory import PruneEvent
+
+__all__ = ["NEARLY_ALL", "cliff_without_sparsity", "criteria_disagree", "uniform_scores"]
+
+# N_eff / N = 1 / (1 + cv^2), cv the scores' standard deviation over their mean: 0.95 is a cv of 0.23.
+NEARLY_ALL = 0.95
+DISAGREEMENT = 1.5  # factor between the N_eff of two criteria
+LITTLE_SPARSITY = 0.1  # fraction pruned at beta = 1
+
+
+def uniform_scores(events: Sequence[PruneEvent], model: str = "") -> list[str]:
+    """Return a warning if N_eff is close to N: scores nearly alike, among which N_eff finds nothing to prune.
+
+    Args:
+        events: Rows of one refresh.
+        model: Name of the model and target, if several are spoken of.
+    """
+    flat = [event for event in events if event.n > 1 and event.n_eff_fraction >= NEARLY_ALL]
+    if not flat:
+        return []
+    highest = max(event.n_eff_fraction for event in flat)
+    spread = math.sqrt(max(0.0, 1 / min(event.n_eff_fraction for event in flat) - 1))
+    names = ", ".join([model] * bool(model) + [event.group for event in flat[:3]])
+    names += f" and {len(flat) - 3} more" * (len(flat) > 3)
+    return [
+        f"N_eff is up to {highest:.3f} of N in {names}, the scores of {flat[0].criterion!r} deviate by {spread:.0%} of "
+        "their mean at most, so this criterion does not discriminate here and beta = 1 prunes next to nothing: try "
+        "another criterion (emp compare-criteria), or choose a density by the metric (emp sweep-beta)"
+    ]
+
+
+def cliff_without_sparsity(name: str, sparsity: float, harm_at_one: float, harm_below: float, unit: str) -> list[str]:
+    """Return a warning if little is pruned at beta = 1, and much is lost just below.
+
+    Args:
+        name: Of the model and what is pruned.
+        sparsity: Pruned fraction at beta = 1.
+        harm_at_one: What the metric loses at beta = 1, in `unit`, positive where it gets worse.
+        harm_below: The same at the next lower beta.
+        unit: "points" or "%".
+    """
+    if sparsity >= LITTLE_SPARSITY or harm_below < 5 * max(harm_at_one, 0.0) + 1.0:
+        return []
+    return [
+        f"{name} prunes {sparsity:.1%} at beta = 1 and loses {harm_below:.1f} {unit} just below, so N_eff marks a "
+        "cliff without giving sparsity: keep beta >= 1, use another criterion, or train behind the mask (EMPCallback)"
+    ]
+
+
+def criteria_disagree(name: str, fractions: Mapping[str, float]) -> list[str]:
+    """Return a warning if criteria find very different effective numbers in one model.
+
+    Args:
+        name: Of the model and what is pruned.
+        fractions: Criterion -> N_eff / N; random scores left out.
+    """
+    known = {criterion: value for criterion, value in fractions.items() if value > 0}
+    if len(known) < 2:
+        return []
+    low, high = min(known, key=lambda c: known[c]), max(known, key=lambda c: known[c])
+    if known[high] < DISAGREEMENT * known[low]:
+        return []
+    return [
+        f"{name} has N_eff / N = {known[low]:.3f} by {low!r} and {known[high]:.3f} by {high!r}, so how much is "
+        "redundant depends on the criterion: compare their metrics at one density first (emp compare-criteria)"
+    ]
