@@ -294,24 +294,54 @@ def _nothing_to_report(folder: Path) -> str:
 def _inspect(words: list[str]) -> None:
     """Show what EMP would keep."""
     options = inspect_parser().parse_args(words)
+    if options.data:
+        _inspect_with_data(options)
+        return
+    for name in ("target", "criterion"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name} needs modules and data; name the recipe that builds them with --data RECIPE")
     from emp_callbacks.inspection import inspect_model, load_model, report_json, report_table
+    from emp_callbacks.signatures import nearly_all
 
     console = _console()
+    beta, scope = 1.0 if options.beta is None else options.beta, options.scope or "global"
     loaded = load_model(options.source, pretrained=options.pretrained)
     rows = inspect_model(
         loaded.module,
-        beta=options.beta,
-        scope=options.scope,
+        beta=beta,
+        scope=scope,
         include=options.include or loaded.include,
         exclude=options.exclude,
     )
-    settings = {"source": options.source, "beta": options.beta, "scope": options.scope}
-    console.print(report_table(rows, f"{options.source}: scope {options.scope}, beta {options.beta:g}"))
-    notes = [*loaded.notes, *_already_pruned(rows[-1].density)]
+    settings = {"source": options.source, "beta": beta, "scope": scope}
+    console.print(report_table(rows, f"{options.source}: scope {scope}, beta {beta:g}"))
+    judged = rows[-1:] if scope == "global" else rows[:-1]
+    alike = nearly_all([(row.name, row.n, row.n_eff_fraction) for row in judged], "magnitude")
+    notes = [*loaded.notes, *_already_pruned(rows[-1].density), *alike]
     for note in notes:
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
     if options.json:
         Path(options.json).write_text(report_json(rows, **settings, notes=notes))
+
+
+def _inspect_with_data(options: argparse.Namespace) -> None:
+    from emp_callbacks.certification import certified_json, certify_source, cost_table
+    from emp_callbacks.trajectory import layer_table
+
+    if options.pretrained:
+        raise ValueError(
+            "--pretrained goes without --data: let the recipe load the weights (model.init_args.pretrained)"
+        )
+    names = ("target", "criterion", "scope", "beta", "include", "exclude")
+    settings = {name: value for name in names if (value := getattr(options, name)) is not None}
+    found = certify_source(options.source, options.data, settings, batches=options.batches, probes=options.probes)
+    console = _console()
+    console.print(layer_table(found.cost.events))
+    console.print(cost_table(found))
+    for note in found.notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+    if options.json:
+        Path(options.json).write_text(certified_json(found))
 
 
 def _already_pruned(density: float) -> list[str]:

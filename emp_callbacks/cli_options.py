@@ -172,7 +172,11 @@ examples:
   emp inspect timm:resnet18 --pretrained
   emp inspect lightning_logs/version_0/checkpoints/last.ckpt --scope tensor
   emp inspect model.safetensors --beta 0.5 --exclude 'head*' --json inspect.json
+  emp inspect last.ckpt --data recipes/quickstart.yaml --criterion wanda
 
+With --data the model is also pruned once, in memory, and what that changes is measured and bounded: every layer's
+outputs (wanda), the loss to first order (taylor), the loss by Tr(H). What the recipe's EMPCallback says is then the
+default of each setting. Tr(H) takes about 2 * probes * batches training steps and twice their memory.
 Files are read as tensors only; code in them never runs.""",
     )
     parser.add_argument(
@@ -180,11 +184,10 @@ Files are read as tensors only; code in them never runs.""",
         metavar="CHECKPOINT|timm:NAME",
         help="Lightning .ckpt, state dict (.pt, .pth, .safetensors), Hugging Face folder, or a timm model",
     )
-    parser.add_argument("--beta", type=float, default=1.0, help="keep floor(beta * N_eff) weights (default: 1.0)")
+    parser.add_argument("--beta", type=float, help="keep floor(beta * N_eff) weights (default: 1.0)")
     parser.add_argument(
         "--scope",
         choices=("global", "tensor", "row"),
-        default="global",
         help="where weights compete: all together, within a tensor, or within an output unit (default: global)",
     )
     parser.add_argument(
@@ -193,6 +196,12 @@ Files are read as tensors only; code in them never runs.""",
     parser.add_argument("--exclude", nargs="+", metavar="GLOB", help="leave these parameters out")
     parser.add_argument("--pretrained", action="store_true", help="load timm's weights (needs a network)")
     parser.add_argument("--json", metavar="FILE", help="also write the table to a JSON file")
+    data = parser.add_argument_group("with data")
+    data.add_argument("--data", metavar="RECIPE", help="recipe that builds the model and its data")
+    data.add_argument("--target", help="weights, heads, neurons or kan_nodes (default: the recipe's)")
+    data.add_argument("--criterion", help="how they are scored (default: the recipe's, or the target's)")
+    data.add_argument("--batches", type=int, default=8, help="training batches (default: 8)")
+    data.add_argument("--probes", type=int, default=16, help="random vectors for Tr(H) (default: 16)")
     return parser
 
 

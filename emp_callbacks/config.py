@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import math
+import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from emp_callbacks.core.effective_number import check_beta
 from emp_callbacks.criteria import DEFAULT_CRITERIA, ScoreFunction, criterion_name, make_criterion
@@ -188,6 +190,32 @@ class EMPConfig:
         if self.every_n_steps is not None:
             return Schedule(unit="step", every=self.every_n_steps, start=self.start, stop=self.stop)
         return Schedule()
+
+    def once(self, **settings: Any) -> EMPConfig:
+        """Return the settings for one refresh, by hand, of a finished model: no schedule, and a moving beta at its end.
+
+        Args:
+            settings: Fields to replace. Another target brings its own criterion, scope and choice of modules; naming
+                `beta` drops `density`, and the other way round.
+
+        Raises:
+            ValueError: A value or a combination is invalid.
+        """
+        target, criterion = settings.get("target", self.target), settings.get("criterion", self.criterion)
+        in_forward = target in ("features", "attention_edges")
+        plain: dict[str, Any] = {
+            **dict.fromkeys(("every_n_epochs", "every_n_steps", "start", "stop")),
+            "beta": self.beta_at(sys.maxsize),
+            "mode": "feedback" if in_forward else "project",
+            "observe_only": False,
+        }
+        if target != self.target:
+            plain |= dict.fromkeys(("criterion", "scope", "include", "exclude"))
+        if (target, criterion) != (self.target, self.criterion):
+            plain["certify"] = False  # what the new scores bound must be asked for anew
+        plain |= {"density": None} if "beta" in settings else {}
+        plain |= {"beta": 1.0} if settings.get("density") is not None else {}
+        return replace(self, **{**plain, **settings})
 
     def beta_at(self, position: int) -> float:
         """Return beta at a position of the schedule."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from glob import escape
@@ -141,20 +140,7 @@ def _one_shot(config: EMPConfig, settings: Mapping[str, Any]) -> EMPConfig:
             f"target {settings.get('target', config.target)!r} is masked in the forward pass, which a file of weights "
             "cannot hold; prune weights, heads, neurons or kan_nodes"
         )
-    # A schedule of beta has arrived at its last value.
-    once: dict[str, Any] = {
-        "every_n_epochs": None,
-        "every_n_steps": None,
-        "start": None,
-        "stop": None,
-        "mode": "project",
-    }
-    once |= {"observe_only": False, "beta": config.beta_at(sys.maxsize)}
-    if settings.get("target", config.target) != config.target:
-        once["criterion"] = None  # the recipe's fits its own target
-    once |= {"density": None} if "beta" in settings else {}
-    once |= {"beta": 1.0} if "density" in settings else {}
-    return replace(config, **{**once, **settings})
+    return config.once(**settings)
 
 
 def _check_modules(model: FinishedModel, source: str, what: str) -> None:

@@ -41,7 +41,8 @@ class WeightReport:
         n_eff_fraction: n_eff / n.
         keep: Components that EMP would keep.
         preserved_mass: Share of the score mass in the kept components, in [0, 1].
-        mass_bound: Its guaranteed lower bound where one holds, else None.
+        mass_bound: The paper's lower bound on it where that holds, else None.
+        tight_mass_bound: The lower bound that N_eff itself gives, else None.
     """
 
     name: str
@@ -53,6 +54,7 @@ class WeightReport:
     keep: int
     preserved_mass: float
     mass_bound: float | None
+    tight_mass_bound: float | None
 
 
 class LoadedModel(NamedTuple):
@@ -126,7 +128,7 @@ def report_table(rows: Iterable[WeightReport], title: str) -> Table:
     """Return the rows for a terminal, numbers right-aligned, the total last."""
     table = Table(title=title, title_justify="left")
     table.add_column("parameter", overflow="fold")
-    for heading in ("shape", "N", "non-zero", "N_eff", "N_eff/N", "keep", "mass kept", "mass bound"):
+    for heading in ("shape", "N", "non-zero", "N_eff", "N_eff/N", "keep", "mass kept", "mass bound", "tight"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         if row.name == "total":
@@ -140,7 +142,7 @@ def report_table(rows: Iterable[WeightReport], title: str) -> Table:
             f"{row.n_eff_fraction:.3f}",
             f"{row.keep:,}",
             f"{row.preserved_mass:.4f}",
-            "-" if row.mass_bound is None else f"{row.mass_bound:.4f}",
+            *("-" if bound is None else f"{bound:.4f}" for bound in (row.mass_bound, row.tight_mass_bound)),
         )
     return table
 
@@ -163,6 +165,7 @@ def _row(event: PruneEvent, index: int, weights: Mapping[str, Tensor]) -> Weight
         keep=layer.keep,
         preserved_mass=layer.preserved_mass,
         mass_bound=event.mass_bound if event.scope == "tensor" else None,
+        tight_mass_bound=event.tight_mass_bound if event.scope != "global" else None,
     )
 
 
@@ -182,6 +185,7 @@ def _total(rows: Sequence[WeightReport], events: Sequence[PruneEvent], weights: 
         keep=keep,
         preserved_mass=events[0].preserved_mass if pooled else kept / (sum(mass.values()) or 1.0),
         mass_bound=events[0].mass_bound if pooled else None,
+        tight_mass_bound=events[0].tight_mass_bound if pooled else None,
     )
 
 

@@ -28,6 +28,7 @@ from emp_callbacks.mask_part import evidence_part
 from emp_callbacks.pruner_state import describe, install_state, masked_weights, pack_state
 from emp_callbacks.refresh import refresh_dynamic, refresh_masks
 from emp_callbacks.schedule import Clock
+from emp_callbacks.signatures import uniform_scores
 from emp_callbacks.trajectory import LayerStats, PruneEvent, Trajectory
 
 
@@ -96,6 +97,7 @@ class EMPPruner:
         self._evidence = Evidence(self._layers, sites, self._criterion, self._backend)
         self.clock = Clock()
         self._gradient_hooks: list[RemovableHandle] = []
+        self._warned = False
         self._attach()
 
     # ---- the loop -------------------------------------------------------------------------------------------------
@@ -474,9 +476,18 @@ class EMPPruner:
         seconds = time.perf_counter() - started
         events = [replace(event, seconds=seconds) for event in events]
         self.trajectory.extend(events)
+        self._warn_once(events)
         self.clock.last_position, self.clock.steps_at_refresh = self._now, self.steps
         self._evidence.release()
         return events
+
+    def _warn_once(self, events: Sequence[PruneEvent]) -> None:
+        """Say, once and on one rank, where N_eff is no good budget; a fixed density asks for none."""
+        if self._warned or self._backend.rank or self.config.density is not None:
+            return
+        for warning in uniform_scores(events):
+            warnings.warn(warning, stacklevel=4)
+            self._warned = True
 
     def _rule_at(self, position: int) -> KeepRule:
         config = self.config

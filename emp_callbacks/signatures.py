@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from emp_callbacks.trajectory import PruneEvent
 
-__all__ = ["NEARLY_ALL", "cliff_without_sparsity", "criteria_disagree", "uniform_scores"]
+__all__ = ["NEARLY_ALL", "cliff_without_sparsity", "criteria_disagree", "nearly_all", "uniform_scores"]
 
 # N_eff / N = 1 / (1 + cv^2), cv the scores' standard deviation over their mean: 0.95 is a cv of 0.23.
 NEARLY_ALL = 0.95
@@ -22,15 +22,27 @@ def uniform_scores(events: Sequence[PruneEvent], model: str = "") -> list[str]:
         events: Rows of one refresh.
         model: Name of the model and target, if several are spoken of.
     """
-    flat = [event for event in events if event.n > 1 and event.n_eff_fraction >= NEARLY_ALL]
+    groups = [(event.group, event.n, event.n_eff_fraction) for event in events]
+    return nearly_all(groups, events[0].criterion, model) if events else []
+
+
+def nearly_all(groups: Sequence[tuple[str, int, float]], criterion: str, model: str = "") -> list[str]:
+    """Return the same warning for groups of known effective number.
+
+    Args:
+        groups: (name, N, N_eff / N) of each.
+        criterion: How they were scored.
+        model: Name of the model and target, if several are spoken of.
+    """
+    flat = [(name, fraction) for name, n, fraction in groups if n > 1 and fraction >= NEARLY_ALL]
     if not flat:
         return []
-    highest = max(event.n_eff_fraction for event in flat)
-    spread = math.sqrt(max(0.0, 1 / min(event.n_eff_fraction for event in flat) - 1))
-    names = ", ".join([model] * bool(model) + [event.group for event in flat[:3]])
+    fractions = [fraction for _, fraction in flat]
+    spread = math.sqrt(max(0.0, 1 / min(fractions) - 1))
+    names = ", ".join([model] * bool(model) + [name for name, _ in flat[:3]])
     names += f" and {len(flat) - 3} more" * (len(flat) > 3)
     return [
-        f"N_eff is up to {highest:.3f} of N in {names}, the scores of {flat[0].criterion!r} deviate by {spread:.0%} of "
+        f"N_eff is up to {max(fractions):.3f} of N in {names}, the scores of {criterion!r} deviate by {spread:.0%} of "
         "their mean at most, so this criterion does not discriminate here and beta = 1 prunes next to nothing: try "
         "another criterion (emp compare-criteria), or choose a density by the metric (emp sweep-beta)"
     ]

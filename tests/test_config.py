@@ -73,3 +73,30 @@ def test_wrong_arguments_are_named():
         EMPPruner({})
     with pytest.raises(TypeError, match=r"optimizer must be a torch.optim.Optimizer .* got float"):
         EMPPruner(nn.Linear(2, 2), [torch.optim.SGD([torch.zeros(1, requires_grad=True)]), 0.1])
+
+
+def test_once_is_one_refresh_of_a_finished_model():
+    recipe = EMPConfig(
+        every_n_epochs=2, start=2, stop=9, beta=BetaSchedule(first=2.0, last=0.8, until=9), mode="freeze", scope="row",
+        criterion="wanda", certify=True, include=["fc*"], observe_only=True,
+    )  # fmt: skip
+    once = recipe.once()
+    assert once.schedule.unit is None
+    assert (once.beta, once.mode, once.observe_only) == (0.8, "project", False)
+    assert (once.scope, once.criterion_name, once.include, once.certify) == ("row", "wanda", ["fc*"], True)
+    assert not recipe.once(criterion="saliency").certify
+
+
+def test_once_with_another_target_brings_that_targets_own_choices():
+    recipe = EMPConfig(every_n_epochs=1, criterion="wanda", scope="row", include=["fc*"], exclude=["fc2*"])
+    neurons = recipe.once(target="neurons")
+    assert (neurons.criterion_name, neurons.scope, neurons.include, neurons.exclude) == ("weight_norm", "tensor", None, None)
+    assert recipe.once(target="features").mode == "feedback"
+    assert recipe.once(target="weights").include == ["fc*"]
+
+
+def test_once_with_beta_or_density_drops_the_other():
+    fixed = EMPConfig(every_n_epochs=1, density=0.3)
+    assert (fixed.once(beta=0.5).density, fixed.once(beta=0.5).beta) == (None, 0.5)
+    moving = EMPConfig(every_n_epochs=1, beta=0.5)
+    assert (moving.once(density=0.3).density, moving.once(density=0.3).beta) == (0.3, 1.0)

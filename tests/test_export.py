@@ -370,7 +370,7 @@ def test_wanda_reads_inputs(checkpoint, recipe, task, tmp_path, batches):
 
 
 def test_activation_reads_activations(checkpoint, recipe, task, tmp_path, batches):
-    settings = {"target": "neurons", "criterion": "activation", "density": 0.5}
+    settings = {"target": "neurons", "criterion": "activation", "scope": "global", "density": 0.5}
     pruner, report = prune(Source(checkpoint, recipe), tmp_path / "out", settings, batches=2, shrink_units=True)
     layers = [block.mlp.fc1 for block in task.model.blocks]
     sizes = torch.stack([seen_by(layer, "output", task, batches[-2:]).abs().mean(0) for layer in layers])

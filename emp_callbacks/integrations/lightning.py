@@ -221,11 +221,20 @@ def log_values(events: list[PruneEvent]) -> dict[str, float]:
             "threshold": e.threshold,
             "beta": e.beta,
             "mass_bound": e.mass_bound,
+            "tight_mass_bound": e.tight_mass_bound,
+            "certified_loss_change": e.certificate.bound if e.certificate else None,
         }
         if suffix:
             measured |= {"density": e.density, "n_eff_fraction": e.n_eff_fraction}
         values |= {f"emp/{name}{suffix}": value for name, value in measured.items() if value is not None}
         values |= {f"emp/first_token/{x.name}": x.first_token for x in e.layers if x.first_token is not None}
+        for layer in e.layers:
+            if layer.certificate is not None and layer.certificate.scale:
+                certified, found = layer.certificate.relative
+                values |= {
+                    f"emp/certified_error/{layer.name}": certified,
+                    f"emp/measured_error/{layer.name}": found or 0.0,
+                }
     return values
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -13,9 +12,6 @@ if TYPE_CHECKING:
     from emp_callbacks.config import EMPConfig
 
 __all__ = ["ARMS", "Arm", "TrainingJob", "arm_config", "check_arms", "fitting_arms", "leading_arm", "plan_jobs"]
-
-# Targets that are masked in the forward pass: their weights stay as they are.
-_IN_FORWARD = ("features", "attention_edges")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,27 +133,20 @@ def arm_config(name: str, recipe: EMPConfig, leader: str | None = None, density:
     """
     arm = ARMS[name]
     settings: dict[str, Any] = {"observe_only": False}
-    if arm.shares_fit_of:
-        settings |= _after_training(recipe)
     if arm.follows_training_arm and leader:
         settings |= {**ARMS[leader].settings, "density": density, "beta": 1.0, "min_density": 0.0}
         if recipe.target != "weights":
             # Layers have few units: a floor in each of them would keep fewer than the leader does.
             settings["scope"] = "global"
     try:
+        if arm.shares_fit_of:
+            return recipe.once(**arm.settings)
         return replace(recipe, **{**settings, **arm.settings})
     except ValueError as error:
         raise ValueError(
             f"arm {name!r} does not go with the recipe's EMPCallback (target={recipe.target!r}): {error}. Remove it "
             "from study.arms, or change the recipe"
         ) from error
-
-
-def _after_training(recipe: EMPConfig) -> dict[str, Any]:
-    mode = "feedback" if recipe.target in _IN_FORWARD else "project"
-    # A beta that moves during training has arrived at its last value.
-    beta = recipe.beta_at(sys.maxsize)
-    return {"mode": mode, "beta": beta, "every_n_epochs": None, "every_n_steps": None, "start": None, "stop": None}
 
 
 def fitting_arms(names: Sequence[str], recipe: EMPConfig) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from statistics import fmean
@@ -12,7 +12,7 @@ from typing import Any
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.signatures import cliff_without_sparsity
 from emp_callbacks.study import once_plots
-from emp_callbacks.study.dense_models import DenseModel, one_shot_config
+from emp_callbacks.study.dense_models import DenseModel
 from emp_callbacks.study.once import Harm, OnCase, OnceStudy, Row
 from emp_callbacks.study.page import DASH, Grid, Page, Section, number
 from emp_callbacks.study.statistics import mean_interval, paired_difference
@@ -49,11 +49,11 @@ def beta_sweep(
 
 def measure(dense: DenseModel, settings: Mapping[str, Any], on_case: OnCase) -> list[Row]:
     """Return one row per beta."""
-    config, metric = one_shot_config(dense.training.recipe_config, **settings["overrides"]), dense.recipe.study.metric
+    config, metric = dense.training.recipe_config.once(**settings["overrides"]), dense.recipe.study.metric
     rows = []
     for done, beta in enumerate(settings["betas"]):
         on_case(done, len(settings["betas"]))
-        pruner = dense.pruner(replace(config, beta=beta))
+        pruner = dense.pruner(config.once(beta=beta))
         found = outcome(pruner.refresh(), pruner.config)
         rows.append({**found, **tested(dense, metric, dense.test(pruner))})
     return rows

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import combinations
 from statistics import fmean
@@ -17,7 +16,7 @@ from emp_callbacks.criteria import fitting_criteria, make_criterion
 from emp_callbacks.signatures import criteria_disagree, uniform_scores
 from emp_callbacks.study import once_plots
 from emp_callbacks.study.beta_sweep import outcome, tested
-from emp_callbacks.study.dense_models import DenseModel, one_shot_config
+from emp_callbacks.study.dense_models import DenseModel
 from emp_callbacks.study.once import Harm, OnCase, OnceStudy, Row
 from emp_callbacks.study.page import DASH, Grid, Page, Section, number
 from emp_callbacks.study.statistics import mean_interval
@@ -78,14 +77,14 @@ def _config(recipe: EMPConfig, target: str, criterion: str, settings: Mapping[st
     chosen = {"target": target, "criterion": criterion, "evidence_steps": settings["batches"], "beta": 1.0}
     scope = {} if settings["scope"] is None else {"scope": settings["scope"]}
     certify = make_criterion(criterion, target).certificate is not None
-    return one_shot_config(replace(recipe, density=None), **chosen, **scope, certify=certify)
+    return recipe.once(**chosen, **scope, certify=certify)
 
 
 def _known_criteria(dense: DenseModel, recipe: EMPConfig, target: str) -> Iterator[str]:
     """Yield the criteria that can score this model: not every network has batch norms, or shows its activations."""
     for criterion in fitting_criteria(target):
         try:
-            dense.pruner(one_shot_config(recipe, target=target, criterion=criterion, evidence_steps=1)).finalize()
+            dense.pruner(recipe.once(target=target, criterion=criterion, evidence_steps=1)).finalize()
         except ValueError as error:
             if criterion not in str(error):
                 raise
@@ -105,7 +104,7 @@ def _pruned(dense: DenseModel, config: EMPConfig, density: float) -> tuple[Row, 
     row["loss_change_bound"] = _total([event.certificate for event in events])
     row["warnings"] = uniform_scores(events, f"{dense.name} {config.target}")
     own = _flat(pruner.masks)
-    alike = dense.pruner(replace(config, density=density, certify=False))
+    alike = dense.pruner(config.once(density=density, certify=False))
     alike.refresh()
     after = dense.test(alike)
     return {**row, "matched_after": after[metric], "matched_loss": after.get("test/loss")}, own, _flat(alike.masks)

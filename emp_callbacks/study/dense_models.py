@@ -6,7 +6,6 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from emp_callbacks.study.recipe import Recipe
 from emp_callbacks.study.run_store import digest
 from emp_callbacks.study.training import Training
 
-__all__ = ["DenseModel", "dense_model", "one_shot_config"]
+__all__ = ["DenseModel", "dense_model"]
 
 OnStep = Callable[[int, int | None], None]
 
@@ -43,11 +42,6 @@ class DenseModel:
         self.metrics: dict[str, float] = dict(saved["metrics"])
         self.seconds = float(saved["seconds"])
 
-    @property
-    def config(self) -> EMPConfig:
-        """EMP settings of the recipe, for one refresh after training."""
-        return one_shot_config(self.training.recipe_config)
-
     def pruner(self, config: EMPConfig) -> EMPPruner:
         """Return a pruner of the dense weights, which has seen what its criterion reads of data; not yet refreshed."""
         self.training.model.load_state_dict(self.weights)
@@ -57,24 +51,6 @@ class DenseModel:
         """Return the test metrics behind the masks of a pruner that was refreshed; its hooks are taken off."""
         pruner.finalize()
         return self.training.test(pruner)
-
-
-def one_shot_config(config: EMPConfig, **settings: Any) -> EMPConfig:
-    """Return settings for one refresh of a finished model.
-
-    Args:
-        config: Of a recipe.
-        settings: Fields to replace. With another target the criterion and scope are that target's own.
-
-    Raises:
-        ValueError: A setting is invalid.
-    """
-    if settings.get("target", config.target) != config.target:
-        own: dict[str, Any] = {"criterion": None, "scope": None, "include": None, "exclude": None, "certify": False}
-        config = replace(
-            config, every_n_epochs=1, every_n_steps=None, mode="feedback", **own, target=settings["target"]
-        )
-    return replace(arm_config("one_shot", config), **settings)
 
 
 def dense_model(recipe: Recipe, seed: int, folder: Path, on_step: OnStep) -> DenseModel:

@@ -123,7 +123,7 @@ def _draw_changes(axes: Axes, case: Case, at: np.ndarray, density: float) -> Non
     values = [value for name in case.rows for key in ("after", "matched_after") for value in case.changes(name, key)]
     if max(map(abs, values)) > 20:
         axes.set_xscale("symlog", linthresh=1.0)
-    axes.legend(fontsize=8, frameon=False, loc="best")
+    axes.legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
 
 
 def _draw_overlap(figure: Figure, axes: Axes, case: Case) -> None:
@@ -160,7 +160,8 @@ def plot_violations(panels: Sequence[BoundPanel]) -> Figure:
             axes.set(xlim=(low, high), ylim=(min(y for _, y, _ in panel.points) / 2, max(values) * 2))
             ceiling = max(y for _, y, _ in panel.points) * 4
             axes.set_ylim(top=ceiling)
-        axes.set_title(f"{panel.name}", loc="left", fontsize=11, fontweight="bold", color=INK)
+        axes.text(0.03, 0.95, "violated", transform=axes.transAxes, va="top", fontsize=9, color="#b3261e")
+        axes.set_title(panel.name, loc="left", fontsize=11, fontweight="bold", color=INK)
     return _with_legend(figure, axes_of)
 
 

@@ -13,6 +13,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from emp_callbacks.signatures import nearly_all
 from emp_callbacks.study import plots
 from emp_callbacks.study.page import DASH, number, save_picture, template, write_html
 from emp_callbacks.study.statistics import (
@@ -30,6 +31,7 @@ from emp_callbacks.study.statistics import (
     runs_of,
     summarise,
 )
+from emp_callbacks.trajectory import Certificate, certificate_cells
 
 Results = Mapping[str, Any]
 SPACE = "\u00a0"
@@ -127,6 +129,9 @@ def write_report(results: Results, folder: Path) -> Path:
         images=images,
         checks=checks,
         failed=sum(not check.passed for check in checks),
+        signatures=_signatures(
+            [run.get("trajectory") or [] for arm in arm_names(results) for run in runs_of(results, arm)[:1]]
+        ),
         missing=missing_runs(results),
         arms=[(arm, _color(arm), ARMS.get(arm, "an arm of this recipe.")) for arm in arm_names(results)],
         runs=[_run_row(run, results, metric) for arm in arm_names(results) for run in runs_of(results, arm)],
@@ -153,6 +158,7 @@ def write_trajectory_report(records: Sequence[Mapping[str, Any]], folder: Path, 
         title=title,
         images=[{"name": "trajectory.png", "text": text, "data": save_picture(figure, folder / "trajectory.png")}],
         records=[_record_row(record) for record in records],
+        signatures=_signatures([records]),
         layers=_layer_tables(records),
         last=_record_row(records[-1]),
     )
@@ -400,12 +406,13 @@ def _record_row(record: Mapping[str, Any]) -> dict[str, str]:
         "density": number(record["density"], 4),
         "preserved_mass": number(record.get("preserved_mass"), 4),
         "mass_bound": number(record.get("mass_bound"), 4),
+        "tight_mass_bound": number(record.get("tight_mass_bound"), 4),
         "churn": number(record.get("churn"), 4),
         "regrown": f"{record.get('regrown', 0):,}",
     }
 
 
-def _layer_tables(records: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+def _layer_tables(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the layers of the last refresh, over all its groups."""
     last = max((record["step"] for record in records), default=None)
     layers = [layer for record in records if record["step"] == last for layer in record.get("layers") or []]
@@ -418,9 +425,29 @@ def _layer_tables(records: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
             "density": number(layer["density"], 4),
             "width": f"{100 * min(1.0, max(0.0, layer['density'])):.1f}",
             "preserved_mass": number(layer.get("preserved_mass"), 4),
+            "certificate": _certificate_cells(layer.get("certificate")),
         }
         for layer in layers
     ]
+
+
+def _signatures(runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
+    """Return what the last refresh of each run warns of, each warning once."""
+    found: dict[str, None] = {}
+    for records in runs:
+        step = max((record["step"] for record in records), default=None)
+        last = [record for record in records if record["step"] == step and record.get("beta") is not None]
+        groups = [(record["group"], record["n"], record["n_eff_fraction"]) for record in last]
+        found |= dict.fromkeys(nearly_all(groups, last[0]["criterion"]) if last else ())
+    return list(found)
+
+
+def _certificate_cells(record: Mapping[str, Any] | None) -> tuple[str, str, str] | None:
+    """Return what a certificate speaks of, its bound and what was measured."""
+    if record is None:
+        return None
+    said = {"output_error": "output error", "loss_change": "loss change"}[record["kind"]]
+    return (said, *certificate_cells(Certificate(**record)))
 
 
 def _color(arm: str) -> str:

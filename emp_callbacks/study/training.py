@@ -50,6 +50,7 @@ _NOISE = (
     r".*isinstance\(treespec, LeafSpec\)",
     r".*`?isinstance.treespec, LeafSpec.",
     r".*GPU available but not used",
+    r"N_eff is up to",  # stands in the report
 )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from emp_callbacks.curvature import TraceEstimate, hessian_trace
 from emp_callbacks.pruner import EMPPruner
 from emp_callbacks.pruning_cost import PruningCost, masked_parameters, prune_and_measure
 from emp_callbacks.study.beta_sweep import BETAS, outcome
-from emp_callbacks.study.dense_models import DenseModel, one_shot_config
+from emp_callbacks.study.dense_models import DenseModel
 from emp_callbacks.study.once import OnCase, OnceStudy, Row
 from emp_callbacks.study.training_loss import training_loss
 from emp_callbacks.study.violation_findings import page
@@ -89,8 +88,7 @@ def measure(dense: DenseModel, settings: Mapping[str, Any], on_case: OnCase) -> 
 def _config(dense: DenseModel, criterion: str, beta: float, settings: Mapping[str, Any]) -> EMPConfig:
     certify = make_criterion(criterion, "weights").certificate is not None
     chosen = {"target": "weights", "criterion": criterion, "scope": settings["scope"], "beta": beta, "certify": certify}
-    recipe = replace(dense.training.recipe_config, density=None)
-    return one_shot_config(recipe, evidence_steps=settings["batches"], **chosen)
+    return dense.training.recipe_config.once(evidence_steps=settings["batches"], **chosen)
 
 
 def _told(cost: PruningCost, pruner: EMPPruner) -> Row:
