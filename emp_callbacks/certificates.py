@@ -66,7 +66,7 @@ def _loss_change(layer: Layer, scored: Scored, pruned: Tensor, criterion: Criter
     if not isinstance(layer, UnitLayer):
         return Certificate(kind="loss_change", bound=bound)
     signed = layer.signed_sums(criterion.batches)[:, pruned.cpu()]
-    return Certificate(kind="loss_change", bound=bound, measured=-float(signed.sum(1).mean()))
+    return Certificate(kind="loss_change", bound=bound, measured=0.0 - float(signed.sum(1).mean()))
 
 
 def _together(certificates: Sequence[Certificate]) -> Certificate:

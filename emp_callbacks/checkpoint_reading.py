@@ -55,7 +55,9 @@ def read_checkpoint(path: Path) -> Any:
             f"{path} holds Python objects besides tensors, and emp never runs code from a file;"
             " save its weights alone: torch.save(model.state_dict(), 'weights.pt')"
         ) from error
-    except (RuntimeError, EOFError, KeyError, ValueError) as error:
+    except (RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is not None:  # it cannot be opened
+            raise
         raise _damaged(path, error) from error
 
 

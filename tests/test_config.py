@@ -90,7 +90,12 @@ def test_once_is_one_refresh_of_a_finished_model():
 def test_once_with_another_target_brings_that_targets_own_choices():
     recipe = EMPConfig(every_n_epochs=1, criterion="wanda", scope="row", include=["fc*"], exclude=["fc2*"])
     neurons = recipe.once(target="neurons")
-    assert (neurons.criterion_name, neurons.scope, neurons.include, neurons.exclude) == ("weight_norm", "tensor", None, None)
+    assert (neurons.criterion_name, neurons.scope, neurons.include, neurons.exclude) == (
+        "weight_norm",
+        "tensor",
+        None,
+        None,
+    )
     assert recipe.once(target="features").mode == "feedback"
     assert recipe.once(target="weights").include == ["fc*"]
 

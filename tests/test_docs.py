@@ -115,7 +115,7 @@ class Run:
 
     def python(self, block):
         if block.needs_an_engine:
-            return  # test_deepspeed_blocks
+            return  # test_blocks_around_an_engine_run
         if block.file:
             (self.folder / block.file).write_text(block.text)
             importlib.invalidate_caches()
@@ -128,7 +128,8 @@ class Run:
 
     def shell(self, block):
         self.printed = ""
-        for line in block.text.replace("\\\n", " ").splitlines():
+        lines = block.text.replace("\\\n", " ").splitlines()
+        for line in [line for line in lines if line.startswith("$ ")] if block.language == "console" else lines:
             check_command(line, block.where)
             self.printed += run_command(line, self.folder)
 
@@ -185,7 +186,7 @@ def run_page(page, folder):
     threads, modules = torch.get_num_threads(), set(sys.modules)
     torch.set_num_threads(1)  # nothing here is large, and two threads on a busy machine wait for each other
     try:
-        with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
+        with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng(devices=[]):
             patch.chdir(folder)
             patch.syspath_prepend(folder)
             for block in parts_of(page).blocks:
@@ -415,7 +416,7 @@ def headings_of(page):
 
 @every_page
 def test_links_pictures_and_files_exist(page):
-    assert check_links(page) > (5 if page == README else 0)
+    assert check_links(page) > 5 or page != README
 
 
 def test_the_index_names_every_page():

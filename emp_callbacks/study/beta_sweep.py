@@ -40,6 +40,7 @@ def beta_sweep(
     """
     for beta in betas:
         EMPConfig(beta=beta)
+    EMPConfig().once(**overrides or {})
     if not tolerance > 0:
         raise ValueError(f"tolerance must be > 0 (points of accuracy, or percent of another metric), got {tolerance}")
     settings = {"betas": sorted(set(betas)), "overrides": dict(overrides or {})}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emp_callbacks.checkpoint_reading import read_checkpoint
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.pruner import EMPPruner
 from emp_callbacks.study.arms import arm_config
@@ -94,6 +94,6 @@ def _digest(recipe: Recipe) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is damaged ({error}); remove it, and the model is trained again") from error
+        return read_checkpoint(path)
+    except ValueError as error:
+        raise ValueError(f"{error}, or remove it, and the model is trained again") from error

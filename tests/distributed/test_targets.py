@@ -16,11 +16,11 @@ from tests.distributed.zero_ranks import deepspeed_ranks
 
 STEPS, EVERY, ROWS = 7, 3, 12
 SETTINGS = {
-    "weights-taylor": {"criterion": "taylor"},
+    "weights-taylor": {"criterion": "taylor", "certify": True},
     "weights-saliency-freeze": {"criterion": "saliency", "mode": "freeze"},
-    "weights-wanda-row": {"criterion": "wanda", "scope": "row"},
+    "weights-wanda-row": {"criterion": "wanda", "scope": "row", "certify": True},
     "heads": {"target": "heads", "beta": 0.7, "mode": "project"},
-    "heads-taylor": {"target": "heads", "criterion": "taylor", "beta": 0.9},
+    "heads-taylor": {"target": "heads", "criterion": "taylor", "beta": 0.9, "certify": True},
     "heads-activation": {"target": "heads", "criterion": "activation", "beta": 0.7, "scope": "tensor"},
     "neurons": {"target": "neurons", "beta": 0.8, "mode": "freeze"},
     "neurons-taylor": {"target": "neurons", "criterion": "taylor"},
@@ -69,6 +69,8 @@ def closing(pruner, losses):
         "rows": [(e.step, e.n, e.keep, e.density, e.churn, e.note) for e in pruner.trajectory],
         "n_eff": [value for e in pruner.trajectory for value in (e.n_eff, *(layer.n_eff for layer in e.layers))],
         "masks": pruner.masks if units else {},
+        "mass_bounds": [e.tight_mass_bound for e in pruner.trajectory],
+        "certificates": [layer.certificate for e in pruner.trajectory for layer in e.layers if layer.certificate],
         "losses": torch.stack(losses),
         "clean": pruner.audit().clean or pruner.config.mode == "project",  # which lets pruned weights grow
     }
@@ -188,3 +190,23 @@ def compare(ours, expected, tolerance, exact=True):
     assert ours["n_eff"] == pytest.approx(expected["n_eff"], rel=tolerance)
     torch.testing.assert_close(ours["losses"].double(), expected["losses"], rtol=0, atol=max(tolerance, 1e-8))
     assert ours["clean"]
+    assert ours["mass_bounds"] == pytest.approx(expected["mass_bounds"], rel=tolerance)
+    compare_certificates(ours["certificates"], expected["certificates"], max(tolerance, 1e-6))
+
+
+def compare_certificates(ours, expected, tolerance):
+    """Bounds are those of one process; measured is what a rank can: shards know no whole rows."""
+    assert [c.bound for c in ours] == pytest.approx([c.bound for c in expected], rel=tolerance)
+    for own, alone_found in zip(ours, expected, strict=True):
+        if own.measured is not None:
+            assert own.measured == pytest.approx(alone_found.measured, rel=max(tolerance, 1e-4), abs=1e-7)
+            assert (own.scale or 0.0) == pytest.approx(alone_found.scale or 0.0, rel=max(tolerance, 1e-4))
+
+
+def test_certificates_are_asked_for_and_measured_where_weights_are_whole(ranks):
+    for name in ("weights-wanda-row", "heads-taylor"):
+        (result, _) = ranks(on_torch, 2)
+        assert all(c.measured is not None for c in result["ddp", name]["certificates"])
+        assert any(c.bound > 0 for c in result["ddp", name]["certificates"])
+        assert len(result["ddp", name]["certificates"]) == len(alone(name)["certificates"]) > 0
+    assert all(c.measured is None for c in result["fsdp2", "weights-wanda-row"]["certificates"])

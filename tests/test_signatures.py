@@ -1,0 +1,51 @@
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from emp_callbacks import EMPPruner
+from emp_callbacks.signatures import cliff_without_sparsity, criteria_disagree, nearly_all
+
+
+def test_scores_that_are_nearly_alike_are_named_once_with_a_remedy():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(50, 20), nn.ReLU(), nn.Linear(20, 3))
+    pruner = EMPPruner(net, target="neurons")
+    with pytest.warns(UserWarning, match=r"N_eff is up to 0\.9\d\d of N in 0, .*'weight_norm'.*another criterion"):
+        pruner.refresh()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pruner.refresh()
+
+
+@pytest.mark.parametrize("settings", [{"target": "weights"}, {"target": "neurons", "density": 0.5}])
+def test_no_warning_where_scores_differ_or_no_budget_is_asked_for(settings):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(50, 20), nn.ReLU(), nn.Linear(20, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        EMPPruner(net, **settings).refresh()
+
+
+def test_what_counts_as_nearly_alike():
+    assert nearly_all([("a", 10, 0.94)], "x") == []
+    assert nearly_all([("a", 1, 1.0)], "x") == []  # one component is always all
+    (text,) = nearly_all([("a", 10, 0.96), ("b", 9, 0.5), ("c", 4, 1.0), ("d", 4, 1.0), ("e", 4, 1.0)], "x", "net")
+    assert "up to 1.000 of N in net, a, c, d and 1 more" in text
+    assert "deviate by 20%" in text  # sqrt(1 / 0.96 - 1)
+
+
+def test_a_cliff_without_sparsity():
+    assert "prunes 2.0%" in cliff_without_sparsity("net", 0.02, 0.1, 6.4, "points")[0]
+    assert "6.4 points just below" in cliff_without_sparsity("net", 0.02, 0.1, 6.4, "points")[0]
+    assert cliff_without_sparsity("net", 0.3, 0.1, 6.4, "points") == []
+    assert cliff_without_sparsity("net", 0.02, 0.1, 0.4, "points") == []
+    assert cliff_without_sparsity("net", 0.02, 3.0, 6.4, "points") == []  # it falls at 1 already
+
+
+def test_criteria_that_disagree():
+    (text,) = criteria_disagree("net", {"taylor": 0.07, "magnitude": 0.59, "wanda": 0.2})
+    assert "0.070 by 'taylor' and 0.590 by 'magnitude'" in text
+    assert criteria_disagree("net", {"taylor": 0.5, "magnitude": 0.59}) == []
+    assert criteria_disagree("net", {"taylor": 0.5}) == []
