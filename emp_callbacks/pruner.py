@@ -148,7 +148,15 @@ class EMPPruner:
 
         For a finished model: `loss.backward(); pruner.collect(); model.zero_grad()` for some batches, then `refresh()`.
         Inputs and activations are gathered in forward by themselves.
+
+        Raises:
+            ValueError: The criterion reads no gradients.
         """
+        if self._criterion.needs != "gradients":
+            raise ValueError(
+                f"criterion {self.config.criterion_name!r} reads no gradients, so there is nothing to collect: drop "
+                "collect(), or use 'taylor' or 'saliency'"
+            )
         self._evidence.collect(self._by_owner)
 
     def mask_gradients(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import combinations
 from statistics import fmean
@@ -16,7 +16,7 @@ from emp_callbacks.criteria import fitting_criteria, make_criterion
 from emp_callbacks.signatures import criteria_disagree, uniform_scores
 from emp_callbacks.study import once_plots
 from emp_callbacks.study.beta_sweep import outcome, tested
-from emp_callbacks.study.dense_models import DenseModel
+from emp_callbacks.study.dense_models import DenseModel, known_criteria
 from emp_callbacks.study.once import Harm, OnCase, OnceStudy, Row
 from emp_callbacks.study.page import DASH, Grid, Page, Section, number
 from emp_callbacks.study.statistics import mean_interval
@@ -56,7 +56,8 @@ def criteria_comparison(
 def measure(dense: DenseModel, settings: Mapping[str, Any], on_case: OnCase) -> list[Row]:
     """Return one row per target and criterion, with its overlaps with the criteria before it."""
     recipe = dense.training.recipe_config
-    names = [(t, c) for t in settings["targets"] or [recipe.target] for c in _known_criteria(dense, recipe, t)]
+    targets = settings["targets"] or [recipe.target]
+    names = [(t, criterion) for t in targets for criterion in known_criteria(dense, t, fitting_criteria(t))]
     rows: list[Row] = []
     kept: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
     for done, (target, criterion) in enumerate(names):
@@ -78,18 +79,6 @@ def _config(recipe: EMPConfig, target: str, criterion: str, settings: Mapping[st
     scope = {} if settings["scope"] is None else {"scope": settings["scope"]}
     certify = make_criterion(criterion, target).certificate is not None
     return recipe.once(**chosen, **scope, certify=certify)
-
-
-def _known_criteria(dense: DenseModel, recipe: EMPConfig, target: str) -> Iterator[str]:
-    """Yield the criteria that can score this model: not every network has batch norms, or shows its activations."""
-    for criterion in fitting_criteria(target):
-        try:
-            dense.pruner(recipe.once(target=target, criterion=criterion, evidence_steps=1)).finalize()
-        except ValueError as error:
-            if criterion not in str(error):
-                raise
-            continue
-        yield criterion
 
 
 def _pruned(dense: DenseModel, config: EMPConfig, density: float) -> tuple[Row, Tensor, Tensor]:

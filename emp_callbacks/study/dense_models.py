@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from emp_callbacks.study.recipe import Recipe
 from emp_callbacks.study.run_store import digest
 from emp_callbacks.study.training import Training
 
-__all__ = ["DenseModel", "dense_model"]
+__all__ = ["DenseModel", "dense_model", "known_criteria"]
 
 OnStep = Callable[[int, int | None], None]
 
@@ -51,6 +51,20 @@ class DenseModel:
         """Return the test metrics behind the masks of a pruner that was refreshed; its hooks are taken off."""
         pruner.finalize()
         return self.training.test(pruner)
+
+
+def known_criteria(dense: DenseModel, target: str, names: Iterable[str]) -> list[str]:
+    """Return those of some criteria that can score this model: not every network has batch norms, or Linear layers."""
+    known = []
+    for name in names:
+        try:
+            dense.pruner(dense.training.recipe_config.once(target=target, criterion=name, evidence_steps=1)).finalize()
+        except ValueError as error:
+            if name not in str(error):
+                raise
+            continue
+        known.append(name)
+    return known
 
 
 def dense_model(recipe: Recipe, seed: int, folder: Path, on_step: OnStep) -> DenseModel:

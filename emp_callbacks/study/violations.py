@@ -17,7 +17,7 @@ from emp_callbacks.curvature import TraceEstimate, hessian_trace
 from emp_callbacks.pruner import EMPPruner
 from emp_callbacks.pruning_cost import PruningCost, masked_parameters, prune_and_measure
 from emp_callbacks.study.beta_sweep import BETAS, outcome
-from emp_callbacks.study.dense_models import DenseModel
+from emp_callbacks.study.dense_models import DenseModel, known_criteria
 from emp_callbacks.study.once import OnCase, OnceStudy, Row
 from emp_callbacks.study.training_loss import training_loss
 from emp_callbacks.study.violation_findings import page
@@ -60,7 +60,8 @@ def violations(
 
 def measure(dense: DenseModel, settings: Mapping[str, Any], on_case: OnCase) -> list[Row]:
     """Return one row per criterion and beta."""
-    pairs = [(criterion, beta) for criterion in settings["criteria"] for beta in settings["betas"]]
+    criteria = known_criteria(dense, "weights", settings["criteria"])
+    pairs = [(criterion, beta) for criterion in criteria for beta in settings["betas"]]
     module, rows = dense.training.model, []
     trace: TraceEstimate | None = None
     with dense.training.batches(settings["batches"]) as (lent, step_context):
