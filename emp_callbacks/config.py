@@ -48,7 +48,8 @@ class EMPConfig:
         include: Glob patterns that replace the default choice: on parameter names for weights, else on module names.
         exclude: Glob patterns of the same kind to leave out.
         min_density: Keep at least this fraction of each group, 0 to 1: a guard for the compounding modes.
-        min_units: Keep at least this many heads, neurons, nodes or features of each layer, >= 0.
+        min_units: Where layers compete, keep at least this many heads, neurons, nodes or features of each, >= 0; one
+            that competes alone always keeps one unit.
         tolerance: Keep floor(beta * N_eff + tolerance) units, in [0, 1): N_eff = 3.998 of 4 alike heads then keeps 4.
             Not for weights, of which there are enough.
         density: Keep this fixed fraction of each group, in (0, 1], instead of N_eff: for baselines.

@@ -244,7 +244,7 @@ def layer_table(events: Sequence[PruneEvent]) -> Table:
     table.add_column("N_eff / N", justify="right", footer=f"{sum(event.n_eff for event in events) / n:.3f}")
     table.add_column("kept", justify="right", footer=f"{keep:,}")
     table.add_column("density", justify="right", footer=f"{keep / n:.3f}")
-    table.add_column("mass kept", justify="right")
+    table.add_column("mass kept", justify="right", footer=_mass_footer(events))
     if any(layer.first_token is not None for event in events for layer in event.layers):
         table.add_column("first token", justify="right")
     certificates = [layer.certificate for event in events for layer in event.layers if layer.certificate is not None]
@@ -258,6 +258,14 @@ def layer_table(events: Sequence[PruneEvent]) -> Table:
         proved = certificate_cells(layer.certificate) if certificates else ()
         table.add_row(layer.name, *sizes, f"{layer.preserved_mass:.3f}", *sink, *proved)
     return table
+
+
+def _mass_footer(events: Sequence[PruneEvent]) -> str:
+    """Return the preserved mass of a single group and what is guaranteed of it."""
+    bound = events[0].tight_mass_bound
+    if len(events) > 1 or bound is None:
+        return ""
+    return f"{events[0].preserved_mass:.3f} >= {bound:.3f}"
 
 
 def certificate_cells(certificate: Certificate | None) -> tuple[str, str]:

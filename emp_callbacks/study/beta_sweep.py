@@ -161,7 +161,7 @@ def page(results: Results) -> Page:
     seeds = sorted({row["seed"] for row in results["rows"]})
     return Page(
         title="EMP once, after training, for several beta",
-        summary=f"{len({c.model for c in found})} models, seeds {', '.join(map(str, seeds))}, beta "
+        summary=f"Models {', '.join(dict.fromkeys(c.model for c in found))}; seeds {', '.join(map(str, seeds))}; beta "
         f"{', '.join(f'{beta:g}' for beta in betas)}; no training after pruning.",
         headline=f"beta = 1 is the cliff in {len(cliffs)} of {len(found)} cases: unharmed from there on "
         f"(at most {tolerance:g} points or %), harmed at the next lower beta.",

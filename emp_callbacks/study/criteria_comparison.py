@@ -173,8 +173,8 @@ def page(results: Results) -> Page:
     seeds = sorted({row["seed"] for row in results["rows"]})
     return Page(
         title="Criteria compared on finished models",
-        summary=f"{len({case.model for case in found})} models, seeds {', '.join(map(str, seeds))}; each criterion at "
-        f"its own N_eff (beta = 1) and at density {density:g}; no training after pruning.",
+        summary=f"Models {', '.join(dict.fromkeys(case.model for case in found))}; seeds {', '.join(map(str, seeds))}; "
+        f"each criterion at its own N_eff (beta = 1) and at density {density:g}; no training after pruning.",
         headline=_headline(found),
         findings=[_finding(case, density) for case in found],
         warnings=[warning for case in found for warning in _warnings(case)],

@@ -281,7 +281,10 @@ def _draw_fractions(axes: Axes, records: Sequence[Record], marker: str | None) -
         list(n_eff), list(n_eff.values()), color="#D55E00", linestyle=(0, (4, 2)), marker=marker,
         markersize=4, label="N_eff / N",
     )  # fmt: skip
-    axes.set_ylabel("fraction of N")
+    for key, label, line in (("preserved_mass", "preserved mass", "-"), ("tight_mass_bound", "its bound", ":")):
+        if series := group_series(records, key):
+            axes.plot(list(series), list(series.values()), color="#009E73", linewidth=1.4, linestyle=line, label=label)
+    axes.set_ylabel("fraction of N, of the score mass")
     _from_zero(axes)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, borderaxespad=0.2)
 

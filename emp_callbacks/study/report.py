@@ -152,7 +152,10 @@ def write_trajectory_report(records: Sequence[Mapping[str, Any]], folder: Path, 
     figure = plots.plot_trajectory(records)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    text = "N_eff / N and density, churn (changed mask bits over all), and the density of each layer."
+    text = (
+        "N_eff / N, density, preserved mass and its tight bound; churn (changed mask bits over all); the density of "
+        "each layer."
+    )
     html = _template().render(
         kind="run",
         title=title,

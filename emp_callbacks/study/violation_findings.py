@@ -95,7 +95,7 @@ def page(results: Results) -> Page:
     models = list(dict.fromkeys(row["model"] for row in told))
     seeds = sorted({row["seed"] for row in told})
     summary = (
-        f"{len(models)} models ({', '.join(models)}), seeds {', '.join(map(str, seeds))}, "
+        f"Models {', '.join(models)}; seeds {', '.join(map(str, seeds))}, "
         f"{len(results['settings']['criteria'])} criteria, {len(results['settings']['betas'])} beta: {len(told)} "
         f"cases; {len(told) - len(rows)} in which nothing was pruned, or the loss moved by less than its rounding, are "
         "left out of what follows."

@@ -92,3 +92,19 @@ def test_attention_of_the_first_token_is_logged():
     with torch.no_grad():
         _, weights = model.self_attn(x, x, x, average_attn_weights=False)
     assert values["emp/first_token/self_attn"] == pytest.approx(float(weights[..., 0].mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "taylor"])
+def test_certificates_go_to_the_loggers(criterion):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    pruner = EMPPruner(net, criterion=criterion, certify=True, beta=0.7)
+    net(torch.randn(9, 6)).square().mean().backward()
+    if criterion == "taylor":
+        pruner.collect()
+    values = log_values(pruner.refresh())
+    assert 0 < values["emp/tight_mass_bound"] <= values["emp/preserved_mass"]
+    if criterion == "taylor":
+        assert values["emp/certified_loss_change"] == pruner.trajectory[-1].certificate.bound
+    else:
+        assert 0 < values["emp/measured_error/0.weight"] <= values["emp/certified_error/0.weight"]

@@ -19,7 +19,7 @@ from emp_callbacks.study import comparison
 from emp_callbacks.study.arms import ARMS, plan_jobs
 from emp_callbacks.study.comparison import StudyInterrupted, run_study
 from emp_callbacks.study.recipe import Recipe
-from emp_callbacks.study.training import Training, _interrupts_raised, measure
+from emp_callbacks.study.training import _interrupts_raised, measure
 
 
 def recipe_text(**study):
@@ -56,20 +56,6 @@ def study(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
     recipe = Recipe(write(folder))
     return folder, run_study(recipe, folder / "out")
-
-
-@pytest.fixture
-def fits(monkeypatch):
-    """Count trainings."""
-    calls = []
-    fit = Training.fit
-
-    def counted(self):
-        calls.append(self)
-        fit(self)
-
-    monkeypatch.setattr(Training, "fit", counted)
-    return calls
 
 
 def by_arm(results, seed):

@@ -20,7 +20,6 @@ from emp_callbacks.study.once import Harm, run_once_study
 from emp_callbacks.study.page import print_page, write_page
 from emp_callbacks.study.recipe import Recipe
 from emp_callbacks.study.run_store import read_results
-from emp_callbacks.study.training import Training
 from emp_callbacks.study.violation_findings import BOUNDS, is_violated, pairs_of, pruned_rows
 from emp_callbacks.study.violations import score_shape, violations
 
@@ -51,20 +50,6 @@ def write(folder, name="tiny", **callback):
         )
     )
     return file
-
-
-@pytest.fixture
-def fits(monkeypatch):
-    """Count trainings."""
-    calls = []
-    fit = Training.fit
-
-    def counted(self):
-        calls.append(self)
-        fit(self)
-
-    monkeypatch.setattr(Training, "fit", counted)
-    return calls
 
 
 @pytest.fixture(scope="module")

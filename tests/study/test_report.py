@@ -381,3 +381,25 @@ def test_report_imports_neither_pyplot_nor_torch():
     root = plots.__file__.rpartition("/emp_callbacks/")[0]
     done = subprocess.run([sys.executable, "-c", code, root], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_certificates_and_the_tight_bound_stand_beside_what_was_measured(tmp_path):
+    record = {**refresh(10, 0.6), "beta": 1.0, "tight_mass_bound": 0.6123}
+    errors = {"kind": "output_error", "bound": 3.0, "measured": 1.0, "scale": 10.0, "tightness": 0.5}
+    record["layers"] = [{**record["layers"][0], "certificate": errors}, {**record["layers"][1], "certificate": None}]
+    page = write_trajectory_report([record], tmp_path, "a run").read_text()
+    assert "0.6123" in page
+    assert "output error &le;" in page
+    assert "30.0%" in page
+    assert "10.0%" in page
+    older = write_trajectory_report([refresh(10, 0.6)], tmp_path, "a run").read_text()
+    assert "output error" not in older
+
+
+@pytest.mark.parametrize(("fraction", "said"), [(0.97, True), (0.6, False)])
+def test_a_criterion_that_does_not_discriminate_is_said_on_top(fraction, said, tmp_path):
+    records = [{**refresh(step, fraction), "beta": 1.0, "n_eff_fraction": fraction} for step in (10, 20)]
+    page = write_trajectory_report(records, tmp_path, "a run").read_text()
+    assert ("does not discriminate here" in page) is said
+    fixed = [{**record, "beta": None} for record in records]
+    assert "does not discriminate here" not in write_trajectory_report(fixed, tmp_path, "a run").read_text()
