@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from scipy import stats
 from torch import Tensor
 
 from emp_callbacks.config import EMPConfig
@@ -176,7 +177,7 @@ def page(results: Results) -> Page:
         summary=f"Models {', '.join(dict.fromkeys(case.model for case in found))}; seeds {', '.join(map(str, seeds))}; "
         f"each criterion at its own N_eff (beta = 1) and at density {density:g}; no training after pruning.",
         headline=_headline(found),
-        findings=[_finding(case, density) for case in found],
+        findings=[*(_finding(case, density) for case in found), *_does_n_eff_rank(found, density)],
         warnings=[warning for case in found for warning in _warnings(case)],
         sections=[
             Section(
@@ -215,6 +216,25 @@ def _headline(found: Sequence[Case]) -> str:
     if not ratios:
         return "No model was scored by two criteria."
     return f"Criteria differ in N_eff by a factor of {min(ratios):.2f} to {max(ratios):.2f} on one model."
+
+
+def _does_n_eff_rank(found: Sequence[Case], density: float) -> list[str]:
+    """Say whether criteria with a smaller N_eff are the better ones: the paper takes N_eff for a sign of that."""
+    ranks = []
+    for case in found:
+        pairs = [
+            (case.mean(criterion, "n_eff_fraction"), fmean(map(case.harm.of, case.changes(criterion, "matched_after"))))
+            for criterion in _informed(case)
+        ]
+        if len(pairs) > 2 and all(len({pair[i] for pair in pairs}) > 1 for i in (0, 1)):
+            ranks.append(float(stats.spearmanr([a for a, _ in pairs], [b for _, b in pairs]).statistic))
+    if not ranks:
+        return []
+    return [
+        f"Is a smaller N_eff the sign of a better criterion? Rank correlation of N_eff / N with the harm at density "
+        f"{density:g} within a case (random left out): mean {fmean(ranks):+.2f}, from {min(ranks):+.2f} to "
+        f"{max(ranks):+.2f} over {len(ranks)} cases; +1 would say yes."
+    ]
 
 
 def _finding(case: Case, density: float) -> str:

@@ -264,6 +264,7 @@ def test_the_page_of_criteria(folder, compared, tmp_path):
     written = write_page(page, tmp_path, compared).read_text()
     assert (tmp_path / "compare_criteria.png").is_file()
     assert "tiny, heads: N_eff / N is weight_norm" in written
+    assert "Is a smaller N_eff the sign of a better criterion?" in written
     console = Console(record=True, width=200, file=open("/dev/null", "w"))  # noqa: SIM115
     print_page(page, console)
     assert "Overlap of the masks" in console.export_text()
