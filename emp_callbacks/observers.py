@@ -86,8 +86,9 @@ class InputSquares(Observer):
         if self.patch is None:
             return {}
         total = torch.zeros(self.patch[0], self.patch[1], self.patch[1], dtype=torch.float64, device=values.device)
-        for patches in _patches(self.module, values, self.patch):
-            total += patches @ patches.mT
+        with torch.autocast(values.device.type, enabled=False):  # it would multiply in half precision
+            for patches in _patches(self.module, values, self.patch):
+                total += patches @ patches.mT
         return {"products": total}
 
     def _register(self) -> list[RemovableHandle]:

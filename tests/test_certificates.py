@@ -89,6 +89,18 @@ def test_wanda_measures_the_error_of_every_output_and_bounds_it(scope, beta):
             assert certificate.tightness == pytest.approx(worst, rel=1e-4)
 
 
+def test_measured_under_autocast_as_without():
+    def measured(autocast):
+        torch.manual_seed(0)
+        layer = nn.Linear(64, 8)
+        pruner = EMPPruner(layer, criterion="wanda", certify=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            layer(torch.randn(100, 64))
+        return pruner.refresh()[0].layers[0].certificate
+
+    assert measured(True).measured == pytest.approx(measured(False).measured, rel=1e-6)
+
+
 def test_reflected_edges_read_a_pixel_twice_and_are_not_certified():
     torch.manual_seed(0)
     *_, events = observed(Net(padding_mode="reflect"), criterion="wanda", certify=True)
