@@ -18,7 +18,7 @@ class Net(nn.Module):
     def __init__(self, padding_mode="zeros"):
         super().__init__()
         self.conv1 = nn.Conv2d(2, 6, 3, stride=2, padding=1, padding_mode=padding_mode)
-        self.conv2 = nn.Conv2d(6, 4, (3, 2), groups=2, padding="same", dilation=(1, 2))
+        self.conv2 = nn.Conv2d(6, 4, (3, 2), groups=2, padding="same", dilation=(1, 3))
         self.conv3 = nn.Conv1d(4, 5, 3, padding=2, stride=2)
         self.fc1, self.fc2 = Conv1D(7, 45), nn.Linear(7, 3)
 
