@@ -168,7 +168,7 @@ def _headline(rows: Sequence[Row]) -> str:
 
 
 def _findings(rows: Sequence[Row]) -> list[str]:
-    told = []
+    told = _at_one(_magnitude(rows))
     for name in ("norm", "asymptotic", "inverse_trace", "curvature"):
         broken, cases = _count(_magnitude(rows), name)
         slack = _slack(_magnitude(rows), name)
@@ -187,6 +187,19 @@ def _findings(rows: Sequence[Row]) -> list[str]:
             f"{beyond} most of the change is beyond second order."
         )
     return told
+
+
+def _at_one(rows: Sequence[Row]) -> list[str]:
+    """Say what the paper's own setting, magnitude at beta = 1, does to the loss."""
+    own = [row for row in rows if row["beta"] == 1.0]
+    if not own:
+        return []
+    changes = [row["change"] for row in own]
+    broken, cases = _count(own, "distance")
+    return [
+        f"magnitude at beta = 1 changes the loss by {min(changes):+.4f} to {max(changes):+.4f} (median "
+        f"{np.median(changes):+.4f}), above the distance form in {broken} of {cases} cases."
+    ]
 
 
 def _gradient_share(row: Row) -> float:
