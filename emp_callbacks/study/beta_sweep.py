@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from emp_callbacks.config import EMPConfig
-from emp_callbacks.signatures import cliff_without_sparsity
+from emp_callbacks.signatures import cliff_without_sparsity, nearly_all
 from emp_callbacks.study import once_plots
 from emp_callbacks.study.dense_models import DenseModel
 from emp_callbacks.study.once import Harm, OnCase, OnceStudy, Row
@@ -207,7 +207,9 @@ def _warnings(curve: Curve) -> list[str]:
         return []
     sparsity = 1 - curve.mean(1.0, "density")
     below = curve.mean_harm(max(lower))
-    return cliff_without_sparsity(f"{curve.model}, {curve.way}", sparsity, curve.mean_harm(1.0), below, curve.harm.unit)
+    name, at_one = f"{curve.model}, {curve.way}", curve.rows[1.0][0]
+    alike = nearly_all([(name, at_one["n"], curve.mean(1.0, "n_eff_fraction"))], at_one["criterion"])
+    return [*alike, *cliff_without_sparsity(name, sparsity, curve.mean_harm(1.0), below, curve.harm.unit)]
 
 
 def _means(found: Sequence[Curve], betas: Sequence[float]) -> Grid:

@@ -82,14 +82,15 @@ def dense_model(recipe: Recipe, seed: int, folder: Path, on_step: OnStep) -> Den
     """
     name = f"{recipe.path.stem}-{_digest(recipe)[:10]}-seed{seed}"
     logs, path = folder / name, folder / f"{name}.pt"
-    if not path.is_file() and logs.exists():
-        shutil.rmtree(logs)  # of a training that was interrupted
-    logs.mkdir(parents=True, exist_ok=True)
-    training = Training(recipe, seed, lambda config: arm_config("dense", config), logs, on_step)
     if path.is_file():
         saved = _read(path)
+        training = Training(recipe, seed, _as_dense, None, on_step)
         training.take_up(saved["weights"])
         return DenseModel(recipe, seed, training, saved, reused=True)
+    if logs.exists():
+        shutil.rmtree(logs)  # of a training that was interrupted
+    logs.mkdir(parents=True)
+    training = Training(recipe, seed, _as_dense, logs, on_step)
     training.fit()
     weights = {key: value.detach().clone() for key, value in training.model.state_dict().items()}
     saved = {"weights": weights, "metrics": training.test(), "seconds": training.seconds}
@@ -97,6 +98,10 @@ def dense_model(recipe: Recipe, seed: int, folder: Path, on_step: OnStep) -> Den
     torch.save(saved, partial)
     os.replace(partial, path)
     return DenseModel(recipe, seed, training, saved, reused=False)
+
+
+def _as_dense(config: EMPConfig) -> EMPConfig:
+    return arm_config("dense", config)
 
 
 def _digest(recipe: Recipe) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -143,7 +144,9 @@ def _measured(
     progress.begin(f"train {name} seed {seed}")
     dense = dense_model(recipe, seed, models, progress.on_step)
     progress.begin(f"prune {name} seed {seed}")
-    rows = study.measure(dense, study.settings, progress.on_step)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="N_eff is up to")  # stands in the report
+        rows = study.measure(dense, study.settings, progress.on_step)
     trained = "trained earlier" if dense.reused else "trained"
     metric = recipe.study.metric
     progress.advance(

@@ -61,7 +61,7 @@ class Training:
         recipe: Gives fresh model, data and trainer.
         seed: Seeds initial weights, batch order and dropout.
         adapt: Turns the EMP settings of the recipe into those of the arm.
-        folder: Where Lightning's logs and the trajectory go.
+        folder: Where Lightning's logs and the trajectory go; None: nowhere, for a model that was trained earlier.
         on_step: Called after each optimizer step with (steps done, steps in all if known).
 
     Attributes:
@@ -69,15 +69,15 @@ class Training:
         config: EMP settings of this training.
     """
 
-    def __init__(self, recipe: Recipe, seed: int, adapt: Adapt, folder: Path, on_step: OnStep) -> None:
+    def __init__(self, recipe: Recipe, seed: int, adapt: Adapt, folder: Path | None, on_step: OnStep) -> None:
         self._adapt, self._seed = adapt, seed
         self.evidence = _Evidence(on_step)
         pl.seed_everything(seed, workers=True, verbose=False)
         with _quiet():
             recipe.build(
                 self._callbacks,
-                logger=CSVLogger(str(folder), name="", version=""),
-                default_root_dir=str(folder),
+                logger=CSVLogger(str(folder), name="", version="") if folder else False,
+                **({"default_root_dir": str(folder)} if folder else {}),
                 enable_progress_bar=False,
                 enable_model_summary=False,
                 enable_checkpointing=False,

@@ -403,3 +403,12 @@ def test_an_interrupted_study_says_so_and_keeps_its_models(folder, sweep, tmp_pa
     with pytest.raises(StudyInterrupted, match="after 1 of 2 runs; run the same command again"):
         run_once_study(broken, [Recipe(folder / "tiny.yaml")], tmp_path / "out", models=folder / "models")
     assert [path.name for path in (tmp_path / "out" / "runs").glob("*.json")] == ["tiny-seed0.json"]
+
+
+def test_a_reused_model_leaves_the_logs_of_its_training_alone(folder, sweep):
+    (logs,) = [path for path in (folder / "models").glob("tiny-*-seed0") if (path / "metrics.csv").is_file()][:1]
+    before = (logs / "metrics.csv").read_text()
+    model = dense(folder)
+    assert model.reused
+    model.training.test()
+    assert (logs / "metrics.csv").read_text() == before
