@@ -135,8 +135,8 @@ class ActivationSizes(Observer):
 
 
 def can_unfold(module: nn.Module) -> bool:
-    """Return whether what each output of a module reads is known here; of a Conv3d it is not."""
-    return not isinstance(module, nn.Conv3d)
+    """Return whether what each output of a module reads is known here: not of a Conv3d, nor of edges that repeat."""
+    return not isinstance(module, nn.Conv3d) and getattr(module, "padding_mode", "zeros") == "zeros"
 
 
 def _patches(module: nn.Module, values: Tensor, patch: tuple[int, int]) -> Iterator[Tensor]:

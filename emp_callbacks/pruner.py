@@ -484,9 +484,9 @@ class EMPPruner:
         seconds = time.perf_counter() - started
         events = [replace(event, seconds=seconds) for event in events]
         self.trajectory.extend(events)
-        self._warn_once(events)
         self.clock.last_position, self.clock.steps_at_refresh = self._now, self.steps
         self._evidence.release()
+        self._warn_once(events)  # last: where warnings are errors, the refresh is done all the same
         return events
 
     def _warn_once(self, events: Sequence[PruneEvent]) -> None:

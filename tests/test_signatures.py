@@ -49,3 +49,18 @@ def test_criteria_that_disagree():
     assert "0.070 by 'taylor' and 0.590 by 'magnitude'" in text
     assert criteria_disagree("net", {"taylor": 0.5, "magnitude": 0.59}) == []
     assert criteria_disagree("net", {"taylor": 0.5}) == []
+
+
+def test_a_warning_that_is_an_error_comes_after_the_refresh():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(50, 20), nn.ReLU(), nn.Linear(20, 3))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    pruner = EMPPruner(net, optimizer, target="neurons", every_n_steps=1)
+    net(torch.ones(1, 50)).sum().backward()
+    optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="does not discriminate"):
+            pruner.step()
+    assert pruner.clock.last_position == 1
+    assert pruner.last_events[0].step == 1
