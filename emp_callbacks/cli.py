@@ -334,8 +334,9 @@ def _inspect_with_data(options: argparse.Namespace) -> None:
         )
     names = ("target", "criterion", "scope", "beta", "include", "exclude")
     settings = {name: value for name in names if (value := getattr(options, name)) is not None}
-    found = certify_source(options.source, options.data, settings, batches=options.batches, probes=options.probes)
-    console = _console()
+    console, steps = _console(), 2 * options.probes * options.batches
+    with console.status(f"measuring: Tr(H) alone takes about {steps} training steps (--probes, --batches)"):
+        found = certify_source(options.source, options.data, settings, batches=options.batches, probes=options.probes)
     console.print(layer_table(found.cost.events))
     console.print(cost_table(found))
     for note in found.notes:
