@@ -16,7 +16,7 @@ from emp_callbacks.finished_model import open_model
 from emp_callbacks.pruner import EMPPruner
 from emp_callbacks.pruning_cost import PruningCost, prune_and_measure
 from emp_callbacks.recipe_parts import open_recipe
-from emp_callbacks.signatures import uniform_scores
+from emp_callbacks.signatures import emptied_layers, uniform_scores
 from emp_callbacks.study.training_loss import show_batches, training_loss
 
 __all__ = ["Certified", "certified_json", "certify_source", "cost_table"]
@@ -84,7 +84,12 @@ def certify_source(
 
     cost = prune_and_measure(pruner, model.module, losses, probes=probes)
     pruner.finalize()
-    notes = (*model.notes, *(event.note for event in cost.events if event.note), *uniform_scores(cost.events))
+    notes = (
+        *model.notes,
+        *(event.note for event in cost.events if event.note),
+        *uniform_scores(cost.events),
+        *emptied_layers(cost.events),
+    )
     told = {name: getattr(config, name) for name in ("target", "scope", "beta", "density", "include", "exclude")}
     told = {**told, "criterion": config.criterion_name, "source": source, "data": recipe_path}
     return Certified(cost=cost, batches=len(shown), notes=notes, settings=told)

@@ -28,7 +28,7 @@ from emp_callbacks.mask_part import evidence_part
 from emp_callbacks.pruner_state import describe, install_state, masked_weights, pack_state
 from emp_callbacks.refresh import refresh_dynamic, refresh_masks
 from emp_callbacks.schedule import Clock
-from emp_callbacks.signatures import uniform_scores
+from emp_callbacks.signatures import emptied_layers, uniform_scores
 from emp_callbacks.trajectory import LayerStats, PruneEvent, Trajectory
 
 
@@ -97,7 +97,7 @@ class EMPPruner:
         self._evidence = Evidence(self._layers, sites, self._criterion, self._backend)
         self.clock = Clock()
         self._gradient_hooks: list[RemovableHandle] = []
-        self._warned = False
+        self._warned: set[str] = set()
         self._attach()
 
     # ---- the loop -------------------------------------------------------------------------------------------------
@@ -490,12 +490,14 @@ class EMPPruner:
         return events
 
     def _warn_once(self, events: Sequence[PruneEvent]) -> None:
-        """Say, once and on one rank, where N_eff is no good budget; a fixed density asks for none."""
-        if self._warned or self._backend.rank or self.config.density is not None:
+        """Say, once and on one rank, where N_eff is no good budget (a fixed density needs none) or a layer is empty."""
+        if self._backend.rank:
             return
-        for warning in uniform_scores(events):
-            warnings.warn(warning, stacklevel=4)
-            self._warned = True
+        alike = uniform_scores(events) if self.config.density is None else []
+        for kind, found in (("alike", alike), ("emptied", emptied_layers(events))):
+            if found and kind not in self._warned:
+                self._warned.add(kind)
+                warnings.warn(found[0], stacklevel=4)
 
     def _rule_at(self, position: int) -> KeepRule:
         config = self.config

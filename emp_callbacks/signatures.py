@@ -7,7 +7,14 @@ from collections.abc import Mapping, Sequence
 
 from emp_callbacks.trajectory import PruneEvent
 
-__all__ = ["NEARLY_ALL", "cliff_without_sparsity", "criteria_disagree", "nearly_all", "uniform_scores"]
+__all__ = [
+    "NEARLY_ALL",
+    "cliff_without_sparsity",
+    "criteria_disagree",
+    "emptied_layers",
+    "nearly_all",
+    "uniform_scores",
+]
 
 # N_eff / N = 1 / (1 + cv^2), cv the scores' standard deviation over their mean: 0.95 is a cv of 0.23.
 NEARLY_ALL = 0.95
@@ -45,6 +52,22 @@ def nearly_all(groups: Sequence[tuple[str, int, float]], criterion: str, model: 
         f"N_eff is up to {max(fractions):.3f} of N in {names}, the scores of {criterion!r} deviate by {spread:.0%} of "
         "their mean at most, so this criterion does not discriminate here and beta = 1 prunes next to nothing: try "
         "another criterion (emp compare-criteria), or choose a density by the metric (emp sweep-beta)"
+    ]
+
+
+def emptied_layers(events: Sequence[PruneEvent]) -> list[str]:
+    """Return a warning if layers keep nothing: where scores of different layers are no common currency.
+
+    Args:
+        events: Rows of one refresh.
+    """
+    empty = [layer.name for event in events for layer in event.layers if layer.n and not layer.keep]
+    if not empty:
+        return []
+    names = ", ".join(empty[:3]) + f" and {len(empty) - 3} more" * (len(empty) > 3)
+    return [
+        f"nothing is kept of {names}, so nothing passes there but what goes round it: let the scores of "
+        f"{events[0].criterion!r} compete within each layer (scope='tensor'), or use another criterion"
     ]
 
 

@@ -64,3 +64,18 @@ def test_a_warning_that_is_an_error_comes_after_the_refresh():
             pruner.step()
     assert pruner.clock.last_position == 1
     assert pruner.last_events[0].step == 1
+
+
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+def test_layers_that_keep_nothing_are_named(scope):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(50, 20), nn.Linear(20, 10), nn.Linear(10, 3))
+    net[1].weight.data.mul_(1e-6)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        EMPPruner(net, scope=scope).refresh()
+    told = [str(warning.message) for warning in caught]
+    assert len(told) == (scope == "global")
+    if told:
+        assert "nothing is kept of 1.weight, " in told[0]
+        assert "scope='tensor'" in told[0]

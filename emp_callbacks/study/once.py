@@ -145,7 +145,7 @@ def _measured(
     dense = dense_model(recipe, seed, models, progress.on_step)
     progress.begin(f"prune {name} seed {seed}")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="N_eff is up to")  # stands in the report
+        warnings.filterwarnings("ignore", message="N_eff is up to|nothing is kept of")  # the report has the figures
         rows = study.measure(dense, study.settings, progress.on_step)
     trained = "trained earlier" if dense.reused else "trained"
     metric = recipe.study.metric
