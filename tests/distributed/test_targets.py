@@ -190,7 +190,8 @@ def compare(ours, expected, tolerance, exact=True):
     assert ours["n_eff"] == pytest.approx(expected["n_eff"], rel=tolerance)
     torch.testing.assert_close(ours["losses"].double(), expected["losses"], rtol=0, atol=max(tolerance, 1e-8))
     assert ours["clean"]
-    assert ours["mass_bounds"] == pytest.approx(expected["mass_bounds"], rel=tolerance)
+    told = [(a, b) for a, b in zip(ours["mass_bounds"], expected["mass_bounds"], strict=True) if (a, b) != (None, None)]
+    assert [a for a, _ in told] == pytest.approx([b for _, b in told], rel=tolerance)
     compare_certificates(ours["certificates"], expected["certificates"], max(tolerance, 1e-6))
 
 
