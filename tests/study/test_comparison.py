@@ -245,7 +245,7 @@ def test_a_real_ctrl_c_ends_with_130(tmp_path):
     recipe, out = write(tmp_path, arms=["dense", "training_freeze"], seeds=[0]), tmp_path / "out"
     reached = tmp_path / "reached"
     script = f"""
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from emp_callbacks.cli import main
 from emp_callbacks.study.training import _Evidence
@@ -255,6 +255,7 @@ def wait(self, trainer, module):
         Path({str(reached)!r}).touch()
         time.sleep(30)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started without one
 _Evidence.on_train_epoch_end = wait
 sys.exit(main(["compare", "--config", {str(recipe)!r}, "--out", {str(out)!r}]))
 """
