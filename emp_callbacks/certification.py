@@ -18,6 +18,7 @@ from emp_callbacks.pruning_cost import PruningCost, prune_and_measure
 from emp_callbacks.recipe_parts import open_recipe
 from emp_callbacks.signatures import emptied_layers, uniform_scores
 from emp_callbacks.study.training_loss import show_batches, training_loss
+from emp_callbacks.trajectory import certified_loss_change
 
 __all__ = ["Certified", "certified_json", "certify_source", "cost_table"]
 
@@ -69,9 +70,8 @@ def certify_source(
         raise ValueError(f"--probes must be at least 2, for an interval of Tr(H), got {probes}")
     recipe = open_recipe(recipe_path)
     config = recipe.config.once(**settings)
+    config = config.once(certify=config.can_certify)
     criterion = make_criterion(config.criterion, config.target)
-    if criterion.certificate is not None and config.target != "features":
-        config = config.once(certify=True)
     model = open_model(source, recipe=recipe)
     shown = list(islice(recipe.data.train_dataloader(), batches))
     pruner = EMPPruner(model.module, config=config)
@@ -122,8 +122,7 @@ def cost_table(certified: Certified) -> Table:
             bound = getattr(event, key)
             shown = "-" if bound is None else f"{bound:.4f}"
             table.add_row(f"preserved mass, {label}", shown, f"measured {event.preserved_mass:.4f}")
-    if speaks := [event.certificate for event in cost.events if event.certificate]:
-        bound = sum(certificate.bound for certificate in speaks)
+    if (bound := certified_loss_change(cost.events)) is not None:
         table.add_row("first-order change, certified", f"{bound:.4g}", _verdict(cost.first_order, bound))
     return table
 

@@ -133,9 +133,7 @@ class EMPConfig:
             )
         if self.is_dynamic and self.mode != "feedback":
             raise ValueError(f"mode={self.mode!r} keeps a mask, but here each sample has its own; use 'feedback'")
-        if self.certify and (
-            self.target == "features" or make_criterion(self.criterion, self.target).certificate is None
-        ):
+        if self.certify and not self.can_certify:
             raise ValueError(
                 f"certify=True: no certificate is known for criterion {self.criterion_name!r} and target "
                 f"{self.target!r}; use criterion 'wanda' (weights) or 'taylor' (weights, heads, neurons, kan_nodes). "
@@ -182,6 +180,11 @@ class EMPConfig:
     def is_dynamic(self) -> bool:
         """Whether masks are made in every forward pass, for each sample or query row by itself."""
         return self.target == "attention_edges" or (self.target == "features" and self.dynamic)
+
+    @property
+    def can_certify(self) -> bool:
+        """Whether a certificate is known for the criterion and the target."""
+        return self.target != "features" and make_criterion(self.criterion, self.target).certificate is not None
 
     @property
     def schedule(self) -> Schedule:

@@ -35,6 +35,11 @@ class Certificate:
     tightness: float | None = None
 
     @property
+    def says(self) -> str:
+        """What is bounded, in words."""
+        return {"output_error": "output error", "loss_change": "loss change"}[self.kind]
+
+    @property
     def relative(self) -> tuple[float, float | None]:
         """Bound and measured, where a scale is known as fractions of it."""
         scale = self.scale or 1.0
@@ -249,8 +254,8 @@ def layer_table(events: Sequence[PruneEvent]) -> Table:
         table.add_column("first token", justify="right")
     certificates = [layer.certificate for event in events for layer in event.layers if layer.certificate is not None]
     if certificates:
-        said = {"output_error": "output error", "loss_change": "loss change"}[certificates[0].kind]
-        table.add_column(f"{said} <=", justify="right", footer=_total_certificate(events))
+        total = certified_loss_change(events)
+        table.add_column(f"{certificates[0].says} <=", justify="right", footer="" if total is None else f"{total:.4g}")
         table.add_column("measured", justify="right")
     for layer in (layer for event in events for layer in event.layers):
         sizes = (f"{layer.n:,}", f"{layer.n_eff / layer.n:.3f}", f"{layer.keep:,}", f"{layer.density:.3f}")
@@ -277,6 +282,7 @@ def certificate_cells(certificate: Certificate | None) -> tuple[str, str]:
     return f"{bound:{form}}", "-" if measured is None else f"{measured:{form}}"
 
 
-def _total_certificate(events: Sequence[PruneEvent]) -> str:
-    found = [event.certificate for event in events]
-    return "" if None in found else f"{sum(certificate.bound for certificate in found if certificate):.4g}"
+def certified_loss_change(events: Sequence[PruneEvent]) -> float | None:
+    """Return the bound over the groups of one refresh; None if no certificate speaks of the loss."""
+    found = [event.certificate.bound for event in events if event.certificate is not None]
+    return sum(found) if found else None

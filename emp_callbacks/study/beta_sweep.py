@@ -13,8 +13,8 @@ from emp_callbacks.config import EMPConfig
 from emp_callbacks.signatures import cliff_without_sparsity, nearly_all
 from emp_callbacks.study import once_plots
 from emp_callbacks.study.dense_models import DenseModel
-from emp_callbacks.study.once import Harm, OnCase, OnceStudy, Row
-from emp_callbacks.study.page import DASH, Grid, Page, Section, number
+from emp_callbacks.study.once import Harm, OnCase, OnceStudy, Row, harms_of
+from emp_callbacks.study.page import DASH, Grid, Page, Section, interval, number
 from emp_callbacks.study.statistics import mean_interval, paired_difference
 from emp_callbacks.trajectory import PruneEvent
 
@@ -142,7 +142,7 @@ class Curve:
 
 def curves(results: Results) -> list[Curve]:
     """Return a curve for each model and way of pruning, in the order of the results."""
-    harms = {m["arm"]: Harm(metric=m["metric"], higher_is_better=m["higher_is_better"]) for m in results["models"]}
+    harms = harms_of(results)
     grouped: dict[tuple[str, str], dict[float, list[Row]]] = {}
     for row in results["rows"]:
         key = row["model"], f"{row['target']} x {row['criterion']}, {row['scope']}"
@@ -265,6 +265,4 @@ def _intervals(found: Sequence[Curve], betas: Sequence[float]) -> Grid:
 def _interval(curve: Curve, beta: float) -> str:
     if beta not in curve.rows:
         return DASH
-    found = mean_interval([curve.harm.of(harm) for harm in curve.harms(beta).values()])
-    ends = "" if found.low is None else f" [{number(found.low, 2, True)}, {number(found.high, 2, True)}]"
-    return f"{number(found.mean, 2, True)}{ends}"
+    return interval(mean_interval([curve.harm.of(harm) for harm in curve.harms(beta).values()]))

@@ -13,14 +13,15 @@ from scipy import stats
 from torch import Tensor
 
 from emp_callbacks.config import EMPConfig
-from emp_callbacks.criteria import fitting_criteria, make_criterion
+from emp_callbacks.criteria import fitting_criteria
 from emp_callbacks.signatures import criteria_disagree, uniform_scores
 from emp_callbacks.study import once_plots
 from emp_callbacks.study.beta_sweep import outcome, tested
 from emp_callbacks.study.dense_models import DenseModel, known_criteria
-from emp_callbacks.study.once import Harm, OnCase, OnceStudy, Row
-from emp_callbacks.study.page import DASH, Grid, Page, Section, number
+from emp_callbacks.study.once import Harm, OnCase, OnceStudy, Row, harms_of
+from emp_callbacks.study.page import DASH, Grid, Page, Section, interval, number
 from emp_callbacks.study.statistics import mean_interval
+from emp_callbacks.trajectory import certified_loss_change
 
 __all__ = ["Case", "cases", "criteria_comparison", "overlap"]
 
@@ -78,8 +79,8 @@ def measure(dense: DenseModel, settings: Mapping[str, Any], on_case: OnCase) -> 
 def _config(recipe: EMPConfig, target: str, criterion: str, settings: Mapping[str, Any]) -> EMPConfig:
     chosen = {"target": target, "criterion": criterion, "evidence_steps": settings["batches"], "beta": 1.0}
     scope = {} if settings["scope"] is None else {"scope": settings["scope"]}
-    certify = make_criterion(criterion, target).certificate is not None
-    return recipe.once(**chosen, **scope, certify=certify)
+    config = recipe.once(**chosen, **scope)
+    return config.once(certify=config.can_certify)
 
 
 def _pruned(dense: DenseModel, config: EMPConfig, density: float) -> tuple[Row, Tensor, Tensor]:
@@ -91,17 +92,13 @@ def _pruned(dense: DenseModel, config: EMPConfig, density: float) -> tuple[Row, 
     row = {**outcome(events, config), **tested(dense, metric, dense.test(pruner))}
     row["certified"] = [c.relative[0] for c in certificates]
     row["measured"] = [c.relative[1] for c in certificates]
-    row["loss_change_bound"] = _total([event.certificate for event in events])
+    row["loss_change_bound"] = certified_loss_change(events)
     row["warnings"] = uniform_scores(events, f"{dense.name} {config.target}")
     own = _flat(pruner.masks)
     alike = dense.pruner(config.once(density=density, certify=False))
     alike.refresh()
     after = dense.test(alike)
     return {**row, "matched_after": after[metric], "matched_loss": after.get("test/loss")}, own, _flat(alike.masks)
-
-
-def _total(certificates: Sequence[Any]) -> float | None:
-    return None if None in certificates else sum(certificate.bound for certificate in certificates)
 
 
 def _flat(masks: Mapping[str, Tensor]) -> Tensor:
@@ -161,7 +158,7 @@ class Case:
 
 def cases(results: Results) -> list[Case]:
     """Return a case for each model and target, in the order of the results."""
-    harms = {m["arm"]: Harm(metric=m["metric"], higher_is_better=m["higher_is_better"]) for m in results["models"]}
+    harms = harms_of(results)
     grouped: dict[tuple[str, str], dict[str, list[Row]]] = {}
     for row in results["rows"]:
         grouped.setdefault((row["model"], row["target"]), {}).setdefault(row["criterion"], []).append(row)
@@ -268,20 +265,14 @@ def _table(found: Sequence[Case], density: float) -> Grid:
                 number(case.mean(criterion, "n_eff_fraction"), 3),
                 number(case.mean(criterion, "density"), 3),
                 number(case.mean(criterion, "preserved_mass"), 3),
-                _interval(case.changes(criterion)),
-                _interval(case.changes(criterion, "matched_after")),
+                interval(mean_interval(case.changes(criterion))),
+                interval(mean_interval(case.changes(criterion, "matched_after"))),
                 _errors(measured),
                 _loss_bound(measured),
             ])  # fmt: skip
     headers = ["model", "target", "criterion", "N", "N_eff / N", "density", "mass kept", "change"]
     headers += [f"change at {density:g}", "output error <=, measured", "loss bound"]
     return Grid(headers=headers, rows=rows, texts=3)
-
-
-def _interval(values: Sequence[float]) -> str:
-    found = mean_interval(values)
-    ends = "" if found.low is None else f" [{number(found.low, 2, True)}, {number(found.high, 2, True)}]"
-    return f"{number(found.mean, 2, True)}{ends}"
 
 
 def _errors(rows: Sequence[Row]) -> str:

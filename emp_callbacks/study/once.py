@@ -20,7 +20,7 @@ from emp_callbacks.study.progress import StudyProgress
 from emp_callbacks.study.recipe import Recipe
 from emp_callbacks.study.run_store import RunStore, digest, write_atomically
 
-__all__ = ["SCHEMA", "Harm", "OnceStudy", "Row", "run_once_study"]
+__all__ = ["SCHEMA", "Harm", "OnceStudy", "Row", "harms_of", "run_once_study"]
 
 SCHEMA = 1
 Row = dict[str, Any]
@@ -70,6 +70,11 @@ class Harm:
     def of(self, change: float) -> float:
         """Return a change as harm: positive where the metric gets worse."""
         return -change if self.higher_is_better else change
+
+
+def harms_of(results: Mapping[str, Any]) -> dict[str, Harm]:
+    """Return model -> how its metric is read."""
+    return {m["arm"]: Harm(metric=m["metric"], higher_is_better=m["higher_is_better"]) for m in results["models"]}
 
 
 def run_once_study(

@@ -15,12 +15,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from emp_callbacks.study.statistics import Interval
+
 __all__ = [
     "DASH",
     "MINUS",
     "Grid",
     "Page",
     "Section",
+    "interval",
     "number",
     "print_page",
     "save_picture",
@@ -152,6 +155,12 @@ def number(value: float | None, decimals: int, sign: bool = False) -> str:
     if float(text) == 0:
         text = text.replace("-", "+" if sign else "")
     return text.replace("-", MINUS)
+
+
+def interval(found: Interval, decimals: int = 2) -> str:
+    """Return a change as text, "mean [low, high]" with signs; only the mean without an interval."""
+    ends = "" if found.low is None else f" [{number(found.low, decimals, True)}, {number(found.high, decimals, True)}]"
+    return f"{number(found.mean, decimals, True)}{ends}"
 
 
 def save_picture(figure: Figure, path: Path) -> str:

@@ -449,8 +449,8 @@ def _certificate_cells(record: Mapping[str, Any] | None) -> tuple[str, str, str]
     """Return what a certificate speaks of, its bound and what was measured."""
     if record is None:
         return None
-    said = {"output_error": "output error", "loss_change": "loss change"}[record["kind"]]
-    return (said, *certificate_cells(Certificate(**record)))
+    certificate = Certificate(**record)
+    return (certificate.says, *certificate_cells(certificate))
 
 
 def _color(arm: str) -> str:

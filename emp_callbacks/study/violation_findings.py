@@ -207,9 +207,12 @@ def _gradient_share(row: Row) -> float:
     return abs(row["first_order"]) / whole if whole else 0.0
 
 
+def _quadratic(row: Row) -> float:
+    return row["first_order"] + row["second_order"] / 2
+
+
 def _beyond_quadratic(row: Row) -> float:
-    quadratic = row["first_order"] + row["second_order"] / 2
-    return abs(row["change"] - quadratic) / abs(row["change"])
+    return abs(row["change"] - _quadratic(row)) / abs(row["change"])
 
 
 def _slack(rows: Sequence[Row], name: str) -> str:
@@ -300,7 +303,7 @@ def _furthest(rows: Sequence[Row], name: str, most: int = 15) -> Grid:
         [
             row["model"], str(row["seed"]), row["criterion"], f"{row['beta']:g}", f"{row['density']:.3f}",
             f"{row['change']:+.3g}", f"{bound:.3g}", f"{ratio:.1f}",
-            f"{row['first_order'] + row['second_order'] / 2:+.3g}", f"{_gradient_share(row):.0%}",
+            f"{_quadratic(row):+.3g}", f"{_gradient_share(row):.0%}",
             f"{row['alignment']:.2f}", f"{row['kurtosis']:.1f}",
         ]
         for ratio, row, bound in found[:most]

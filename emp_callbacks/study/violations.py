@@ -21,7 +21,7 @@ from emp_callbacks.study.dense_models import DenseModel, known_criteria
 from emp_callbacks.study.once import OnCase, OnceStudy, Row
 from emp_callbacks.study.training_loss import training_loss
 from emp_callbacks.study.violation_findings import page
-from emp_callbacks.trajectory import Certificate
+from emp_callbacks.trajectory import certified_loss_change
 
 __all__ = ["CRITERIA", "score_shape", "violations"]
 
@@ -87,15 +87,14 @@ def measure(dense: DenseModel, settings: Mapping[str, Any], on_case: OnCase) -> 
 
 
 def _config(dense: DenseModel, criterion: str, beta: float, settings: Mapping[str, Any]) -> EMPConfig:
-    certify = make_criterion(criterion, "weights").certificate is not None
-    chosen = {"target": "weights", "criterion": criterion, "scope": settings["scope"], "beta": beta, "certify": certify}
-    return dense.training.recipe_config.once(evidence_steps=settings["batches"], **chosen)
+    chosen = {"target": "weights", "criterion": criterion, "scope": settings["scope"], "beta": beta}
+    config = dense.training.recipe_config.once(evidence_steps=settings["batches"], **chosen)
+    return config.once(certify=config.can_certify)
 
 
 def _told(cost: PruningCost, pruner: EMPPruner) -> Row:
     """Return costs and bounds as plain data."""
     of_layers = [layer.certificate for event in cost.events for layer in event.layers if layer.certificate]
-    of_loss = [event.certificate for event in cost.events if event.certificate]
     errors = [c for c in of_layers if c.kind == "output_error" and c.measured is not None]
     worst = max((c.tightness for c in errors if c.tightness is not None), default=None)
     high = cost.trace.high if cost.trace.high is not None else cost.trace.mean
@@ -111,17 +110,13 @@ def _told(cost: PruningCost, pruner: EMPPruner) -> Row:
         "distance_sq": cost.distance_sq,
         "l1_norm": cost.l1_norm,
         "alignment": cost.alignment,
-        "bounds": {**cost.bounds(), "taylor": sum(c.bound for c in of_loss) if of_loss else None},
+        "bounds": {**cost.bounds(), "taylor": certified_loss_change(cost.events)},
         "bounds_at_high_trace": cost.bounds(high),
         "output_tightness": worst,
-        "output_errors": [[*_relative(c)] for c in errors],
+        "output_errors": [list(c.relative) for c in errors],
         "notes": sorted({event.note for event in cost.events if event.note}),
         "weights": len(pruner.weight_masks),
     }
-
-
-def _relative(certificate: Certificate) -> tuple[float, float | None]:
-    return certificate.relative
 
 
 def score_shape(scores: Mapping[str, Tensor], most: int = 1_000_000) -> Row:
