@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from emp_callbacks import EMPPruner
 from emp_callbacks.core.effective_number import FLOOR_SLACK
-from emp_callbacks.decision import KeepRule, Scored, decide
+from emp_callbacks.pruning.decision import KeepRule, Scored, decide
 
 CHUNK = 1 << 18  # 1 MiB of float32: stays in a core's cache
 GPT2_WIDTH = 768

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from emp_callbacks.core.selection import emp_mask, preserved_mass
     from emp_callbacks.integrations.deepspeed import EMPHook
     from emp_callbacks.integrations.lightning import EMPCallback
-    from emp_callbacks.metrics import EffectiveNumber
-    from emp_callbacks.pruner import EMPPruner
+    from emp_callbacks.integrations.torchmetrics import EffectiveNumber
+    from emp_callbacks.pruning.pruner import EMPPruner
     from emp_callbacks.schedule import BetaSchedule
     from emp_callbacks.shrinking import load_shrunk, pruned_units, shrink
     from emp_callbacks.trajectory import PruneEvent, Trajectory
@@ -27,8 +27,8 @@ _HOMES = {
     "EMPCallback": "integrations.lightning",
     "EMPConfig": "config",
     "EMPHook": "integrations.deepspeed",
-    "EMPPruner": "pruner",
-    "EffectiveNumber": "metrics",
+    "EMPPruner": "pruning.pruner",
+    "EffectiveNumber": "integrations.torchmetrics",
     "PruneEvent": "trajectory",
     "Trajectory": "trajectory",
     "effective_number": "core.effective_number",

@@ -45,7 +45,7 @@ def test_deepspeed_configs_are_what_deepspeed_accepts(stage):
 
 
 def test_the_study_script_counts_the_cells_of_its_recipe(monkeypatch, capsys):
-    from emp_callbacks.cli import main
+    from emp_callbacks.cli.main import main
 
     assert main(["compare", "--config", str(ROOT / "recipes/gpt_stdlib.yaml"), "--list-cells"]) == 0
     cells = capsys.readouterr().out.split()

@@ -254,14 +254,14 @@ def words_of(line):
 
 @functools.cache
 def parsers():
-    from emp_callbacks import cli_options
+    from emp_callbacks.cli import options as cli_options
 
     made = [getattr(cli_options, name)() for name in cli_options.__all__]
     return {parser.prog.removeprefix("emp "): parser for parser in made}
 
 
 def check_emp(words, where):
-    from emp_callbacks.cli import _COMMANDS
+    from emp_callbacks.cli.main import _COMMANDS
 
     command, *options = words
     assert command in _COMMANDS, f"{where}: there is no emp {command}"
@@ -298,7 +298,7 @@ def files_of(globs, where):
 @functools.cache
 def check_fit(command, *options):
     """Let Lightning's parser read the options; it prints the recipe instead of running it."""
-    from emp_callbacks.cli import main
+    from emp_callbacks.cli.main import main
 
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as errors:
         try:
@@ -310,7 +310,7 @@ def check_fit(command, *options):
 
 @functools.cache
 def check_recipe(path, keys):
-    from emp_callbacks.study.recipe import Recipe
+    from emp_callbacks.study.recipe.recipe import Recipe
 
     try:
         Recipe(path, keys)
@@ -360,7 +360,7 @@ def run_command(line, folder):
     """Run torchrun, and emp where the file that it reads is in the folder; return what was printed."""
     words = words_of(line)
     if words[:1] == ["emp"] and len(words) > 2 and (folder / words[2]).is_file():
-        from emp_callbacks.cli import main
+        from emp_callbacks.cli.main import main
 
         with contextlib.redirect_stdout(io.StringIO()) as output:
             assert main(words[1:]) == 0, line

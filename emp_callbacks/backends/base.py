@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from emp_callbacks.segment import Segment
+from emp_callbacks.layer.segment import Segment
 from emp_callbacks.targets import WeightTarget
 
 

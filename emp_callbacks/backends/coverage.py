@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from emp_callbacks.backends.base import Backend
-from emp_callbacks.segment import Segment
+from emp_callbacks.layer.segment import Segment
 
 
 def counted_once(segments: Sequence[Segment], backend: Backend, made_by: str) -> list[Segment]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from emp_callbacks.backends.base import Backend, UpdateListener
 from emp_callbacks.backends.zero import Held, ZeroSegment, layout_of
-from emp_callbacks.segment import Segment
+from emp_callbacks.layer.segment import Segment
 from emp_callbacks.targets import WeightTarget
 
 

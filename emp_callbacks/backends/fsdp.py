@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from emp_callbacks.backends.base import Backend
 from emp_callbacks.backends.coverage import counted_once
 from emp_callbacks.backends.local import LocalBackend
-from emp_callbacks.segment import Segment
+from emp_callbacks.layer.segment import Segment
 from emp_callbacks.targets import WeightTarget
 
 

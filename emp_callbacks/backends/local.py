@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from emp_callbacks.backends.base import Backend
-from emp_callbacks.segment import Segment
+from emp_callbacks.layer.segment import Segment
 from emp_callbacks.targets import WeightTarget
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from emp_callbacks.segment import Segment
+from emp_callbacks.layer.segment import Segment
 
 
 class Place(NamedTuple):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from emp_callbacks.backends.deepspeed import Wrapped
 from emp_callbacks.config import EMPConfig
-from emp_callbacks.pruner import EMPPruner
+from emp_callbacks.pruning.pruner import EMPPruner
 from emp_callbacks.trajectory import PruneEvent, Trajectory
 
 CHECKPOINT_FOLDER = "emp"

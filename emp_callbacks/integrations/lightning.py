@@ -16,7 +16,7 @@ from torch import Tensor
 
 from emp_callbacks.config import EMPConfig, check_names
 from emp_callbacks.integrations.lightning_checkpoint import CheckpointCompanion, masks_folder
-from emp_callbacks.pruner import EMPPruner
+from emp_callbacks.pruning.pruner import EMPPruner
 from emp_callbacks.trajectory import PruneEvent, Trajectory, layer_table
 
 TRAJECTORY_FILE = "emp_trajectory.jsonl"

@@ -8,9 +8,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from emp_callbacks.mask_mode import MaskedWeight
-from emp_callbacks.observers import Observer
-from emp_callbacks.segment import Span
+from emp_callbacks.layer.mask_mode import MaskedWeight
+from emp_callbacks.layer.observers import Observer
+from emp_callbacks.layer.segment import Span
 from emp_callbacks.targets.forward_site import ForwardSite
 
 PerWeight = Callable[[Tensor, Tensor], Tensor]

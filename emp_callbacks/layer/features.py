@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from emp_callbacks.layer.base import Layer, Ranks
-from emp_callbacks.segment import Span
+from emp_callbacks.layer.segment import Span
 from emp_callbacks.targets.features import FeatureSite
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from emp_callbacks.layer.base import Layer, PerWeight, Ranks, check_gathered
-from emp_callbacks.mask_mode import MaskedWeight
-from emp_callbacks.observers import InputSquares
-from emp_callbacks.segment import Segment, Span
+from emp_callbacks.layer.mask_mode import MaskedWeight
+from emp_callbacks.layer.observers import InputSquares
+from emp_callbacks.layer.segment import Segment, Span
 
 
 @final

@@ -17,10 +17,10 @@ import emp_callbacks
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.study.arms import ARMS, TrainingJob, arm_config, fitting_arms, leading_arm, plan_jobs
 from emp_callbacks.study.progress import StudyProgress
-from emp_callbacks.study.recipe import Recipe, StudyConfig
-from emp_callbacks.study.recipe_check import nearest
+from emp_callbacks.study.recipe.check import nearest
+from emp_callbacks.study.recipe.recipe import Recipe, StudyConfig
+from emp_callbacks.study.report.statistics import convergence
 from emp_callbacks.study.run_store import RunStore, digest, write_atomically
-from emp_callbacks.study.statistics import convergence
 from emp_callbacks.study.training import Training, recipe_config
 
 __all__ = ["StudyInterrupted", "environment", "run_study", "study_cells", "what_trains"]

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.core.effective_number import ScoreMoments, effective_numbers, score_moments
+from emp_callbacks.cost.training_loss import show_batches
 from emp_callbacks.criteria import make_criterion
 from emp_callbacks.integrations.lightning import TRAJECTORY_FILE, EMPCallback
-from emp_callbacks.pruner import EMPPruner
-from emp_callbacks.study.recipe import Recipe
-from emp_callbacks.study.training_loss import show_batches
+from emp_callbacks.pruning.pruner import EMPPruner
+from emp_callbacks.study.recipe.recipe import Recipe
 from emp_callbacks.targets.weights import prunable_weights
 from emp_callbacks.trajectory import PruneEvent
 

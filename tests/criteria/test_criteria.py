@@ -5,7 +5,7 @@ from emp_callbacks.criteria import CRITERIA, DEFAULT_CRITERIA, Criterion, fittin
 from emp_callbacks.criteria.magnitude import Magnitude
 from emp_callbacks.criteria.random import Random
 from emp_callbacks.layer import WeightLayer
-from emp_callbacks.segment import Segment
+from emp_callbacks.layer.segment import Segment
 
 
 class OneRank:

@@ -12,7 +12,8 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from emp_callbacks import EMPPruner, mask_part
+from emp_callbacks import EMPPruner
+from emp_callbacks.checkpoint import mask_part
 from tests.distributed.ranks import process_group, spawn
 
 # One process reads every link's folder too.

@@ -5,7 +5,7 @@ import pytest
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.schedule import BetaSchedule
 from emp_callbacks.study.arms import ARMS, arm_config, fitting_arms
-from emp_callbacks.study.recipe import Recipe
+from emp_callbacks.study.recipe.recipe import Recipe
 from emp_callbacks.study.training import recipe_config
 from emp_callbacks.targets.features import feature_sites
 

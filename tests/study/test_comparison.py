@@ -13,12 +13,12 @@ import torch
 import yaml
 from rich.console import Console
 
-from emp_callbacks.cli import main
+from emp_callbacks.cli.main import main
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.study import comparison
 from emp_callbacks.study.arms import ARMS, plan_jobs
 from emp_callbacks.study.comparison import StudyInterrupted, run_study
-from emp_callbacks.study.recipe import Recipe
+from emp_callbacks.study.recipe.recipe import Recipe
 from emp_callbacks.study.training import _interrupts_raised, measure
 
 
@@ -36,10 +36,10 @@ def recipe_text(**study):
             "callbacks": [callback],
         },
         "model": {
-            "class_path": "emp_callbacks.study.tasks.ImageClassification",
+            "class_path": "emp_callbacks.study.recipe.tasks.ImageClassification",
             "init_args": {"model": "vit_tiny_patch16_224", "model_args": size, "lr": 0.01},
         },
-        "data": {"class_path": "emp_callbacks.study.data.DigitsData", "init_args": {"batch_size": 32}},
+        "data": {"class_path": "emp_callbacks.study.recipe.data.DigitsData", "init_args": {"batch_size": 32}},
         "study": {"seeds": [0, 1], **study},
     })  # fmt: skip
 
@@ -247,7 +247,7 @@ def test_a_real_ctrl_c_ends_with_130(tmp_path):
     script = f"""
 import signal, sys, time
 from pathlib import Path
-from emp_callbacks.cli import main
+from emp_callbacks.cli.main import main
 from emp_callbacks.study.training import _Evidence
 
 def wait(self, trainer, module):

@@ -8,13 +8,13 @@ import torch
 import yaml
 
 from emp_callbacks.config import EMPConfig
-from emp_callbacks.pruner import EMPPruner
+from emp_callbacks.cost.training_loss import training_loss
+from emp_callbacks.pruning.pruner import EMPPruner
 from emp_callbacks.study import training as training_module
 from emp_callbacks.study.arms import arm_config
 from emp_callbacks.study.comparison import run_study
-from emp_callbacks.study.recipe import Recipe
+from emp_callbacks.study.recipe.recipe import Recipe
 from emp_callbacks.study.training import Training, _check_automatic, measure
-from emp_callbacks.study.training_loss import training_loss
 from emp_callbacks.trajectory import PruneEvent
 
 VIT = {"img_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2}
@@ -34,10 +34,10 @@ def recipe_file(folder, model="vit_tiny_patch16_224", model_args=VIT, study=(), 
             "callbacks": [callback],
         },
         "model": {
-            "class_path": "emp_callbacks.study.tasks.ImageClassification",
+            "class_path": "emp_callbacks.study.recipe.tasks.ImageClassification",
             "init_args": {"model": model, "model_args": model_args, "lr": 0.01},
         },
-        "data": {"class_path": "emp_callbacks.study.data.DigitsData", "init_args": {"batch_size": 32}},
+        "data": {"class_path": "emp_callbacks.study.recipe.data.DigitsData", "init_args": {"batch_size": 32}},
         "study": {"seeds": [0], **dict(study)},
     })  # fmt: skip
     file = folder / "recipe.yaml"

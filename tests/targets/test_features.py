@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from emp_callbacks.core.effective_number import effective_number
 from emp_callbacks.core.selection import emp_mask
-from emp_callbacks.decision import KeepRule
+from emp_callbacks.pruning.decision import KeepRule
 from emp_callbacks.targets.features import FeatureForm, FeatureSite, _ZeroPruned, feature_sites
 
 RULE = KeepRule(beta=1.0).counts

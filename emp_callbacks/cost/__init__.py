@@ -1,0 +1,1 @@
+"""What pruning costs in loss: curvature, bounds beside measured losses, the loss of a training step."""

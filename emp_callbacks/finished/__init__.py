@@ -1,0 +1,1 @@
+"""Models that are trained already: inspected, pruned once, certified, exported."""

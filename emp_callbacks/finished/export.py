@@ -1,0 +1,195 @@
+"""`emp export` and `emp prune`: masked weights as a plain file; one-shot EMP on a finished model."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from glob import escape
+from itertools import islice
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from emp_callbacks.config import EMPConfig
+from emp_callbacks.cost.training_loss import show_batches
+from emp_callbacks.criteria import make_criterion
+from emp_callbacks.finished.finished_model import FinishedModel, open_model
+from emp_callbacks.finished.weights_file import ExportReport, check_free, write_weights
+from emp_callbacks.pruning.pruner import EMPPruner
+from emp_callbacks.shrinking import ShrinkReport, pruned_units, shrink
+from emp_callbacks.study.recipe.parts import RecipeParts, open_recipe
+
+__all__ = ["Source", "export", "prune"]
+
+
+class Source(NamedTuple):
+    """Where a finished model comes from.
+
+    Attributes:
+        name: What `emp inspect` reads: a checkpoint file, a Hugging Face folder, or timm:NAME.
+        config: Recipe whose model the weights belong to; None: the source says enough.
+        prefix: Start of the names that the written file leaves out; None: see `open_model`.
+        pretrained: Load timm's weights.
+        input_size: Size of an example, without the batch; None: the data's or the model's own.
+    """
+
+    name: str
+    config: str | None = None
+    prefix: str | None = None
+    pretrained: bool = False
+    input_size: Sequence[int] | None = None
+
+
+def export(
+    source: Source, out: str | os.PathLike[str], *, shrink_units: bool = False, overwrite: bool = False
+) -> ExportReport:
+    """Write the masked weights of a finished model as plain safetensors, by the names of the user's own model.
+
+    Args:
+        source: The model.
+        out: The file; written as a whole or not at all.
+        shrink_units: Whether heads, neurons and channels that are zero are removed; `load_shrunk` reads such a file.
+        overwrite: Whether an existing file may be replaced.
+
+    Raises:
+        FileExistsError: `out` exists.
+        FileNotFoundError: There is no such source, or no such folder for `out`.
+        ValueError: The source is damaged, or its modules are needed and not known.
+        NotImplementedError: The model cannot be shrunk.
+        ArithmeticError: The shrunk model's outputs would differ.
+    """
+    check_free(out, overwrite)
+    recipe = open_recipe(source.config) if source.config else None
+    model = _opened(source, recipe, needs_modules=shrink_units)
+    shrunk = None
+    if shrink_units:
+        _check_modules(model, source.name, "--shrink")
+        shrunk = _shrunk(model, pruned_units(model.inner))
+    return write_weights(model, out, _described(model.runs), shrunk)
+
+
+def prune(
+    source: Source,
+    out: str | os.PathLike[str],
+    settings: Mapping[str, Any],
+    *,
+    batches: int = 32,
+    shrink_units: bool = False,
+    overwrite: bool = False,
+) -> tuple[EMPPruner, ExportReport]:
+    """Prune a finished model once by EMP and write its weights, as `export` does.
+
+    Args:
+        source: The model. With a recipe its EMPCallback's settings are the defaults.
+        out: The file; written as a whole or not at all.
+        settings: Fields of EMPConfig that say what is pruned and how; the rest keeps its default.
+        batches: Training batches of the recipe's data for criteria that read data, >= 1. The model is in evaluation
+            mode for them: without dropout, and with the batch norms' running statistics.
+        shrink_units: Whether pruned heads, neurons and channels are removed.
+        overwrite: Whether an existing file may be replaced.
+
+    Returns:
+        The pruner (masks, trajectory) and what was written.
+
+    Raises:
+        FileExistsError: `out` exists.
+        ValueError: A setting is invalid, or it needs modules or data that the source does not have.
+        NotImplementedError: The target is masked in the forward pass, or the model cannot be shrunk.
+    """
+    check_free(out, overwrite)
+    recipe = open_recipe(source.config) if source.config else None
+    config = _one_shot(recipe.config if recipe else EMPConfig(), settings)
+    needs = make_criterion(config.criterion, config.target).needs
+    if needs and recipe is None:
+        raise ValueError(
+            f"criterion {config.criterion_name!r} reads {needs} of data; name a recipe with --config RECIPE"
+        )
+    model = _opened(source, recipe, needs_modules=config.target != "weights" or shrink_units)
+    if config.target != "weights":
+        _check_modules(model, source.name, f"target {config.target!r}")
+    if shrink_units:
+        _check_modules(model, source.name, "--shrink")
+    if model.weights and not config.include:
+        config = replace(config, include=[escape(name) for name in model.weights])
+    pruner = EMPPruner(model.module, config=config)
+    if needs and recipe:
+        _gather(recipe, pruner, batches, gradients=needs == "gradients")
+    pruner.refresh()
+    pruner.finalize()
+    shrunk = _shrunk(model, _kept(pruner, model)) if shrink_units else None
+    return pruner, write_weights(model, out, _described([_run_of(pruner)]), shrunk)
+
+
+def _opened(source: Source, recipe: RecipeParts | None, *, needs_modules: bool) -> FinishedModel:
+    return open_model(
+        source.name,
+        recipe=recipe,
+        prefix=source.prefix,
+        pretrained=source.pretrained,
+        needs_modules=needs_modules,
+        input_size=source.input_size,
+    )
+
+
+def _one_shot(config: EMPConfig, settings: Mapping[str, Any]) -> EMPConfig:
+    """Return settings for one refresh of a finished model."""
+    if settings.get("target", config.target) in ("features", "attention_edges"):
+        raise NotImplementedError(
+            f"target {settings.get('target', config.target)!r} is masked in the forward pass, which a file of weights "
+            "cannot hold; prune weights, heads, neurons or kan_nodes"
+        )
+    return config.once(**settings)
+
+
+def _check_modules(model: FinishedModel, source: str, what: str) -> None:
+    if not model.has_modules:
+        raise ValueError(
+            f"{what} needs the model, and {source} holds names and values alone; name the recipe that builds it with "
+            "--config RECIPE, or use timm:NAME or a Hugging Face folder with config.json"
+        )
+
+
+def _gather(recipe: RecipeParts, pruner: EMPPruner, batches: int, *, gradients: bool) -> None:
+    """Show the pruner gradients, or inputs and activations, of training batches; no weight is updated."""
+    if batches < 1:
+        raise ValueError(f"--batches must be at least 1, got {batches}")
+    recipe.module.zero_grad()
+    show_batches(pruner, recipe.module, islice(recipe.data.train_dataloader(), batches), gradients=gradients)
+
+
+def _kept(pruner: EMPPruner, model: FinishedModel) -> dict[str, Tensor]:
+    """Return the kept units of the inner model."""
+    if pruner.config.target not in ("heads", "neurons"):
+        return pruned_units(model.inner)
+    return {name.removeprefix(model.prefix): mask for name, mask in pruner.masks.items()}
+
+
+def _shrunk(model: FinishedModel, kept: Mapping[str, Tensor]) -> ShrinkReport:
+    if model.example is None:
+        raise ValueError("no example input is known to compare the shrunk model on; give --input-size, such as 3 32 32")
+    return shrink(model.inner, kept, model.example.args, model.example.kwargs)
+
+
+def _run_of(pruner: EMPPruner) -> dict[str, Any]:
+    config = pruner.config
+    told = {"target": config.target, "criterion": config.criterion_name, "scope": config.scope, "mode": "one-shot"}
+    return {**told, "trajectory": pruner.trajectory.records()}
+
+
+def _described(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the metadata of a file: who wrote it, and how the weights were pruned, as far as that is known."""
+    from emp_callbacks import __version__
+
+    described = {"format": "pt", "emp_version": __version__}
+    for key in ("target", "criterion", "scope", "mode"):
+        if told := list(dict.fromkeys(str(run[key]) for run in runs if key in run)):
+            described[key] = ", ".join(told)
+    rows = runs[0].get("trajectory") if len(runs) == 1 else None  # two runs have no density in common
+    if rows:
+        last = [row for row in rows if row["step"] == rows[-1]["step"]]
+        density = sum(row["keep"] for row in last) / sum(row["n"] for row in last)
+        numbers = {"step": rows[-1]["step"], "beta": rows[-1]["beta"], "density": density}
+        described |= {key: json.dumps(value) for key, value in numbers.items()}
+    return described

@@ -1,0 +1,188 @@
+"""A finished model, from wherever its weights are: a checkpoint, a recipe, timm, a Hugging Face folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from emp_callbacks.checkpoint.reading import (
+    as_module,
+    callback_states,
+    prunable_by_name,
+    read_checkpoint,
+    scored_weights,
+    state_dict_in,
+)
+from emp_callbacks.core.packing import unpack_bits
+from emp_callbacks.finished.example_call import Example, image_example, model_example, recorded_example
+from emp_callbacks.finished.inspection import load_model
+from emp_callbacks.study.recipe.parts import RecipeParts
+from emp_callbacks.targets.names import canonical_name
+
+__all__ = ["FinishedModel", "open_model"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishedModel:
+    """Weights, and the modules that they belong to where they are known.
+
+    Attributes:
+        module: Holds the weights under their names in training.
+        prefix: Start of those names that a file leaves out, such as "model."; only names with it are exported.
+        weights: Names of the weights that training scored or would score; None: by the modules' types.
+        has_modules: Whether `module` can compute; else it is names and values alone.
+        example: Arguments with which `inner` can be called, if known.
+        runs: States of the EMPCallbacks in a Lightning checkpoint.
+        notes: What a reader must know.
+    """
+
+    module: nn.Module
+    prefix: str
+    weights: list[str] | None = None
+    has_modules: bool = True
+    example: Example | None = None
+    runs: tuple[Mapping[str, Any], ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def inner(self) -> nn.Module:
+        """The user's own model: the module behind the prefix."""
+        return self.module.get_submodule(self.prefix[:-1]) if self.prefix else self.module
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the weights and buffers to export, by the names that the user's own model gives them."""
+        state = self.module.state_dict()
+        names = {name: canonical_name(name) for name in state}
+        return {new.removeprefix(self.prefix): state[old] for old, new in names.items() if new.startswith(self.prefix)}
+
+
+def open_model(
+    source: str,
+    *,
+    recipe: RecipeParts | None = None,
+    prefix: str | None = None,
+    pretrained: bool = False,
+    needs_modules: bool = False,
+    input_size: Sequence[int] | None = None,
+) -> FinishedModel:
+    """Return the model behind `source`, masked as its checkpoint's EMPCallbacks masked it, in evaluation mode.
+
+    Args:
+        source: What `emp inspect` reads: a checkpoint file, a Hugging Face folder, or timm:NAME.
+        recipe: Gives the modules for the weights of a checkpoint.
+        prefix: Start of the names that a file leaves out. Default: "module." of DistributedDataParallel; and of a
+            Lightning checkpoint (.ckpt) or a recipe the first part of the names, if all have the same ("model.").
+        pretrained: Load timm's weights.
+        needs_modules: Whether a Hugging Face folder must be built as a model.
+        input_size: Size of one example, without the batch. Default: as the recipe's data or the model says.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged or does not fit the recipe's model, or no weight has the prefix.
+    """
+    if source.startswith("timm:") and recipe is None:
+        loaded = load_model(source, pretrained=pretrained)
+        size = input_size or getattr(loaded.module, "default_cfg", {}).get("input_size")
+        return FinishedModel(
+            module=loaded.module.eval(), prefix="", example=image_example(size), notes=tuple(loaded.notes)
+        )
+    if needs_modules and recipe is None and (Path(source) / "config.json").is_file():
+        module = _from_transformers(source).eval()
+        return FinishedModel(module=module, prefix="", example=image_example(input_size) or model_example(module))
+    state, runs, notes = _read(source, pretrained)
+    if recipe is not None:
+        _load_into(recipe.module.eval(), state, source)
+        prefix = _prefix(recipe.module.state_dict(), prefix, lightning=True)
+        model = FinishedModel(module=recipe.module, prefix=prefix, runs=runs, notes=notes)
+        return replace(model, example=image_example(input_size) or recorded_example(recipe, model.inner))
+    return FinishedModel(
+        module=as_module(state),
+        prefix=_prefix(state, prefix, lightning=source.endswith(".ckpt")),
+        weights=scored_weights(state, runs) or prunable_by_name(state),
+        has_modules=False,
+        runs=runs,
+        notes=notes,
+    )
+
+
+def _read(source: str, pretrained: bool) -> tuple[dict[str, Tensor], tuple[Mapping[str, Any], ...], tuple[str, ...]]:
+    """Return masked weights, the states of the EMPCallbacks and notes."""
+    if source.startswith("timm:"):
+        loaded = load_model(source, pretrained=pretrained)
+        return loaded.module.state_dict(), (), tuple(loaded.notes)
+    if pretrained:
+        raise ValueError(f"--pretrained goes with timm:NAME; {source} already holds its weights")
+    checkpoint = read_checkpoint(Path(source))
+    state, runs = state_dict_in(checkpoint, source), tuple(callback_states(checkpoint))
+    grown = sum(_mask(state, run.get("masks", {})) for run in runs)
+    notes = [f"{grown:,} weights had grown back since the last refresh and are zero again"] if grown else []
+    notes += [
+        f"the run masked {run['target']} in the forward pass; a file of weights does not hold that"
+        for run in runs
+        if run.get("target") in ("features", "attention_edges")
+    ]
+    return state, runs, tuple(notes)
+
+
+@torch.no_grad()
+def _mask(state: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> int:
+    """Zero what the masks of a run prune and return how many values were not zero: in `project` weights grow back."""
+    names = {canonical_name(name): name for name in state}
+    grown = 0
+    for name, packed in masks.items():
+        weight = state.get(names.get(name, ""))
+        if weight is not None and packed.numel() == (weight.numel() + 7) // 8:
+            pruned = ~unpack_bits(packed, weight.numel()).view(weight.shape)
+            grown += int((weight[pruned] != 0).sum())
+            weight.masked_fill_(pruned, 0)
+    return grown
+
+
+def _load_into(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Load weights into a recipe's module; names may lack the first part that all of the module's have."""
+    own = module.state_dict()
+    given = {canonical_name(name): value for name, value in state.items()}
+    before = _prefix(own, None, lightning=True)
+    if not any(name.startswith(before) for name in given):
+        given = {f"{before}{name}": value for name, value in given.items()}
+    differ = [*sorted(given.keys() - own.keys()), *sorted(own.keys() - given.keys())]
+    differ += sorted(name for name in given.keys() & own.keys() if given[name].shape != own[name].shape)
+    if differ:
+        raise ValueError(
+            f"{source} does not fit the recipe's {type(module).__name__}: {', '.join(differ[:5])} "
+            f"({len(differ)} in all) differ in name or shape; name the recipe that the weights were trained with"
+        )
+    module.load_state_dict(given)
+
+
+def _prefix(names: Iterable[str], given: str | None, *, lightning: bool) -> str:
+    """Return the start of the names that a file leaves out, with its dot; empty for none."""
+    names = [canonical_name(name) for name in names]
+    if given is not None:
+        chosen = f"{given.rstrip('.')}." if given else ""
+        if not any(name.startswith(chosen) for name in names):
+            raise ValueError(f"no weight's name starts with {chosen!r}; names: {', '.join(names[:5])}, ...")
+        return chosen
+    first = {name.split(".")[0] for name in names if "." in name}
+    common = len(first) == 1 and all("." in name for name in names)
+    return f"{first.pop()}." if common and (lightning or first == {"module"}) else ""
+
+
+def _from_transformers(folder: str) -> nn.Module:
+    import json
+
+    import transformers
+
+    if not list(Path(folder).glob("*.safetensors")):
+        raise FileNotFoundError(f"{folder} holds config.json and no *.safetensors; name a folder with weights")
+    names = json.loads((Path(folder) / "config.json").read_text()).get("architectures") or ["AutoModel"]
+    architecture = getattr(transformers, names[0], transformers.AutoModel)
+    try:
+        return architecture.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"transformers could not load {folder}: {error}") from error

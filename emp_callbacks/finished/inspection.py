@@ -1,0 +1,203 @@
+"""`emp inspect`: what EMP would keep of weights in a file or of a timm model, without training anything."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.table import Table
+from torch import Tensor, nn
+
+from emp_callbacks.checkpoint.reading import (
+    as_module,
+    callback_states,
+    prunable_by_name,
+    read_checkpoint,
+    scored_weights,
+    state_dict_in,
+)
+from emp_callbacks.pruning.pruner import EMPPruner
+from emp_callbacks.targets.names import canonical_name
+from emp_callbacks.trajectory import PruneEvent
+
+__all__ = ["LoadedModel", "WeightReport", "inspect_model", "load_model", "report_json", "report_table"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightReport:
+    """What EMP finds in one tensor, or in all of them together.
+
+    Attributes:
+        name: Parameter name, or "total".
+        shape: Shape of the tensor; empty for the total.
+        n: Components.
+        density: Share of components that are not zero now, in [0, 1].
+        n_eff: Effective number, in components (scope row: summed over rows).
+        n_eff_fraction: n_eff / n.
+        keep: Components that EMP would keep.
+        preserved_mass: Share of the score mass in the kept components, in [0, 1].
+        mass_bound: The paper's lower bound on it where that holds, else None.
+        tight_mass_bound: The lower bound that N_eff itself gives, else None.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    n: int
+    density: float
+    n_eff: float
+    n_eff_fraction: float
+    keep: int
+    preserved_mass: float
+    mass_bound: float | None
+    tight_mass_bound: float | None
+
+
+class LoadedModel(NamedTuple):
+    """Weights to inspect, the names to look at (None: the rule of training) and what a reader must know."""
+
+    module: nn.Module
+    include: list[str] | None
+    notes: list[str]
+
+
+def inspect_model(
+    module: nn.Module,
+    *,
+    beta: float = 1.0,
+    scope: str = "global",
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+) -> list[WeightReport]:
+    """Return one row per scored tensor and a last row "total"; nothing is changed.
+
+    Args:
+        module: Any module.
+        beta: Factor on N_eff, > 0.
+        scope: "global", "tensor" or "row"; with "global" the tensors compete and `keep` is each one's part.
+        include: Glob patterns on parameter names that replace the default choice.
+        exclude: Glob patterns on parameter names to leave out.
+
+    Raises:
+        ValueError: An option is invalid, or no parameter is left.
+        FloatingPointError: A weight is NaN or Inf.
+
+    Example:
+        >>> import torch
+        >>> layer = nn.Linear(4, 1, bias=False)
+        >>> _ = layer.weight.data.copy_(torch.tensor([[3.0, 1.0, 0.0, 0.0]]))
+        >>> [(row.name, row.n_eff, row.keep, row.density) for row in inspect_model(layer)]
+        [('weight', 1.6, 1, 0.5), ('total', 1.6, 1, 0.5)]
+    """
+    pruner = EMPPruner(module, observe_only=True, beta=beta, scope=scope, include=include, exclude=exclude)
+    events = pruner.refresh()
+    weights = {canonical_name(name): parameter for name, parameter in module.named_parameters()}
+    rows = [_row(event, index, weights) for event in events for index in range(len(event.layers))]
+    return [*rows, _total(rows, events, weights)]
+
+
+def load_model(source: str, *, pretrained: bool = False) -> LoadedModel:
+    """Return the weights behind `source`: a checkpoint file, a Hugging Face folder, or timm:NAME.
+
+    Files are read as tensors only; code in them never runs.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged, holds no weights or needs code, or timm has no such model.
+    """
+    if source.startswith("timm:"):
+        return _load_timm(source.removeprefix("timm:"), pretrained)
+    if pretrained:
+        raise ValueError(f"--pretrained goes with timm:NAME; {source} already holds its weights")
+    checkpoint = read_checkpoint(Path(source))
+    state = state_dict_in(checkpoint, source)
+    if scored := scored_weights(state, callback_states(checkpoint)):
+        return LoadedModel(as_module(state), [glob.escape(name) for name in scored], [])
+    note = "no modules in the file: embeddings and norms were told apart by their names"
+    names = prunable_by_name(state)
+    if not names:
+        raise ValueError(f"{source} holds no weight matrices by name; choose some with --include 'PATTERN'")
+    return LoadedModel(as_module(state), [glob.escape(name) for name in names], [note])
+
+
+def report_table(rows: Iterable[WeightReport], title: str) -> Table:
+    """Return the rows for a terminal, numbers right-aligned, the total last."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("parameter", overflow="fold")
+    for heading in ("shape", "N", "non-zero", "N_eff", "N_eff/N", "keep", "mass kept", "mass bound", "tight"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        if row.name == "total":
+            table.add_section()
+        table.add_row(
+            row.name,
+            "x".join(map(str, row.shape)),
+            f"{row.n:,}",
+            f"{row.density:.3f}",
+            f"{row.n_eff:,.1f}",
+            f"{row.n_eff_fraction:.3f}",
+            f"{row.keep:,}",
+            f"{row.preserved_mass:.4f}",
+            *("-" if bound is None else f"{bound:.4f}" for bound in (row.mass_bound, row.tight_mass_bound)),
+        )
+    return table
+
+
+def report_json(rows: Iterable[WeightReport], **settings: Any) -> str:
+    """Return settings and rows as JSON text."""
+    return json.dumps({**settings, "tensors": [asdict(row) for row in rows]}, indent=1) + "\n"
+
+
+def _row(event: PruneEvent, index: int, weights: Mapping[str, Tensor]) -> WeightReport:
+    layer = event.layers[index]
+    weight = weights[layer.name]
+    return WeightReport(
+        name=layer.name,
+        shape=tuple(weight.shape),
+        n=layer.n,
+        density=int(weight.count_nonzero()) / layer.n,
+        n_eff=event.n_eff if event.scope == "row" else layer.n_eff,
+        n_eff_fraction=(event.n_eff if event.scope == "row" else layer.n_eff) / layer.n,
+        keep=layer.keep,
+        preserved_mass=layer.preserved_mass,
+        mass_bound=event.mass_bound if event.scope == "tensor" else None,
+        tight_mass_bound=event.tight_mass_bound if event.scope != "global" else None,
+    )
+
+
+def _total(rows: Sequence[WeightReport], events: Sequence[PruneEvent], weights: Mapping[str, Tensor]) -> WeightReport:
+    n, keep = sum(row.n for row in rows), sum(row.keep for row in rows)
+    n_eff = sum(event.n_eff for event in events)
+    mass = {row.name: float(weights[row.name].detach().double().abs().sum()) for row in rows}
+    kept = sum(row.preserved_mass * mass[row.name] for row in rows)
+    pooled = len(events) == 1
+    return WeightReport(
+        name="total",
+        shape=(),
+        n=n,
+        density=sum(row.density * row.n for row in rows) / n,
+        n_eff=n_eff,
+        n_eff_fraction=n_eff / n,
+        keep=keep,
+        preserved_mass=events[0].preserved_mass if pooled else kept / (sum(mass.values()) or 1.0),
+        mass_bound=events[0].mass_bound if pooled else None,
+        tight_mass_bound=events[0].tight_mass_bound if pooled else None,
+    )
+
+
+def _load_timm(name: str, pretrained: bool) -> LoadedModel:
+    import timm
+
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.4)
+        raise ValueError(f"unknown timm model {name!r}; nearest names: {', '.join(near) or 'none'}")
+    try:
+        module = timm.create_model(name, pretrained=pretrained)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"timm could not load {name!r} (pretrained={pretrained}): {error}") from error
+    notes = [] if pretrained else ["the weights are randomly initialised; add --pretrained for timm's own"]
+    return LoadedModel(module, None, notes)

@@ -1,0 +1,1 @@
+"""The life of a mask: found, scored, decided, applied, accounted for."""

@@ -1,0 +1,131 @@
+"""From settings and a model to layers: what is scored, where its parts lie, which hooks watch it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from emp_callbacks.backends import Backend
+from emp_callbacks.config import EMPConfig
+from emp_callbacks.criteria import Criterion
+from emp_callbacks.criteria.attention import EDGE_SCORES
+from emp_callbacks.criteria.wanda import is_observable
+from emp_callbacks.layer import FeatureLayer, Layer, Member, UnitLayer, WeightLayer
+from emp_callbacks.layer.observers import ActivationSizes, InputSquares, can_unfold
+from emp_callbacks.layer.segment import Segment
+from emp_callbacks.targets import UNIT_TARGETS, UnitTarget, WeightTarget, canonical_name, prunable_weights
+from emp_callbacks.targets.attention_edges import EdgeSite, edge_sites
+from emp_callbacks.targets.features import FeatureSite, feature_sites
+from emp_callbacks.targets.forward_site import CountRule
+
+DynamicSite = FeatureSite | EdgeSite
+
+
+def find_layers(config: EMPConfig, criterion: Criterion, backend: Backend) -> list[Layer]:
+    """Return every layer whose components compete for a static mask, in the model's own order. Collective.
+
+    Raises:
+        ValueError: The settings select nothing, or a layer that the criterion cannot score; the message names it.
+        NotImplementedError: A parameter is sharded in a way that is not supported.
+    """
+    if config.target == "weights":
+        layers = _weight_layers(config, criterion, backend)
+    elif config.target == "features":
+        layers = _feature_layers(config, backend)
+    else:
+        layers = _unit_layers(config, criterion, backend)
+    for layer in layers:
+        criterion.check(layer)
+    return layers
+
+
+def find_dynamic_sites(config: EMPConfig, criterion: Criterion, backend: Backend, rule: CountRule) -> list[DynamicSite]:
+    """Return the modules whose features or edges are chosen anew in every forward pass; hooks not yet attached.
+
+    Raises:
+        ValueError: The settings select nothing.
+    """
+    if config.target == "features":
+        form = config.feature_form
+        return [*feature_sites(backend.module, config.include, config.exclude, form, "activation", rule)]
+    return [*edge_sites(backend.module, config.include, config.exclude, EDGE_SCORES[type(criterion)], rule)]
+
+
+def _weight_layers(config: EMPConfig, criterion: Criterion, backend: Backend) -> list[Layer]:
+    targets = prunable_weights(backend.module, config.include, config.exclude, backend.full_shape)
+    observed = criterion.needs == "inputs"
+    inputs = _input_observers(backend, targets, config.certify) if observed else [None] * len(targets)
+    segments = backend.segments(targets)
+    return [WeightLayer(segment, backend, observer) for segment, observer in zip(segments, inputs, strict=True)]
+
+
+def _input_observers(backend: Backend, targets: Sequence[WeightTarget], products: bool) -> list[InputSquares | None]:
+    """Return for each parameter an observer of what it multiplies; None where no module shows that."""
+    owners: dict[int, tuple[str, nn.Module]] = {}
+    for name, module in backend.module.named_modules():
+        if is_observable(module):
+            owners.setdefault(id(module.weight), (canonical_name(f"{name}.")[:-1], module))
+    observers: list[InputSquares | None] = []
+    for target in targets:
+        if id(target.parameter) not in owners:
+            observers.append(None)
+            continue
+        name, module = owners[id(target.parameter)]
+        shape, groups = backend.full_shape(target.parameter), getattr(module, "groups", 1)
+        patch = (groups, math.prod(shape) // shape[target.output_dim]) if products and can_unfold(module) else None
+        observers.append(InputSquares(name, module, shape[1 - target.output_dim] * groups, patch))
+    return observers
+
+
+def _feature_layers(config: EMPConfig, backend: Backend) -> list[Layer]:
+    # Random scores need the features' number alone, which the cheapest statistic brings.
+    statistic = "activation" if config.criterion_name == "random" else config.criterion_name
+    form, applied = config.feature_form, not config.observe_only
+    sites = feature_sites(backend.module, config.include, config.exclude, form, statistic, _no_rule)
+    return [FeatureLayer(site, backend, applied=applied) for site in sites]
+
+
+def _no_rule(n_eff: Tensor, size: int, nonzero: Tensor) -> Tensor:
+    raise NotImplementedError("static masks are decided by the pruner")
+
+
+def _unit_layers(config: EMPConfig, criterion: Criterion, backend: Backend) -> list[Layer]:
+    targets = UNIT_TARGETS[config.target](backend.module, config.include, config.exclude, backend.full_shape)
+    _check_masked_once(targets)
+    parameters = {id(m.weight.parameter): m.weight for target in targets for m in target.members}
+    segments = dict(zip(parameters, backend.segments(list(parameters.values())), strict=True))
+    return [_unit_layer(target, segments, criterion, backend) for target in targets]
+
+
+def _unit_layer(target: UnitTarget, segments: dict[int, Segment], criterion: Criterion, backend: Backend) -> UnitLayer:
+    members = [
+        Member(
+            segment=segments[id(m.weight.parameter)],
+            dim=m.dim,
+            unit_of=m.unit_of,
+            masked=m.masked,
+            scored=m.scored,
+            role=m.role,
+        )
+        for m in target.members
+    ]
+    observer = None
+    if criterion.needs == "activations" and target.observed is not None:
+        module, side = target.observed
+        observer = ActivationSizes(target.name, module, target.units, side)
+    return UnitLayer(target.name, target.units, members, backend, observer)
+
+
+def _check_masked_once(targets: Sequence[UnitTarget]) -> None:
+    masked_by: dict[int, str] = {}
+    for target in targets:
+        for member in target.members:
+            if not member.masked:
+                continue
+            other = masked_by.setdefault(id(member.weight.parameter), target.name)
+            if other != target.name:
+                raise ValueError(
+                    f"{other!r} and {target.name!r} both prune {member.weight.name!r}, which they share; exclude one"
+                )

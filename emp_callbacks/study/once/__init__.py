@@ -1,0 +1,1 @@
+"""Studies that prune trained models once."""

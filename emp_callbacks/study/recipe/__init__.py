@@ -1,0 +1,1 @@
+"""Recipes and what they name: tasks, data, networks."""

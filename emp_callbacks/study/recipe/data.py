@@ -1,0 +1,262 @@
+"""Data of the studies, all of it on the machine: digits, Fashion-MNIST files, text as bytes."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from emp_callbacks.study.recipe.sources import read_idx, stdlib_text
+
+Batch = tuple[Tensor, Tensor]
+
+# Mean and standard deviation of the pixels of the training part, in raw pixel units.
+_DIGITS_MEAN_STD = (4.88, 6.02)
+_FASHION_MEAN_STD = (72.94, 90.02)
+_FASHION_FILES = {
+    ("train", "images"): "train-images-idx3-ubyte.gz",
+    ("train", "labels"): "train-labels-idx1-ubyte.gz",
+    ("test", "images"): "t10k-images-idx3-ubyte.gz",
+    ("test", "labels"): "t10k-labels-idx1-ubyte.gz",
+}
+
+
+class EpochSampler(DistributedSampler[Any]):
+    """Shuffled indices that are a pure function of (seed, epoch, rank); no global generator is read.
+
+    Ranks get disjoint parts of one permutation; if it does not divide evenly, its start fills the last parts.
+    A subclass of torch's DistributedSampler because Lightning leaves that in place: its older releases wrap
+    any other sampler without passing `set_epoch` on, so that every epoch has the order of the first.
+    """
+
+    def __iter__(self) -> Iterator[int]:
+        # Mixed, not added: seed 0 in epoch 1 must not be seed 1 in epoch 0.
+        mixed = np.random.SeedSequence([self.seed, self.epoch]).generate_state(1, np.uint64)[0]
+        generator = torch.Generator().manual_seed(int(mixed))
+        order = torch.randperm(len(self.dataset), generator=generator)  # type: ignore[arg-type]
+        padded = order[torch.arange(self.total_size) % len(order)]
+        return iter(padded[self.rank :: self.num_replicas].tolist())
+
+
+class ImageDataset(Dataset[Batch]):
+    """Images in memory as uint8 of shape (N, 1, H, W); handed out as normalised float32."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, mean_std: tuple[float, float]) -> None:
+        self.images = torch.from_numpy(np.array(images, dtype=np.uint8)).unsqueeze(1)
+        self.labels = torch.from_numpy(labels.astype(np.int64))
+        self.mean, self.std = mean_std
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Any) -> Batch:
+        return (self.images[index].float() - self.mean) / self.std, self.labels[index]
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        """Return a finished batch: one gather instead of one call and one stack per image."""
+        return self[torch.tensor(indices)]
+
+
+class TokenDataset(Dataset[Batch]):
+    """Windows of `sequence_length` tokens and, as target, the same windows one token later (both int64)."""
+
+    def __init__(self, tokens: Tensor, sequence_length: int) -> None:
+        self.tokens, self.sequence_length = tokens, sequence_length
+
+    def __len__(self) -> int:
+        return (len(self.tokens) - 1) // self.sequence_length
+
+    def __getitem__(self, index: int) -> Batch:
+        inputs, targets = self.__getitems__([index])
+        return inputs[0], targets[0]
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        starts = torch.tensor(indices)[:, None] * self.sequence_length
+        window = self.tokens[starts + torch.arange(self.sequence_length + 1)].long()
+        return window[:, :-1], window[:, 1:]
+
+
+def _already_batched(batch: Any) -> Any:
+    return batch
+
+
+class InMemoryData(pl.LightningDataModule):
+    """Loaders over the three parts that `load` returns.
+
+    Args:
+        batch_size: Examples in a batch, per rank. Training drops the last incomplete batch, so that every
+            step has the same size.
+        num_workers: Worker processes of each loader; the data is in memory, so 0 is fastest here.
+        seed: Seed of the batch order. Default: the run's seed (PL_GLOBAL_SEED, set by
+            `seed_everything`), else 0; torch's own seed may differ between ranks, so it is not used.
+    """
+
+    def __init__(self, batch_size: int, num_workers: int = 0, seed: int | None = None) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self._parts: dict[str, Dataset[Batch]] = {}
+
+    def load(self) -> dict[str, Dataset[Batch]]:
+        """Return the datasets "train", "val" and "test"."""
+        raise NotImplementedError
+
+    def setup(self, stage: str | None = None) -> None:  # noqa: ARG002  (Lightning's signature)
+        if not self._parts:
+            self._parts = self.load()
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Raises ValueError when not even one full batch fits."""
+        train: Any = self._parts["train"]
+        ranks = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
+        if len(train) < self.batch_size * ranks["num_replicas"]:
+            raise ValueError(
+                f"batch_size={self.batch_size} on {ranks['num_replicas']} rank(s) is more than the "
+                f"{len(train)} training examples: no full batch; choose a smaller batch_size"
+            )
+        seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if self.seed is None else self.seed
+        return self._loader(train, sampler=EpochSampler(train, seed=seed, **ranks), drop_last=True)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        return self._loader(self._parts["val"])
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        return self._loader(self._parts["test"])
+
+    def _loader(self, dataset: Dataset[Batch], **settings: Any) -> DataLoader[Batch]:
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            collate_fn=_already_batched,
+            **settings,
+        )
+
+
+class DigitsData(InMemoryData):
+    """scikit-learn's digits: 1,797 images of shape (1, 8, 8), 10 classes; no download.
+
+    A fixed stratified split (1,077 / 360 / 360), independent of the run's seed.
+    """
+
+    def __init__(self, batch_size: int = 64, num_workers: int = 0, seed: int | None = None) -> None:
+        super().__init__(batch_size, num_workers, seed)
+
+    def load(self) -> dict[str, Dataset[Batch]]:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        images, labels = load_digits(return_X_y=True)
+        images = images.reshape(-1, 8, 8)
+        train, rest = train_test_split(np.arange(len(labels)), test_size=720, stratify=labels, random_state=0)
+        val, test = train_test_split(rest, test_size=360, stratify=labels[rest], random_state=0)
+        parts = {"train": train, "val": val, "test": test}
+        return {name: ImageDataset(images[i], labels[i], _DIGITS_MEAN_STD) for name, i in parts.items()}
+
+
+class FashionMNISTData(InMemoryData):
+    """Fashion-MNIST from its four gzip idx files: images of shape (1, 28, 28), 10 classes.
+
+    Args:
+        folder: Where the four files are; Debian's package dataset-fashion-mnist puts them into the default.
+        batch_size: See `InMemoryData`, also for `num_workers` and `seed`.
+        limit_train: Use only the first so many training images.
+        val_size: The last so many images of the training file are the validation part (the file is shuffled).
+
+    Raises:
+        FileNotFoundError: A file is missing; says how to get it.
+        ValueError: A file is damaged, or a size does not fit.
+    """
+
+    def __init__(
+        self,
+        folder: str = "/usr/share/datasets/fashion-mnist",
+        batch_size: int = 256,
+        limit_train: int | None = None,
+        val_size: int = 5_000,
+        num_workers: int = 0,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(batch_size, num_workers, seed)
+        if limit_train is not None and limit_train < 1:
+            raise ValueError(f"limit_train must be at least 1 (or null for all images), got {limit_train}")
+        self.folder, self.limit_train, self.val_size = Path(folder).expanduser(), limit_train, val_size
+
+    def load(self) -> dict[str, Dataset[Batch]]:
+        images, labels = self._read("train")
+        if not 0 < self.val_size < len(labels):
+            raise ValueError(f"val_size must lie in [1, {len(labels) - 1}], got {self.val_size}")
+        kept = slice(0, len(labels) - self.val_size)
+        train = slice(0, min(kept.stop, self.limit_train or kept.stop))
+        return {
+            "train": ImageDataset(images[train], labels[train], _FASHION_MEAN_STD),
+            "val": ImageDataset(images[kept.stop :], labels[kept.stop :], _FASHION_MEAN_STD),
+            "test": ImageDataset(*self._read("test"), _FASHION_MEAN_STD),
+        }
+
+    def _read(self, part: str) -> tuple[np.ndarray, np.ndarray]:
+        images_path, labels_path = (self.folder / _FASHION_FILES[part, kind] for kind in ("images", "labels"))
+        images, labels = read_idx(images_path, dims=3), read_idx(labels_path, dims=1)
+        if len(images) != len(labels):
+            raise ValueError(f"{images_path} has {len(images)} images but {labels_path} has {len(labels)} labels")
+        return images, labels
+
+
+class TextData(InMemoryData):
+    """Text as bytes (vocabulary 256), cut into windows; train, val and test are contiguous: 90 / 5 / 5 %.
+
+    Args:
+        file: A text file. Default: the documentation inside the running Python (`stdlib_text`).
+        sequence_length: Tokens in a window.
+        batch_size: See `InMemoryData`, also for `num_workers` and `seed`.
+        max_bytes: Use only the first so many bytes.
+
+    Raises:
+        FileNotFoundError: `file` does not exist.
+        ValueError: The text is too short for one window in each part.
+    """
+
+    vocab_size = 256
+
+    def __init__(
+        self,
+        file: str | None = None,
+        sequence_length: int = 128,
+        batch_size: int = 16,
+        max_bytes: int = 2_000_000,
+        num_workers: int = 0,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(batch_size, num_workers, seed)
+        if sequence_length < 1:
+            raise ValueError(f"sequence_length must be at least 1, got {sequence_length}")
+        self.file, self.sequence_length, self.max_bytes = file, sequence_length, max_bytes
+
+    def load(self) -> dict[str, Dataset[Batch]]:
+        text = self._text()
+        first, second = len(text) * 90 // 100, len(text) * 95 // 100
+        if second - first <= self.sequence_length:
+            raise ValueError(
+                f"{self.file or 'the text'} has {len(text)} bytes, too few: the 5 % for validation must "
+                f"hold a window of sequence_length={self.sequence_length}; take at least "
+                f"{20 * self.sequence_length + 40} bytes or shorter windows"
+            )
+        tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        parts = {"train": tokens[:first], "val": tokens[first:second], "test": tokens[second:]}
+        return {name: TokenDataset(part, self.sequence_length) for name, part in parts.items()}
+
+    def _text(self) -> bytes:
+        if self.file is None:
+            return stdlib_text(self.max_bytes)
+        path = Path(self.file).expanduser()
+        if not path.is_file():
+            raise FileNotFoundError(f"no text file {path}; pass --data.file, or leave it out for Python's own text")
+        with path.open("rb") as stream:
+            return stream.read(self.max_bytes)

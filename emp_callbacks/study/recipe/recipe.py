@@ -1,0 +1,232 @@
+"""A recipe: an ordinary LightningCLI configuration plus a `study:` section."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from jsonargparse import DefaultHelpFormatter
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from emp_callbacks.study.arms import ARMS, check_arms
+from emp_callbacks.study.recipe.check import (
+    RecipeError,
+    check_options,
+    check_recipe,
+    explain_parse_error,
+    read_recipe,
+)
+
+_USAGE = "emp %s --config recipe.yaml [--KEY VALUE ...]"
+CallbackEdit = Callable[[list[pl.Callback]], list[pl.Callback]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """What `emp compare` runs; `emp fit`, `validate` and `test` ignore it.
+
+    Args:
+        seeds: One training per arm and seed.
+        arms: Ways of pruning to compare; see `emp compare --help`.
+        metric: Logged test metric that the comparison is about.
+        higher_is_better: Whether a higher metric is better; set false for losses and perplexities.
+        out: Folder of the results; the default is runs/ plus the recipe's name.
+
+    Raises:
+        ValueError: If seeds or arms are empty, repeated, negative or unknown.
+    """
+
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    arms: list[str] = field(default_factory=lambda: list(ARMS))
+    metric: str = "test/accuracy"
+    higher_is_better: bool = True
+    out: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.seeds:
+            raise ValueError("study.seeds is empty; name at least one seed, such as [0, 1, 2]")
+        if len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError(f"study.seeds must be different numbers >= 0, got {self.seeds}")
+        check_arms(self.arms)
+
+
+class _SaveConfig(SaveConfigCallback):
+    """Saves the resolved recipe next to a fit's results and never overwrites an earlier one."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit":  # evaluating a finished run must not need a new folder
+            return
+        saved = Path(trainer.log_dir or trainer.default_root_dir) / self.config_filename
+        taken = trainer.strategy.broadcast(saved.is_file()) and not self.already_saved
+        if taken:
+            raise FileExistsError(
+                f"{saved} exists: an earlier run lives in this folder; choose another one with"
+                " --trainer.default_root_dir DIR, or move the old folder away"
+            )
+        if trainer.is_global_zero:
+            saved.parent.mkdir(parents=True, exist_ok=True)
+            if not os.access(saved.parent, os.W_OK):  # before jsonargparse fails on the file, with a traceback
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(saved.parent))
+        super().setup(trainer, pl_module, stage)
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Keeps the line breaks of our examples."""
+
+
+class _EmpCLI(LightningCLI):
+    """LightningCLI that knows the study section and explains a mistyped recipe in one line."""
+
+    def __init__(self, command: str, description: str, args: list[str], **settings: Any) -> None:
+        """Parse `args` for one command; `fit`, `validate` and `test` also run it."""
+        self._command = command
+        lightning = command in LightningCLI.subcommands()
+        parser_settings: dict[str, Any] = {
+            "prog": "emp" if lightning else f"emp {command}",
+            "exit_on_error": False,
+            "allow_abbrev": False,
+            "formatter_class": _HelpFormatter,
+        }
+        if lightning:
+            own = {"description": description, "usage": _USAGE % command}
+            parser_settings[command] = {**parser_settings, **own}
+        with _without_notices():
+            super().__init__(
+                pl.LightningModule,
+                pl.LightningDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                seed_everything_default=0,
+                parser_kwargs=parser_settings,
+                args=[command, *args] if lightning else args,
+                run=lightning,
+                **settings,
+            )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        return {self._command: LightningCLI.subcommands()[self._command]} if self._runs else {}
+
+    @property
+    def _runs(self) -> bool:
+        return self._command in LightningCLI.subcommands()
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_class_arguments(StudyConfig, "study")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        known = self._parser(self._command) if self._runs else parser
+        files, options = _files_and_options(args)
+        for file in files:
+            check_recipe(read_recipe(file), known)
+        check_options(options, known)
+        try:
+            self.config = parser.parse_args(args)
+        except argparse.ArgumentError as error:
+            raise RecipeError(explain_parse_error(str(error))) from error
+
+
+class Recipe(_EmpCLI):
+    """A parsed recipe that builds a fresh model, data module and trainer as often as needed.
+
+    Raises:
+        FileNotFoundError: If there is no such recipe.
+        RecipeError: If a key or a value in it is not known.
+    """
+
+    def __init__(self, path: str | Path, overrides: Sequence[str] = ()) -> None:
+        """Parse the file `path`, then `overrides` such as ["--trainer.max_epochs", "1"]."""
+        self.path = Path(path)
+        self._trainer_settings: dict[str, Any] = {}
+        self._edit_callbacks: CallbackEdit = list
+        super().__init__(
+            "compare",
+            "",
+            ["--config", str(path), *overrides],
+            save_config_callback=None,
+            load_from_checkpoint_support=False,
+        )
+        self.study = StudyConfig(**vars(self.config.study))
+
+    def _set_seed(self) -> None:
+        """Do nothing: a study seeds each of its runs itself."""
+
+    def instantiate_classes(self) -> None:
+        """Do nothing while parsing; `build` does it for each run."""
+
+    def build(self, edit_callbacks: CallbackEdit, **trainer_settings: Any) -> None:
+        """Make a fresh `model`, `datamodule` and `trainer`.
+
+        Args:
+            edit_callbacks: Turns the recipe's callbacks into those of this run.
+            trainer_settings: Trainer arguments that replace those of the recipe.
+        """
+        self._edit_callbacks, self._trainer_settings = edit_callbacks, trainer_settings
+        with _without_notices():
+            super().instantiate_classes()
+
+    def build_bare(self, **trainer_settings: Any) -> list[pl.Callback]:
+        """Make a fresh `model`, `datamodule` and a `trainer` without callbacks; return those of the recipe."""
+        own: list[pl.Callback] = []
+
+        def take(callbacks: list[pl.Callback]) -> list[pl.Callback]:
+            own.extend(callbacks)
+            return []
+
+        self.build(take, **trainer_settings)
+        return own
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        callbacks = self._edit_callbacks(_as_list(self.config_init.trainer.callbacks))
+        return super().instantiate_trainer(**{**kwargs, **self._trainer_settings, "callbacks": callbacks})
+
+    def resolved(self) -> dict[str, Any]:
+        """Return the recipe with every default filled in, as plain data."""
+        data = json.loads(self.parser.dump(self.config, format="json"))
+        return {key: value for key, value in data.items() if key != "config"}
+
+
+def run_lightning(command: str, args: list[str], description: str) -> None:
+    """Run `fit`, `validate` or `test` of LightningCLI on a recipe.
+
+    Raises:
+        FileNotFoundError: If there is no such recipe.
+        RecipeError: If a key or a value in it is not known.
+        FileExistsError: If the results of an earlier fit would be overwritten.
+    """
+    _EmpCLI(command, description, args, save_config_callback=_SaveConfig)
+
+
+def _files_and_options(args: list[str]) -> tuple[list[str], list[str]]:
+    """Return the recipe files and the names of all other options, without their dashes."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("-c", "--config", action="append", default=[])
+    try:
+        known, rest = parser.parse_known_args(args)
+    except argparse.ArgumentError as error:
+        raise RecipeError(f"{error}; write --config recipe.yaml") from error
+    return known.config, [text[2:].split("=")[0] for text in rest if text.startswith("--")]
+
+
+def _as_list(callbacks: Any) -> list[pl.Callback]:
+    if callbacks is None:
+        return []
+    return list(callbacks) if isinstance(callbacks, list) else [callbacks]
+
+
+@contextmanager
+def _without_notices() -> Iterator[None]:
+    """Hide what Lightning's own use of jsonargparse and torch warns about; users can do nothing about it."""
+    with warnings.catch_warnings():
+        message = r"(?s).*(was deprecated in v4\.|JsonargparseDeprecationWarning)"
+        warnings.filterwarnings("ignore", message=message, module=r"pytorch_lightning\.cli")
+        warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+        yield

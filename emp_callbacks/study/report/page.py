@@ -1,0 +1,185 @@
+"""One page of findings: on a terminal, and as one HTML file that opens offline."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from emp_callbacks.study.report.statistics import Interval
+
+__all__ = [
+    "DASH",
+    "MINUS",
+    "Grid",
+    "Page",
+    "Section",
+    "interval",
+    "number",
+    "print_page",
+    "save_picture",
+    "template",
+    "write_html",
+    "write_page",
+]
+
+MINUS, DASH = "\u2212", "\u2013"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """A table as text.
+
+    Attributes:
+        headers: Of the columns.
+        rows: Cells.
+        texts: Number of leading columns that hold words; the others hold numbers.
+    """
+
+    headers: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    texts: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A part of a page: a table, or a picture that is drawn when the page is written.
+
+    Attributes:
+        heading: Its name.
+        text: How to read it.
+        grid: The table, if it has one.
+        draw: Draws the picture, if it has one.
+        file: Name of the picture's file.
+        printed: Whether the table is also shown on a terminal.
+    """
+
+    heading: str
+    text: str = ""
+    grid: Grid | None = None
+    draw: Callable[[], Figure] | None = None
+    file: str = ""
+    printed: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """What a study found.
+
+    Attributes:
+        title: Of the page.
+        summary: What was done, in one sentence.
+        headline: The answer, in one sentence.
+        findings: What supports it.
+        warnings: Failure signatures, each with its remedy.
+        sections: Tables and pictures.
+    """
+
+    title: str
+    summary: str
+    headline: str
+    findings: Sequence[str]
+    warnings: Sequence[str]
+    sections: Sequence[Section]
+
+
+def write_page(page: Page, folder: Path, results: Mapping[str, Any]) -> Path:
+    """Write `report.html` and its pictures into a folder and return the path of the HTML file.
+
+    Args:
+        page: The findings.
+        folder: Made if missing.
+        results: Hold the "command" and the "environment" of the study.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    sections = [
+        {
+            "heading": section.heading,
+            "text": section.text,
+            "grid": section.grid,
+            "file": section.file,
+            "picture": save_picture(section.draw(), folder / section.file) if section.draw else "",
+        }
+        for section in page.sections
+    ]
+    shown = {**vars(page), "sections": sections, "warnings": [_split(warning) for warning in page.warnings]}
+    html = template("page.html.j2").render(
+        page=shown, command=results["command"], environment=results.get("environment", {})
+    )
+    return write_html(folder / "report.html", html)
+
+
+def _split(warning: str) -> dict[str, str]:
+    what, _, remedy = warning.partition(": ")
+    return {"what": f"{what}.", "remedy": f"{remedy[:1].upper()}{remedy[1:]}"}
+
+
+def print_page(page: Page, console: Console) -> None:
+    """Show the tables, then the warnings and the answer, on a terminal."""
+    for section in page.sections:
+        if section.grid is not None and section.printed:
+            console.print(_table(section.grid, section.heading))
+            if section.text:
+                console.print(section.text, style="dim", highlight=False)
+    for warning in page.warnings:
+        console.print(Text(f"warning: {warning}", style="yellow"))
+    console.print(Text(page.headline, style="bold"))
+    for finding in page.findings:
+        console.print(Text(f"  {finding}"))
+
+
+def _table(grid: Grid, title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for index, header in enumerate(grid.headers):
+        numeric = index >= grid.texts
+        table.add_column(header, justify="right" if numeric else "left", overflow="fold")
+    for row in grid.rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table
+
+
+def number(value: float | None, decimals: int, sign: bool = False) -> str:
+    """Return `value` with a fixed number of decimals and a true minus; a dash for None."""
+    if value is None:
+        return DASH
+    text = f"{value:{'+' if sign else ''}.{decimals}f}"
+    if float(text) == 0:
+        text = text.replace("-", "+" if sign else "")
+    return text.replace("-", MINUS)
+
+
+def interval(found: Interval, decimals: int = 2) -> str:
+    """Return a change as text, "mean [low, high]" with signs; only the mean without an interval."""
+    ends = "" if found.low is None else f" [{number(found.low, decimals, True)}, {number(found.high, decimals, True)}]"
+    return f"{number(found.mean, decimals, True)}{ends}"
+
+
+def save_picture(figure: Figure, path: Path) -> str:
+    """Write a figure to a file and return it as base64 text for an HTML page."""
+    figure.savefig(path)
+    return base64.b64encode(path.read_bytes()).decode("ascii")
+
+
+def write_html(path: Path, html: str) -> Path:
+    """Write a page and return its path."""
+    path.write_text(html, encoding="utf-8")
+    return path
+
+
+@cache
+def template(name: str) -> jinja2.Template:
+    """Return one of the templates beside this file."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template(name)

@@ -1,0 +1,78 @@
+import itertools
+
+import pytest
+import torch
+
+from emp_callbacks.core.effective_number import score_moments
+from emp_callbacks.core.row_selection import find_rows, row_sums, top_rows
+from emp_callbacks.core.threshold import local_sum
+from emp_callbacks.layer.row_layout import row_layout
+from emp_callbacks.layer.segment import Span
+
+SHAPES = [((5, 4), 0), ((5, 4), 1), ((3, 4, 2, 2), 0), ((3, 4, 2, 2), 1), ((6,), 0)]
+
+
+def span_at(shape, output_dim, positions, size):
+    return Span(
+        name="weight",
+        shape=torch.Size(shape),
+        output_dim=output_dim,
+        positions=positions,
+        replicated=False,
+        counted=slice(0, size),
+    )
+
+
+def rows_and_columns(shape, output_dim):
+    """Return row and column of every component, flat, by moving the output dimension to the front."""
+    places = torch.arange(torch.Size(shape).numel()).view(shape).movedim(output_dim, 0)
+    places = places.reshape(len(places), -1)
+    row, column = torch.empty(2, places.numel(), dtype=torch.int64)
+    row[places] = torch.arange(len(places))[:, None].expand(places.shape)
+    column[places] = torch.arange(places.shape[1]).expand(places.shape)
+    return row, column
+
+
+def shards(size, ranks):
+    """Cut a flat parameter into runs, and once into what lies at every `ranks`-th position."""
+    cuts = [size * r // ranks for r in range(ranks + 1)]
+    runs = [(a, torch.arange(a, b)) for a, b in itertools.pairwise(cuts)]
+    scattered = [(torch.arange(r, size, ranks), torch.arange(r, size, ranks)) for r in range(ranks)]
+    return {"runs": runs, "scattered": scattered}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
+@pytest.mark.parametrize("way", ["runs", "scattered"])
+@pytest.mark.parametrize(("shape", "output_dim"), SHAPES)
+def test_parts_know_the_row_and_column_of_each_score(shape, output_dim, way, ranks):
+    size = torch.Size(shape).numel()
+    row, column = rows_and_columns(shape, output_dim)
+    for positions, at in shards(size, ranks)[way]:
+        scores = at.double() + 1  # each tells where it comes from; 0 fills up
+        layout = row_layout(span_at(shape, output_dim, positions, len(at)), scores, slice(0, len(at)))
+        for part in layout.parts:
+            held = part.scores > 0
+            come_from = part.scores[held].long() - 1
+            assert torch.equal(part.rows[:, None].expand(part.scores.shape)[held], row[come_from])
+            assert torch.equal(part.columns.expand(part.scores.shape)[held], column[come_from])
+        marks = [part.scores.long() % 3 == 0 for part in layout.parts]
+        assert torch.equal(layout.flat(marks), (at + 1) % 3 == 0)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("way", ["runs", "scattered"])
+@pytest.mark.parametrize(("shape", "output_dim"), SHAPES)
+def test_rows_cut_up_in_any_way_keep_what_whole_rows_keep(shape, output_dim, way, ranks):
+    generator = torch.Generator().manual_seed(ranks)
+    scores = (torch.randn(shape, generator=generator) * 2).round()
+    rows = scores.movedim(output_dim, 0).reshape(shape[output_dim], -1)
+    keep = torch.randint(1, rows.shape[1] + 1, (len(rows),), generator=generator)
+    wanted = top_rows(rows, keep).view(scores.movedim(output_dim, 0).shape).movedim(0, output_dim).flatten()
+    cuts = shards(scores.numel(), ranks)[way]
+    layouts = [row_layout(span_at(shape, output_dim, p, len(at)), scores.flatten()[at], slice(None)) for p, at in cuts]
+    parts = [part for layout in layouts for part in layout.parts]
+    moments = score_moments(rows)
+    torch.testing.assert_close(row_sums(parts, len(rows)), moments.stack())
+    thresholds = find_rows(parts, parts, keep, moments, rows.shape[1], scores.dtype, local_sum)
+    for layout, (_, at) in zip(layouts, cuts, strict=True):
+        assert torch.equal(layout.flat([thresholds.mask(part) for part in layout.parts]), wanted[at])

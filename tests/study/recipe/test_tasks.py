@@ -1,0 +1,162 @@
+import math
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import nn
+from torch.nn import functional
+
+from emp_callbacks.study.recipe.data import DigitsData, TextData
+from emp_callbacks.study.recipe.tasks import ImageClassification, LanguageModel, decay_groups, warmup_cosine
+
+TINY_VIT = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}
+TINY_GPT = {"n_layer": 1, "n_head": 2, "n_embd": 8, "sequence_length": 16}
+
+
+def image_task(**settings):
+    torch.manual_seed(0)
+    return ImageClassification(model_args=TINY_VIT, **settings)
+
+
+def trainer(**settings):
+    return pl.Trainer(
+        accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, **{"max_epochs": 1, **settings},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "my.txt"
+    path.write_bytes(b"the quick brown fox jumps over the lazy dog; " * 100)
+    return TextData(str(path), sequence_length=16, batch_size=8, seed=0)
+
+
+def test_image_metrics_have_the_agreed_names_and_equal_the_hand_computation():
+    task, data, host = image_task(), DigitsData(seed=0), trainer()
+    host.fit(task, datamodule=data)
+    assert set(host.callback_metrics) == {"train/loss", "val/loss", "val/accuracy"}
+    logged = host.test(task, datamodule=data, verbose=False)[0]
+    images, labels = data._parts["test"][:]
+    with torch.no_grad():
+        logits = task.eval()(images)
+    assert set(logged) == {"test/loss", "test/accuracy"}
+    assert logged["test/accuracy"] == pytest.approx((logits.argmax(1) == labels).double().mean().item())
+    assert logged["test/loss"] == pytest.approx(functional.cross_entropy(logits, labels).item(), rel=1e-5)
+
+
+def test_accuracy_counts_images_not_classes():
+    metric = image_task().val_accuracy
+    metric.update(torch.eye(10)[[0, 0, 0, 0]], torch.tensor([0, 0, 0, 1]))
+    assert metric.compute() == 0.75  # a mean over the classes would be 0.5
+
+
+def test_text_metrics_have_the_agreed_names_and_equal_the_hand_computation(text):
+    torch.manual_seed(0)
+    task, host = LanguageModel(**TINY_GPT), trainer(max_epochs=3)
+    host.fit(task, datamodule=text)
+    assert set(host.callback_metrics) == {"train/loss", "val/loss", "val/perplexity"}
+    assert host.callback_metrics["val/perplexity"] < 200  # uniform guessing has 256
+    logged = host.test(task, datamodule=text, verbose=False)[0]
+    dataset = text._parts["test"]
+    tokens, targets = dataset.__getitems__(list(range(len(dataset))))
+    with torch.no_grad():
+        chosen = task.eval()(tokens).log_softmax(-1).gather(-1, targets[..., None])
+    assert set(logged) == {"test/loss", "test/perplexity"}
+    assert logged["test/loss"] == pytest.approx(-chosen.mean().item(), rel=1e-5)
+    assert logged["test/perplexity"] == pytest.approx(math.exp(-chosen.mean().item()), rel=1e-5)
+
+
+def test_a_language_model_does_not_see_the_future():
+    task = LanguageModel(**TINY_GPT).eval()
+    tokens = torch.randint(256, (1, 16))
+    changed = tokens.clone()
+    changed[0, 10:] = (tokens[0, 10:] + 1) % 256
+    with torch.no_grad():
+        before, after = task(tokens), task(changed)
+    assert before.shape == (1, 16, 256)
+    assert torch.equal(before[:, :10], after[:, :10])
+    assert not torch.equal(before[:, 10:], after[:, 10:])
+
+
+def test_the_learning_rate_rises_and_falls_to_zero_over_all_optimizer_steps():
+    rates = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, host, *args):
+            rates.append(host.optimizers[0].param_groups[0]["lr"])
+
+    task, host = image_task(lr=0.01, warmup_fraction=0.25), trainer(max_epochs=2, callbacks=[Watch()])
+    host.fit(task, datamodule=DigitsData(batch_size=100, seed=0))  # 20 steps, of which 5 rise
+    assert len(rates) == 20
+    assert max(rates) == rates[3] == pytest.approx(0.01)  # the rate for the fifth step is set after the fourth
+    assert rates[0] == pytest.approx(0.01 * 2 / 5)
+    assert rates[-1] == pytest.approx(0, abs=1e-12)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+
+
+def test_the_schedule_needs_an_end():
+    with pytest.raises(ValueError, match=r"max_epochs or trainer\.max_steps"):
+        trainer(max_epochs=-1).fit(image_task(), datamodule=DigitsData())
+
+
+def test_schedule_without_warmup_starts_at_the_top_and_stays_at_zero_beyond_the_end():
+    assert warmup_cosine(0, total=4, warmup=0) == 1
+    assert warmup_cosine(9, total=4, warmup=0) == 0
+
+
+def test_only_matrices_decay_and_no_parameter_is_lost():
+    model = image_task().model
+    decayed, plain = decay_groups(model, 0.3)
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
+    assert {p.ndim for p in plain["params"]} == {1}
+    assert min(p.ndim for p in decayed["params"]) == 2
+    assert {id(p) for p in decayed["params"] + plain["params"]} == {id(p) for p in model.parameters()}
+    frozen = nn.Linear(2, 2).requires_grad_(False)
+    assert [group["params"] for group in decay_groups(frozen, 0.1)] == [[], []]
+
+
+@pytest.mark.parametrize(("name", "kind"), [("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)])
+def test_optimizers_by_name(name, kind):
+    task, host = image_task(optimizer=name, momentum=0.7, lr=0.1), trainer(limit_train_batches=2, max_steps=2)
+    host.fit(task, datamodule=DigitsData())
+    assert type(host.optimizers[0]) is kind
+    assert host.optimizers[0].param_groups[0].get("momentum", 0.7) == 0.7
+
+
+def test_an_unknown_model_name_suggests_the_nearest():
+    with pytest.raises(ValueError, match=r"'resnet10tt'.*resnet10t\b"):
+        ImageClassification(model="resnet10tt")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"optimizer": "adam"}, "adamw or sgd, got 'adam'"), ({"warmup_fraction": 1.0}, r"\[0, 1\), got 1\.0")],
+)
+def test_bad_settings_name_the_value(settings, message):
+    with pytest.raises(ValueError, match=message):
+        image_task(**settings)
+
+
+def test_text_that_does_not_fit_the_model_is_an_error(text):
+    with pytest.raises(ValueError, match="vocabulary has 300 tokens, the data's 256"):
+        trainer().fit(LanguageModel(**TINY_GPT, vocab_size=300), datamodule=text)
+    with pytest.raises(ValueError, match="sequence_length=16 is longer than the model's 8"):
+        trainer().fit(LanguageModel(**{**TINY_GPT, "sequence_length": 8}), datamodule=text)
+
+
+def test_a_pretrained_model_needs_its_own_vocabulary(tmp_path):
+    LanguageModel(**TINY_GPT, vocab_size=300).model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"300 tokens, the data's 256.*own tokenizer"):
+        LanguageModel(pretrained=str(tmp_path))
+    task = LanguageModel(pretrained=str(tmp_path), vocab_size=300, sequence_length=16)
+    assert task.model.config.n_embd == 8
+
+
+def test_a_checkpoint_rebuilds_the_task(tmp_path):
+    task, host = image_task(lr=0.02), trainer(limit_train_batches=1)
+    host.fit(task, datamodule=DigitsData())
+    host.save_checkpoint(tmp_path / "task.ckpt")
+    again = ImageClassification.load_from_checkpoint(tmp_path / "task.ckpt")
+    assert again.hparams["lr"] == 0.02
+    assert all(torch.equal(a, b) for a, b in zip(task.parameters(), again.parameters(), strict=True))
