@@ -108,7 +108,7 @@ def select(subject: Subject, scope: str = "global") -> list[Tensor]:
 
 @torch.no_grad()
 def _select(pruner: EMPPruner, scope: str) -> list[Tensor]:
-    scored = [Scored(layer.span, pruner._criterion.score(layer)) for layer in pruner._layers]
+    scored = [Scored(layer.span, pruner._refresher.criterion.score(layer)) for layer in pruner._layers]
     decisions = decide(scored, scope, KeepRule(), pruner._backend, 0)
     return [decision.mask(i) for decision in decisions for i in decision.members]
 

@@ -261,10 +261,10 @@ def parsers():
 
 
 def check_emp(words, where):
-    from emp_callbacks.cli.main import _COMMANDS
+    from emp_callbacks.cli.main import COMMANDS
 
     command, *options = words
-    assert command in _COMMANDS, f"{where}: there is no emp {command}"
+    assert command in COMMANDS, f"{where}: there is no emp {command}"
     if not options:
         return  # only named
     if command not in parsers():

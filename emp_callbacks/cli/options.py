@@ -10,6 +10,7 @@ __all__ = [
     "export_parser",
     "inspect_parser",
     "prune_parser",
+    "recipes_parser",
     "report_parser",
     "sweep_parser",
     "violations_parser",
@@ -145,6 +146,19 @@ def _add_once(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="start anew; what DIR holds is moved to DIR.old-1, -2, ..."
     )
+
+
+def recipes_parser() -> argparse.ArgumentParser:
+    """Return the options of `emp recipes`."""
+    parser = _parser(
+        "recipes",
+        "List the recipes that come with the package, or copy one out to edit. Wherever a command takes --config, the "
+        "name of one does: emp compare --config quickstart.",
+        "examples:\n  emp recipes\n  emp recipes quickstart --out mine.yaml\n  emp recipes cluster --out cluster",
+    )
+    parser.add_argument("name", nargs="?", metavar="NAME", help="recipe to copy, or cluster for the cluster files")
+    parser.add_argument("--out", metavar="FILE", help="where to (default: its own name, in this folder)")
+    return parser
 
 
 def report_parser() -> argparse.ArgumentParser:

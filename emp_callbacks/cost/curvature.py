@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from scipy import stats
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from emp_callbacks.extras import needs
 
 Losses = Callable[[], Iterable[Tensor]]
 """Computes the loss of every batch anew, one after the other, with a graph; their mean is the loss."""
@@ -67,6 +68,9 @@ def hessian_trace(
         raise ValueError(f"probes must be >= 1, got {probes}")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie in (0, 1), got {confidence}; use 0.95 for a 95 % interval")
+    needs("Tr(H) with its interval", "study", "scipy")
+    from scipy import stats
+
     found = torch.zeros(probes, dtype=torch.float64)
     batches = 0
     for gradients in _gradients(losses, parameters):

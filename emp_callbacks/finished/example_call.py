@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from emp_callbacks.cost.training_loss import training_loss
-from emp_callbacks.study.recipe.parts import RecipeParts
+
+if TYPE_CHECKING:
+    from emp_callbacks.study.recipe.parts import RecipeParts
 
 __all__ = ["Example", "image_example", "model_example", "recorded_example"]
 

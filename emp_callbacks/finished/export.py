@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from glob import escape
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
@@ -19,7 +19,9 @@ from emp_callbacks.finished.finished_model import FinishedModel, open_model
 from emp_callbacks.finished.weights_file import ExportReport, check_free, write_weights
 from emp_callbacks.pruning.pruner import EMPPruner
 from emp_callbacks.shrinking import ShrinkReport, pruned_units, shrink
-from emp_callbacks.study.recipe.parts import RecipeParts, open_recipe
+
+if TYPE_CHECKING:
+    from emp_callbacks.study.recipe.parts import RecipeParts
 
 __all__ = ["Source", "export", "prune"]
 
@@ -41,6 +43,14 @@ class Source(NamedTuple):
     pretrained: bool = False
     input_size: Sequence[int] | None = None
 
+    def open_recipe(self) -> RecipeParts | None:
+        """Return what the recipe builds, if there is one."""
+        if not self.config:
+            return None
+        from emp_callbacks.study.recipe.parts import open_recipe  # needs what a file of weights does without
+
+        return open_recipe(self.config)
+
 
 def export(
     source: Source, out: str | os.PathLike[str], *, shrink_units: bool = False, overwrite: bool = False
@@ -61,7 +71,7 @@ def export(
         ArithmeticError: The shrunk model's outputs would differ.
     """
     check_free(out, overwrite)
-    recipe = open_recipe(source.config) if source.config else None
+    recipe = source.open_recipe()
     model = _opened(source, recipe, needs_modules=shrink_units)
     shrunk = None
     if shrink_units:
@@ -99,7 +109,7 @@ def prune(
         NotImplementedError: The target is masked in the forward pass, or the model cannot be shrunk.
     """
     check_free(out, overwrite)
-    recipe = open_recipe(source.config) if source.config else None
+    recipe = source.open_recipe()
     config = _one_shot(recipe.config if recipe else EMPConfig(), settings)
     needs = make_criterion(config.criterion, config.target).needs
     if needs and recipe is None:

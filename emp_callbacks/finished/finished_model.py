@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,13 @@ from emp_callbacks.checkpoint.reading import (
     state_dict_in,
 )
 from emp_callbacks.core.packing import unpack_bits
+from emp_callbacks.extras import needs
 from emp_callbacks.finished.example_call import Example, image_example, model_example, recorded_example
 from emp_callbacks.finished.inspection import load_model
-from emp_callbacks.study.recipe.parts import RecipeParts
 from emp_callbacks.targets.names import canonical_name
+
+if TYPE_CHECKING:
+    from emp_callbacks.study.recipe.parts import RecipeParts
 
 __all__ = ["FinishedModel", "open_model"]
 
@@ -176,6 +179,7 @@ def _prefix(names: Iterable[str], given: str | None, *, lightning: bool) -> str:
 def _from_transformers(folder: str) -> nn.Module:
     import json
 
+    needs(f"building the model of {folder}", "hf", "transformers")
     import transformers
 
     if not list(Path(folder).glob("*.safetensors")):

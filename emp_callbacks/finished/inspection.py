@@ -21,6 +21,7 @@ from emp_callbacks.checkpoint.reading import (
     scored_weights,
     state_dict_in,
 )
+from emp_callbacks.extras import needs
 from emp_callbacks.pruning.pruner import EMPPruner
 from emp_callbacks.targets.names import canonical_name
 from emp_callbacks.trajectory import PruneEvent
@@ -190,6 +191,7 @@ def _total(rows: Sequence[WeightReport], events: Sequence[PruneEvent], weights: 
 
 
 def _load_timm(name: str, pretrained: bool) -> LoadedModel:
+    needs(f"timm:{name}", "study", "timm")
     import timm
 
     if not timm.is_model(name):

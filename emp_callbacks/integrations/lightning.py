@@ -7,7 +7,6 @@ import os
 from contextlib import AbstractContextManager
 from dataclasses import fields
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from emp_callbacks.config import EMPConfig, check_names
+from emp_callbacks.extras import is_installed, needs
 from emp_callbacks.integrations.lightning_checkpoint import CheckpointCompanion, masks_folder
 from emp_callbacks.pruning.pruner import EMPPruner
 from emp_callbacks.trajectory import PruneEvent, Trajectory, layer_table
@@ -26,11 +26,10 @@ _IN_FILES = {"saved": "in files"}  # what a checkpoint's callback state says whe
 
 def _callback_classes() -> tuple[type, ...]:
     """Return the Callback classes of the Lightning packages that are installed; they are different classes."""
-    roots = {"pytorch_lightning": "pytorch_lightning", "lightning": "lightning.pytorch"}
-    classes = tuple(import_module(name).Callback for root, name in roots.items() if find_spec(root) is not None)
-    if not classes:
-        raise ImportError("EMPCallback needs Lightning: pip install pytorch-lightning (or lightning)")
-    return classes
+    names = [name for name in ("pytorch_lightning", "lightning.pytorch") if is_installed(name)]
+    if not names:
+        needs("EMPCallback", "lightning", "pytorch_lightning")
+    return tuple(import_module(name).Callback for name in names)
 
 
 class EMPCallback(*_callback_classes()):  # type: ignore[misc]

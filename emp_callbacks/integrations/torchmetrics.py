@@ -6,9 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from emp_callbacks.core.effective_number import ScoreMoments, check_scores, effective_numbers, score_moments
+from emp_callbacks.extras import needs
+
+needs("EffectiveNumber", "lightning", "torchmetrics")
+
+from torchmetrics import Metric  # noqa: E402  (the line above says what is missing)
 
 
 class EffectiveNumber(Metric):

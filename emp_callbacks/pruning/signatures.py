@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 from collections.abc import Mapping, Sequence
 
 from emp_callbacks.trajectory import PruneEvent
@@ -14,6 +16,7 @@ __all__ = [
     "emptied_layers",
     "nearly_all",
     "uniform_scores",
+    "warn_the_user",
 ]
 
 # N_eff / N = 1 / (1 + cv^2), cv the scores' standard deviation over their mean: 0.95 is a cv of 0.23.
@@ -106,3 +109,16 @@ def criteria_disagree(name: str, fractions: Mapping[str, float]) -> list[str]:
         f"{name} has N_eff / N = {known[low]:.3f} by {low!r} and {known[high]:.3f} by {high!r}, so how much is "
         "redundant depends on the criterion: compare their metrics at one density first (emp compare-criteria)"
     ]
+
+
+def warn_the_user(message: str) -> None:
+    """Warn at the line, outside of this package and of torch, from which the pruner was called."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and _is_ours(frame.f_globals.get("__name__", "")):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
+
+
+def _is_ours(module: str) -> bool:
+    # torch stands between where no_grad decorates one of our methods.
+    return module.partition(".")[0] in ("emp_callbacks", "torch")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from emp_callbacks.extras import needs
 from emp_callbacks.shrinking.report import ShrunkLayer
 from emp_callbacks.shrinking.surgery import Surgery, axes_of, axis_size, cut_of, is_conv1d
 from emp_callbacks.shrinking.zero_inputs import zero_inputs
@@ -135,12 +136,8 @@ def _axis(graph: Any, item: Any) -> str:
 
 def _dependency_graph(model: nn.Module, run: Callable[..., Any]) -> Any:
     """Return Torch-Pruning's graph of the model; it is only asked, the cuts are made here."""
-    try:
-        import torch_pruning as tp
-    except ImportError as error:
-        raise ImportError(
-            "removing neurons and channels needs torch-pruning: pip install 'emp-callbacks[shrink]'"
-        ) from error
+    needs("removing neurons and channels", "shrink", "torch_pruning")
+    import torch_pruning as tp
 
     kinds = {type(module) for module in model.modules() if is_conv1d(module)}
     try:

@@ -19,7 +19,7 @@ from emp_callbacks.study.arms import ARMS, TrainingJob, arm_config, fitting_arms
 from emp_callbacks.study.progress import StudyProgress
 from emp_callbacks.study.recipe.check import nearest
 from emp_callbacks.study.recipe.recipe import Recipe, StudyConfig
-from emp_callbacks.study.report.statistics import convergence
+from emp_callbacks.study.report.convergence import convergence
 from emp_callbacks.study.run_store import RunStore, digest, write_atomically
 from emp_callbacks.study.training import Training, recipe_config
 
@@ -204,7 +204,7 @@ class _Study:
         results: dict[str, Any] = {
             "schema": 1,
             "study": {
-                "recipe": str(self.recipe.path),
+                "recipe": self.recipe.called,
                 "metric": self.config.metric,
                 "higher_is_better": self.config.higher_is_better,
                 "reference": "one_shot" if "one_shot" in arms else arms[0],

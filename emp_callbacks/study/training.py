@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
-import math
 import signal
 import time
 import warnings
@@ -16,32 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities.seed import isolate_rng
-from torch import Tensor, nn
+from torch import Tensor
 
 from emp_callbacks.config import EMPConfig
-from emp_callbacks.core.effective_number import ScoreMoments, effective_numbers, score_moments
 from emp_callbacks.cost.training_loss import show_batches
 from emp_callbacks.criteria import make_criterion
 from emp_callbacks.integrations.lightning import TRAJECTORY_FILE, EMPCallback
 from emp_callbacks.pruning.pruner import EMPPruner
+from emp_callbacks.study.measure import measure
 from emp_callbacks.study.recipe.recipe import Recipe
-from emp_callbacks.targets.weights import prunable_weights
-from emp_callbacks.trajectory import PruneEvent
-
-__all__ = ["Training", "measure", "recipe_config"]
+from emp_callbacks.study.training_record import OnStep, TrainingRecord
 
 Adapt = Callable[[EMPConfig], EMPConfig]
-OnStep = Callable[[int, int | None], None]
 StepContext = Callable[[], AbstractContextManager[Any]]
-
 # These end a run early or choose weights by a metric: arms would no longer be trained alike.
 _UNFAIR = (pl.callbacks.EarlyStopping, pl.callbacks.Timer)
 # What the study replaces by its own: bars and tables, and checkpoints (final weights are tested).
 _REPLACED = (pl.callbacks.ProgressBar, pl.callbacks.ModelSummary, pl.callbacks.Checkpoint, EMPCallback)
-
 _LOGGERS = ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning.fabric")
 # Advice of Lightning's on speed and logging that a comparison of small runs need not repeat per run.
 _NOISE = (
@@ -71,7 +62,7 @@ class Training:
 
     def __init__(self, recipe: Recipe, seed: int, adapt: Adapt, folder: Path | None, on_step: OnStep) -> None:
         self._adapt, self._seed = adapt, seed
-        self.evidence = _Evidence(on_step)
+        self.evidence = TrainingRecord(on_step)
         pl.seed_everything(seed, workers=True, verbose=False)
         with _quiet():
             recipe.build(
@@ -211,97 +202,6 @@ def _config_of(callbacks: Sequence[pl.Callback]) -> EMPConfig:
     return found[0] if found else EMPConfig(every_n_epochs=1)
 
 
-class _Evidence(pl.Callback):
-    """Digests of initial weights and of every training batch, and the validation curve.
-
-    The curve's `train/loss` is the mean over the batches since the point before.
-    """
-
-    def __init__(self, on_step: OnStep) -> None:
-        self._on_step = on_step
-        self.init_digest = ""
-        self.batches = hashlib.sha256()
-        self.curve: list[dict[str, float]] = []
-        self.steps = 0
-        self._losses: list[Tensor] = []
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
-        hasher = hashlib.sha256()
-        for name, value in pl_module.state_dict().items():
-            hasher.update(name.encode())
-            _update(hasher, value)
-        self.init_digest = hasher.hexdigest()
-
-    def on_train_batch_start(
-        self,
-        trainer: pl.Trainer,  # noqa: ARG002
-        pl_module: pl.LightningModule,  # noqa: ARG002
-        batch: Any,
-        batch_idx: int,  # noqa: ARG002
-    ) -> None:
-        _update(self.batches, batch)
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:  # noqa: ARG002
-        if isinstance(outputs, Mapping) and isinstance(outputs.get("loss"), Tensor):
-            self._losses.append(outputs["loss"].detach())  # read later: a GPU is not made to wait at every step
-        self.steps = trainer.global_step
-        expected = trainer.estimated_stepping_batches
-        self._on_step(self.steps, int(expected) if math.isfinite(expected) else None)
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
-        if trainer.sanity_checking:
-            return
-        metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val")}
-        trained = {"train/loss": float(torch.stack(self._losses).mean())} if self._losses else {}
-        self._losses.clear()
-        self.curve.append({"step": trainer.global_step, "epoch": trainer.current_epoch, **trained, **metrics})
-
-
-def measure(model: nn.Module, config: EMPConfig, last: Sequence[PruneEvent] = ()) -> dict[str, float]:
-    """Return `density`, `n`, `keep` and `n_eff` of what the config's target says.
-
-    Of weights as they are: `keep` counts those that are not zero, `n_eff` is the effective number of these final
-    weights (magnitude scores; summed over groups for the scopes tensor and row). Of everything else as the last
-    refresh left it; with `observe_only` all are kept.
-
-    Args:
-        model: The trained model.
-        config: What was pruned.
-        last: Rows of the last refresh.
-
-    Raises:
-        ValueError: There was no refresh, and what is not a weight is known from there only.
-    """
-    if config.target == "weights":
-        return _measure_weights(model, config)
-    if not last:
-        raise ValueError(
-            f"the schedule asked for no refresh, so nothing is known of the {config.target}: lower every_n_epochs, "
-            "every_n_steps or start, or train longer"
-        )
-    n, n_eff = sum(event.n for event in last), sum(event.n_eff for event in last)
-    if config.observe_only:
-        return {"density": 1.0, "n": n, "keep": n, "n_eff": n_eff}
-    # Not keep / n: where each sample has its own mask, keep is a rounded mean.
-    density = sum(event.density * event.n for event in last) / n
-    return {"density": density, "n": n, "keep": sum(event.keep for event in last), "n_eff": n_eff}
-
-
-def _measure_weights(model: nn.Module, config: EMPConfig) -> dict[str, float]:
-    targets = prunable_weights(model, config.include, config.exclude)
-    by_row = config.scope == "row"
-    moments = []
-    for target in targets:
-        weight = target.parameter.detach()
-        rows = weight.movedim(target.output_dim, 0).flatten(1) if by_row else weight.reshape(1, -1)
-        moments.append(score_moments(rows).stack())
-    groups = ScoreMoments.unstack(torch.cat(moments))
-    n = sum(target.parameter.numel() for target in targets)
-    keep = int(groups.nonzero.sum())
-    n_eff = float(effective_numbers(groups.sum() if config.scope == "global" else groups).sum())
-    return {"density": keep / n, "n": n, "keep": keep, "n_eff": n_eff}
-
-
 def _check_automatic(model: pl.LightningModule) -> None:
     if not model.automatic_optimization:
         raise ValueError(
@@ -321,23 +221,6 @@ def _unlogged(model: pl.LightningModule) -> Iterator[None]:
         yield
     finally:
         del model.log
-
-
-def _update(hasher: Any, value: Any) -> None:
-    """Feed tensors and plain values, however nested, to a hash."""
-    if isinstance(value, Tensor):
-        hasher.update(f"{value.dtype}{tuple(value.shape)}".encode())
-        flat = value.detach().cpu().contiguous().reshape(-1)
-        hasher.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            hasher.update(repr(key).encode())
-            _update(hasher, item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            _update(hasher, item)
-    else:
-        hasher.update(repr(value).encode())
 
 
 def _check_single_process(trainer: pl.Trainer) -> None:

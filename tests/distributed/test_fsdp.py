@@ -146,7 +146,7 @@ def low_precision(rank, world_size, way):
             model(x)
         if pruner.step():
             watch.masks = full_masks(pruner)
-            with pruner._dense_owners():
+            with pruner._keeper.dense_owners():
                 dense = gathered(pruner, lambda w: w.weight)
             pooled = reference_mask(torch.cat([weight.flatten() for weight in dense.values()]))
             ours = torch.cat([mask.flatten() for mask in watch.masks.values()])

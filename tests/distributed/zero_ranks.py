@@ -133,14 +133,14 @@ class Watch:
     def __init__(self, hook, engine):
         self.hook, self.selections, self.seen, self.forwards = hook, 0, 0, 0
         self.masks = None
-        score = hook.pruner._criterion.score
+        score = hook.pruner._refresher.criterion.score
         self.scores = {}
 
         def recorded(segment):
             self.scores[segment.name] = score(segment).clone()
             return self.scores[segment.name]
 
-        hook.pruner._criterion.score = recorded
+        hook.pruner._refresher.criterion.score = recorded
         self.names = {id(m): f"{n}.weight" for n, m in engine.module.named_modules() if hasattr(m, "weight")}
         for module in engine.module.modules():
             if id(module) in self.names:

@@ -234,7 +234,8 @@ def test_nothing_is_gathered_outside_the_window():
     pruner = EMPPruner(model, optimizer, criterion="taylor", every_n_steps=5, evidence_steps=2, stop=10)
     held = []
     for _ in train(model, pruner, optimizer, range(14)):
-        held.append((len(pruner._evidence.batches), sum(layer.gathered is not None for layer in pruner._layers)))
+        gathered = sum(layer.gathered is not None for layer in pruner._layers)
+        held.append((len(pruner._refresher.evidence.batches), gathered))
     layers = len(pruner._layers)
     assert held == [(0, 0)] * 3 + [(1, layers), (0, 0)] + [(0, 0)] * 3 + [(1, layers), (0, 0)] + [(0, 0)] * 4
 

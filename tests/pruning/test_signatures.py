@@ -79,3 +79,21 @@ def test_layers_that_keep_nothing_are_named(scope):
     if told:
         assert "nothing is kept of 1.weight, " in told[0]
         assert "scope='tensor'" in told[0]
+
+
+def test_a_warning_points_to_the_line_that_called_the_pruner():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(50, 20), nn.ReLU(), nn.Linear(20, 3))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    by_step = EMPPruner(net, optimizer, target="neurons", every_n_steps=1)
+    net(torch.ones(1, 50)).sum().backward()
+    optimizer.step()
+    idle = EMPPruner(net, optimizer, every_n_epochs=1)
+    idle.clock.steps = 1
+    by_hand = EMPPruner(nn.Linear(50, 20), target="neurons")
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        by_step.step()
+        by_hand.refresh()
+        idle.finalize()
+    assert [(one.filename, one.lineno - found[0].lineno) for one in found] == [(__file__, i) for i in range(3)]

@@ -18,8 +18,9 @@ from emp_callbacks.config import EMPConfig
 from emp_callbacks.study import comparison
 from emp_callbacks.study.arms import ARMS, plan_jobs
 from emp_callbacks.study.comparison import StudyInterrupted, run_study
+from emp_callbacks.study.measure import measure
 from emp_callbacks.study.recipe.recipe import Recipe
-from emp_callbacks.study.training import _interrupts_raised, measure
+from emp_callbacks.study.training import _interrupts_raised
 
 
 def recipe_text(**study):
@@ -248,7 +249,7 @@ def test_a_real_ctrl_c_ends_with_130(tmp_path):
 import signal, sys, time
 from pathlib import Path
 from emp_callbacks.cli.main import main
-from emp_callbacks.study.training import _Evidence
+from emp_callbacks.study.training_record import TrainingRecord
 
 def wait(self, trainer, module):
     if Path({str(out / "runs" / "training_freeze-seed0")!r}).is_dir():
@@ -256,7 +257,7 @@ def wait(self, trainer, module):
         time.sleep(30)
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started without one
-_Evidence.on_train_epoch_end = wait
+TrainingRecord.on_train_epoch_end = wait
 sys.exit(main(["compare", "--config", {str(recipe)!r}, "--out", {str(out)!r}]))
 """
     process = subprocess.Popen(

@@ -13,8 +13,9 @@ from emp_callbacks.pruning.pruner import EMPPruner
 from emp_callbacks.study import training as training_module
 from emp_callbacks.study.arms import arm_config
 from emp_callbacks.study.comparison import run_study
+from emp_callbacks.study.measure import measure
 from emp_callbacks.study.recipe.recipe import Recipe
-from emp_callbacks.study.training import Training, _check_automatic, measure
+from emp_callbacks.study.training import Training, _check_automatic
 from emp_callbacks.trajectory import PruneEvent
 
 VIT = {"img_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2}
@@ -213,13 +214,13 @@ def test_a_step_without_loss_or_with_its_own_optimizer_is_refused():
 
 def test_the_curve_holds_the_mean_training_loss_between_two_points(tmp_path, monkeypatch):
     losses = []
-    step = training_module._Evidence.on_train_batch_end
+    step = training_module.TrainingRecord.on_train_batch_end
 
     def recorded(self, trainer, module, outputs, *rest):
         losses.append(float(outputs["loss"]))
         step(self, trainer, module, outputs, *rest)
 
-    monkeypatch.setattr(training_module._Evidence, "on_train_batch_end", recorded)
+    monkeypatch.setattr(training_module.TrainingRecord, "on_train_batch_end", recorded)
     curve = trained(tmp_path).evidence.curve
     assert [point["train/loss"] for point in curve] == pytest.approx([sum(losses[:3]) / 3, sum(losses[3:]) / 3])
 

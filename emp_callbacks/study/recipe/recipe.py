@@ -142,9 +142,13 @@ class Recipe(_EmpCLI):
         RecipeError: If a key or a value in it is not known.
     """
 
-    def __init__(self, path: str | Path, overrides: Sequence[str] = ()) -> None:
-        """Parse the file `path`, then `overrides` such as ["--trainer.max_epochs", "1"]."""
+    def __init__(self, path: str | Path, overrides: Sequence[str] = (), *, called: str | None = None) -> None:
+        """Parse the file `path`, then `overrides` such as ["--trainer.max_epochs", "1"].
+
+        Reports call it `called`, by default its path: a recipe of the package is known by its name.
+        """
         self.path = Path(path)
+        self.called = called or str(path)
         self._trainer_settings: dict[str, Any] = {}
         self._edit_callbacks: CallbackEdit = list
         super().__init__(

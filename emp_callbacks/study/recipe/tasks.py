@@ -15,6 +15,7 @@ from torch.nn import functional
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.text import Perplexity
 
+from emp_callbacks.extras import needs
 from emp_callbacks.study.recipe import networks  # noqa: F401  (timm then knows emp_fc2, emp_kan, ...)
 
 Batch = tuple[Tensor, Tensor]
@@ -191,6 +192,7 @@ class LanguageModel(pl.LightningModule):
 
 
 def _gpt2(pretrained: str | None, settings: dict[str, Any]) -> nn.Module:
+    needs("the GPT-2 architecture of LanguageModel", "hf", "transformers")
     from transformers import GPT2Config, GPT2LMHeadModel  # seconds to import: not for image tasks
 
     if pretrained is None:

@@ -16,15 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import AutoLocator, MaxNLocator
 
-from emp_callbacks.study.report.statistics import (
-    ArmSummary,
-    Interval,
-    arm_names,
-    convergence,
-    curve_of,
-    runs_of,
-    summarise,
-)
+from emp_callbacks.study.report.arm_results import ArmSummary, arm_names, runs_of, summarise
+from emp_callbacks.study.report.convergence import convergence, curve_of
+from emp_callbacks.study.report.statistics import Interval
 
 Record = Mapping[str, Any]
 Results = Mapping[str, Any]

@@ -7,23 +7,16 @@ all comparisons with the reference, so an interval may exclude 0 where the verdi
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from scipy import stats
 
-from emp_callbacks.study.arms import ARMS
-
-SCHEMA = 1
 SIGNIFICANCE = 0.05
-MATCHED_ARMS = ("fixed_magnitude", "random")
-MATCHED_TOLERANCE = 0.005  # absolute difference of two densities, a fraction
-
-Results = Mapping[str, Any]
-Run = Mapping[str, Any]
+# Some float32 roundings, 6e-8 each, of the values that are subtracted: they must not pass for a variance.
+ROUNDING = 1e-6
 Pair = tuple[str, str | None]  # an arm and the one that it is compared with
 Verdict = Literal["better", "worse", "no difference shown", "undecided"]
 
@@ -52,77 +45,10 @@ class PairedDifference:
     p_value: float | None
     p_holm: float | None = None
 
-
-@dataclass(frozen=True, slots=True)
-class ArmSummary:
-    """One row of the table; `difference` and `verdict` are None for the reference and without common seed.
-
-    `once`, `once_difference` and `once_verdict`: the arm that prunes in the same form once after training, where that
-    is not the reference, and the comparison with it.
-    """
-
-    arm: str
-    seeds: tuple[int, ...]
-    metric: Interval
-    density: Interval
-    difference: PairedDifference | None
-    verdict: Verdict | None
-    seconds: float | None
-    once: str | None = None
-    once_difference: PairedDifference | None = None
-    once_verdict: Verdict | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class ArmConvergence:
-    """How soon one arm's validation metric is good.
-
-    Attributes:
-        arm: An arm with a training of its own.
-        area: Mean of the validation metric over the training, each point weighted by the steps since the one before.
-        difference: Of `area` to that of the baseline; None for the baseline and without common seed.
-        verdict: What the difference shows, by p adjusted for all arms of the table.
-        seeds: Number of seeds with a curve.
-        reached: Number of seeds that ever reach the target.
-        first_step: First validation point at the target, over the seeds that reach it; None if none does.
-        gap: Validation loss at the last point minus the mean training loss since the point before; None where the
-            curve lacks one of them.
-    """
-
-    arm: str
-    area: Interval
-    difference: PairedDifference | None
-    verdict: Verdict | None
-    seeds: int
-    reached: int
-    first_step: Interval | None
-    gap: Interval | None
-
-
-@dataclass(frozen=True, slots=True)
-class Convergence:
-    """The validation curves of a study in numbers.
-
-    Attributes:
-        metric: Validation metric of the curves.
-        baseline: Arm without EMP in training; None if the study has none.
-        target: Mean over seeds of the baseline's last value; None without baseline.
-        arms: One row per arm with a training of its own.
-    """
-
-    metric: str
-    baseline: str | None
-    target: float | None
-    arms: tuple[ArmConvergence, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One fairness condition of a study and what was found."""
-
-    name: str
-    passed: bool
-    detail: str
+    @property
+    def has_no_spread(self) -> bool:
+        """Whether several seeds differ alike, so that nothing can be tested."""
+        return self.n > 1 and self.p_value is None and math.isfinite(self.mean)
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
@@ -155,8 +81,10 @@ def paired_difference(
 ) -> PairedDifference | None:
     """Return the mean of `values` - `reference` over the seeds that both hold, or None if they share no seed.
 
-    Both map seed -> metric. The p-value is that of the two-sided paired t-test; it is None for one pair, for
-    identical differences (no variance) and where a value is not finite.
+    Both map seed -> metric. The p-value is that of the two-sided paired t-test. Interval and p-value are None for one
+    pair, where a value is not finite, and where all differences are equal up to the rounding of float32, in which
+    metrics are logged: a metric that moves in steps (an accuracy, by one test example) often differs by the same step
+    in every seed, which shows no variance and is no proof that there is none.
 
     Example:
         >>> paired_difference({0: 0.75}, {0: 0.5, 1: 0.5})
@@ -169,13 +97,10 @@ def paired_difference(
     if not np.isfinite(pairs).all():
         return PairedDifference(math.nan, None, None, len(seeds), None)
     differences = pairs[:, 0] - pairs[:, 1]
-    # 0.3 - 0.2 and 0.2 - 0.1 differ in the last bit: rounding must not pass for a "significant" variance.
-    if float(np.ptp(differences)) <= 1e-12 * float(np.abs(pairs).max()):
-        differences = np.full_like(differences, np.median(differences))
+    if len(seeds) == 1 or float(np.ptp(differences)) <= ROUNDING * float(np.abs(pairs).max()):
+        return PairedDifference(float(np.median(differences)), None, None, len(seeds), None)
     interval = mean_interval(differences.tolist(), confidence)
-    p_value = None
-    if len(seeds) > 1 and np.ptp(differences) > 0:
-        p_value = float(stats.ttest_1samp(differences, 0.0).pvalue)
+    p_value = float(stats.ttest_1samp(differences, 0.0).pvalue)
     return PairedDifference(interval.mean, interval.low, interval.high, interval.n, p_value)
 
 
@@ -197,72 +122,7 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     return adjusted
 
 
-def arm_names(results: Results) -> list[str]:
-    """Return the arms that have a run, in the order of the study."""
-    present = {run["arm"] for run in results["runs"]}
-    planned = [arm for arm in results["study"].get("arms", ()) if arm in present]
-    return planned + sorted(present - set(planned))
-
-
-def runs_of(results: Results, arm: str) -> list[Run]:
-    """Return the runs of `arm`, by seed."""
-    return sorted((run for run in results["runs"] if run["arm"] == arm), key=lambda run: run["seed"])
-
-
-def first_training_arm(results: Results) -> str | None:
-    """Return the first arm that prunes during training by N_eff (`training_...`), or None."""
-    return next((arm for arm in arm_names(results) if arm.startswith("training_")), None)
-
-
-def missing_runs(results: Results) -> list[tuple[str, int]]:
-    """Return the planned (arm, seed) pairs without a run; not empty for an interrupted study."""
-    done = {(run["arm"], run["seed"]) for run in results["runs"]}
-    study = results["study"]
-    return [(a, s) for a in study.get("arms", ()) for s in study.get("seeds", ()) if (a, s) not in done]
-
-
-def check_results(results: Results) -> None:
-    """Refuse results that cannot be summarised.
-
-    Raises:
-        ValueError: On another schema, without runs, if a run occurs twice, or if no run holds the metric.
-    """
-    if results.get("schema") != SCHEMA:
-        found = results.get("schema")
-        raise ValueError(f"results have schema {found!r}, this version reads {SCHEMA}: run `emp compare` again")
-    if not results["runs"]:
-        raise ValueError("results hold no runs: let `emp compare` finish at least one")
-    counts = Counter((run["arm"], run["seed"]) for run in results["runs"])
-    for (arm, seed), count in counts.items():
-        if count > 1:
-            raise ValueError(f"arm {arm!r}, seed {seed} occurs {count} times in the results: keep one of them")
-    metric = results["study"]["metric"]
-    known = sorted({name for run in results["runs"] for name in run["metrics"]})
-    if metric not in known:
-        names = ", ".join(known) or "none"
-        raise ValueError(f"unknown metric {metric!r}; the runs hold: {names}. Set study.metric to one of them")
-
-
-def summarise(results: Results) -> list[ArmSummary]:
-    """Return one row per arm that has a run with the study's metric, in the order of the study.
-
-    Differences to the reference arm are paired by seed; only seeds that both arms finished count.
-    """
-    check_results(results)
-    study = results["study"]
-    values = {arm: _metric_by_seed(results, arm) for arm in arm_names(results)}
-    values = {arm: by_seed for arm, by_seed in values.items() if by_seed}
-    reference = study.get("reference", "one_shot")
-    once = {arm: ARMS[arm].once for arm in values if arm in ARMS}
-    once = {arm: other for arm, other in once.items() if other in values and other != reference}
-    differences = _differences(values, [*((arm, reference) for arm in values if arm != reference), *once.items()])
-    return [
-        _arm_summary(results, arm, values[arm], differences.get((arm, reference)), other, differences.get((arm, other)))
-        for arm, other in ((arm, once.get(arm)) for arm in values)
-    ]
-
-
-def _differences(
+def all_differences(
     values: Mapping[str, Mapping[int, float]], pairs: Sequence[Pair]
 ) -> dict[Pair, PairedDifference | None]:
     """Return the difference of each pair of arms, the first minus the second, with p adjusted for all of them.
@@ -279,91 +139,6 @@ def _differences(
     }
 
 
-def validation_metric(results: Results) -> str | None:
-    """Return the validation twin of the study's metric (test/accuracy -> val/accuracy), None if absent."""
-    wanted = "val/" + results["study"]["metric"].rpartition("/")[2]
-    recorded = {name for run in results["runs"] for row in run.get("curve") or [] for name in row}
-    return wanted if wanted in recorded else None
-
-
-def trained_arms(results: Results) -> list[str]:
-    """Return the arms with a training of their own; what is pruned after another arm's training has its curve."""
-    arms = arm_names(results)
-    return [arm for arm in arms if _trained_as(arm) == arm or _trained_as(arm) not in arms]
-
-
-def curve_of(run: Run, metric: str) -> dict[int, float]:
-    """Return step -> value of a validation metric, in the order of the steps."""
-    return {row["step"]: row[metric] for row in run.get("curve") or [] if row.get(metric) is not None}
-
-
-def convergence(results: Results) -> Convergence | None:
-    """Compare the validation curves of the trainings with that of dense training; None where no curve was recorded.
-
-    Differences are paired by seed. First steps are not tested: seeds that never get there would be left out.
-    """
-    metric = validation_metric(results)
-    if metric is None:
-        return None
-    curves = {arm: _curves(results, arm, metric) for arm in trained_arms(results)}
-    curves = {arm: by_seed for arm, by_seed in curves.items() if by_seed}
-    areas = {arm: {seed: _area(curve) for seed, curve in by_seed.items()} for arm, by_seed in curves.items()}
-    baseline = next((arm for arm in curves if _trained_as(arm) == "dense"), None)
-    differences = _differences(areas, [(arm, baseline) for arm in areas if arm != baseline])
-    target = None
-    if baseline:
-        target = mean_interval([list(curve.values())[-1] for curve in curves[baseline].values()]).mean
-    higher = results["study"]["higher_is_better"]
-    rows = []
-    for arm, by_seed in curves.items():
-        steps = [_first_step(curve, target, higher) for curve in by_seed.values()]
-        difference = differences.get((arm, baseline))
-        row = ArmConvergence(
-            arm=arm,
-            area=mean_interval(list(areas[arm].values())),
-            difference=difference,
-            verdict=verdict(difference, higher) if difference else None,
-            seeds=len(steps),
-            reached=sum(step is not None for step in steps),
-            first_step=_interval([float(step) for step in steps if step is not None]),
-            gap=_interval([gap for run in runs_of(results, arm) if (gap := _gap(run)) is not None]),
-        )
-        rows.append(row)
-    return Convergence(metric, baseline, target, tuple(rows))
-
-
-def _curves(results: Results, arm: str, metric: str) -> dict[int, dict[int, float]]:
-    """Return seed -> step -> value, without the runs that recorded none."""
-    curves = {run["seed"]: curve_of(run, metric) for run in runs_of(results, arm)}
-    return {seed: curve for seed, curve in curves.items() if curve}
-
-
-def _interval(values: Sequence[float]) -> Interval | None:
-    return mean_interval(values) if values else None
-
-
-def _trained_as(arm: str) -> str:
-    """Return the arm whose training an arm is measured on."""
-    return (ARMS[arm].shares_fit_of if arm in ARMS else None) or arm
-
-
-def _area(curve: Mapping[int, float]) -> float:
-    steps = np.array(list(curve), dtype=np.float64)
-    return float(np.average(list(curve.values()), weights=np.diff(steps, prepend=0.0)))
-
-
-def _first_step(curve: Mapping[int, float], target: float | None, higher_is_better: bool) -> int | None:
-    if target is None:
-        return None
-    at_target = (step for step, value in curve.items() if (value >= target if higher_is_better else value <= target))
-    return next(at_target, None)
-
-
-def _gap(run: Run) -> float | None:
-    last = (run.get("curve") or [{}])[-1]
-    return last["val/loss"] - last["train/loss"] if {"val/loss", "train/loss"} <= last.keys() else None
-
-
 def verdict(difference: PairedDifference, higher_is_better: bool) -> Verdict:
     """Say what `difference` shows at Holm-adjusted p < 0.05; "undecided" where no test was possible."""
     p = difference.p_holm if difference.p_holm is not None else difference.p_value
@@ -372,86 +147,3 @@ def verdict(difference: PairedDifference, higher_is_better: bool) -> Verdict:
     if p >= SIGNIFICANCE:
         return "no difference shown"
     return "better" if (difference.mean > 0) == higher_is_better else "worse"
-
-
-def fairness_checks(results: Results) -> list[Check]:
-    """Return the conditions under which the arms may be compared; what was not recorded counts as failed."""
-    checks = [
-        _same_within_seed(results, "init_digest", "Same initial weights"),
-        _same_within_seed(results, "batches_digest", "Same batches in the same order"),
-        _same_within_seed(results, "steps", "Same number of optimizer steps"),
-    ]
-    if any(run["arm"] in MATCHED_ARMS for run in results["runs"]):
-        checks.append(_matched_density(results))
-    return checks
-
-
-def _metric_by_seed(results: Results, arm: str) -> dict[int, float]:
-    metric = results["study"]["metric"]
-    return {run["seed"]: run["metrics"][metric] for run in runs_of(results, arm) if metric in run["metrics"]}
-
-
-def _arm_summary(
-    results: Results,
-    arm: str,
-    by_seed: Mapping[int, float],
-    difference: PairedDifference | None,
-    once: str | None,
-    once_difference: PairedDifference | None,
-) -> ArmSummary:
-    runs = [run for run in runs_of(results, arm) if run["seed"] in by_seed]
-    seconds = [run["seconds"] for run in runs if run.get("seconds") is not None]
-    higher = results["study"]["higher_is_better"]
-    return ArmSummary(
-        arm=arm,
-        seeds=tuple(by_seed),
-        metric=mean_interval(list(by_seed.values())),
-        density=mean_interval([run["density"] for run in runs]),
-        difference=difference,
-        verdict=verdict(difference, higher) if difference else None,
-        seconds=float(np.mean(seconds)) if seconds else None,
-        once=once,
-        once_difference=once_difference,
-        once_verdict=verdict(once_difference, higher) if once_difference else None,
-    )
-
-
-def _same_within_seed(results: Results, key: str, name: str) -> Check:
-    faults = []
-    seeds = sorted({run["seed"] for run in results["runs"]})
-    for seed in seeds:
-        runs = [run for run in results["runs"] if run["seed"] == seed]
-        unrecorded = [run["arm"] for run in runs if run.get(key) is None]
-        if unrecorded:
-            faults.append(f"seed {seed}: {key} not recorded for {', '.join(unrecorded)}")
-        by_value: dict[Any, list[str]] = {}
-        for run in runs:
-            if run.get(key) is not None:
-                by_value.setdefault(run[key], []).append(run["arm"])
-        if len(by_value) > 1:
-            found = " | ".join(f"{_short(value)} ({', '.join(arms)})" for value, arms in by_value.items())
-            faults.append(f"seed {seed}: {found}")
-    agreed = f"{key} agrees over all arms within each seed ({len(seeds)} checked)"
-    return Check(name, not faults, "; ".join(faults) or agreed)
-
-
-def _matched_density(results: Results) -> Check:
-    leader = first_training_arm(results)
-    target = {run["seed"]: run["density"] for run in runs_of(results, leader)} if leader else {}
-    faults, largest = [], 0.0
-    for run in results["runs"]:
-        arm, seed, density = run["arm"], run["seed"], run["density"]
-        if arm not in MATCHED_ARMS:
-            continue
-        if seed not in target:
-            faults.append(f"{arm}, seed {seed}: no training arm to match")
-            continue
-        largest = max(largest, abs(density - target[seed]))
-        if not abs(density - target[seed]) <= MATCHED_TOLERANCE + 1e-12:
-            faults.append(f"{arm}, seed {seed}: density {density:.4f}, {leader} has {target[seed]:.4f}")
-    agreed = f"within {largest:.4f} of {leader} (allowed {MATCHED_TOLERANCE})"
-    return Check("Same density as the training arm where matched", not faults, "; ".join(faults) or agreed)
-
-
-def _short(value: object) -> str:
-    return value[:12] if isinstance(value, str) else str(value)

@@ -12,14 +12,10 @@ import pytest
 from rich.console import Console
 
 from emp_callbacks.study.report import plots
-from emp_callbacks.study.report.report import (
-    MetricFormat,
-    comparison_table,
-    headline,
-    write_report,
-    write_trajectory_report,
-)
-from emp_callbacks.study.report.statistics import summarise
+from emp_callbacks.study.report.arm_results import summarise
+from emp_callbacks.study.report.metric_format import MetricFormat
+from emp_callbacks.study.report.report import headline, write_report, write_trajectory_report
+from emp_callbacks.study.report.terminal import comparison_table
 
 FINAL = {
     "dense": (0.98, 1.0),
@@ -227,7 +223,10 @@ def test_identical_differences_and_diverged_runs_are_said(tmp_path, monkeypatch)
     assert "undecided (the same result in all 3 seeds)" in page.text
     for run in results["runs"][3:]:
         run["metrics"]["test/accuracy"] = 0.75
-    assert "the same difference in all 3 seeds, p undefined" in read_page(results, tmp_path, monkeypatch).text
+    assert "is the same in all seeds, so no interval and no p" in " ".join(terminal(results).split())
+    assert (
+        "the same difference in all 3 seeds, so no interval and no p" in read_page(results, tmp_path, monkeypatch).text
+    )
     results["runs"][-1]["metrics"]["test/accuracy"] = math.nan
     assert "a run has no finite metric" in read_page(results, tmp_path, monkeypatch).text
 

@@ -6,17 +6,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from emp_callbacks.study.report.statistics import (
-    PairedDifference,
-    convergence,
-    fairness_checks,
-    holm,
-    mean_interval,
-    missing_runs,
-    paired_difference,
-    summarise,
-    verdict,
-)
+from emp_callbacks.study.report.arm_results import missing_runs, summarise
+from emp_callbacks.study.report.convergence import convergence
+from emp_callbacks.study.report.fairness import fairness_checks
+from emp_callbacks.study.report.statistics import PairedDifference, holm, mean_interval, paired_difference, verdict
 
 ACCURACY = {
     "dense": [0.98, 0.97, 0.99],
@@ -129,15 +122,42 @@ def test_only_common_seeds_are_paired():
     assert paired_difference({0: 1.0}, {1: 1.0}) is None
 
 
-@pytest.mark.parametrize("values", [{0: 0.3, 1: 0.2, 2: 0.5}, {0: 0.2, 1: 0.1, 2: 0.4}])
-def test_identical_differences_have_no_p_value_and_give_no_warning(values):
-    # 0.3 - 0.2 and 0.2 - 0.1 differ by rounding only.
+ONE_IMAGE_OF_360 = (
+    # What a logged float32 accuracy gives where one test image of 360 more is right, in each of three seeds.
+    {0: 0.9694444537162781, 1: 0.9722222089767456, 2: 0.980555534362793},
+    {0: 0.9722222089767456, 1: 0.9750000238418579, 2: 0.9833333492279053},
+    -1 / 360,
+)
+
+
+@pytest.mark.parametrize(
+    ("values", "reference", "mean"),
+    [
+        ({0: 0.3, 1: 0.2, 2: 0.5}, {0: 0.2, 1: 0.1, 2: 0.4}, 0.1),
+        ({0: 0.2, 1: 0.1, 2: 0.4}, {0: 0.2, 1: 0.1, 2: 0.4}, 0.0),
+        ONE_IMAGE_OF_360,
+        tuple({seed: 100 * v for seed, v in side.items()} for side in ONE_IMAGE_OF_360[:2]) + (-100 / 360,),
+    ],
+)
+def test_equal_differences_have_neither_interval_nor_p_value_and_give_no_warning(values, reference, mean):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = paired_difference(values, {0: 0.2, 1: 0.1, 2: 0.4})
-    assert found.p_value is None
-    assert found.low == found.high == found.mean
+        found = paired_difference(values, reference)
+    assert (found.low, found.high, found.p_value, found.n) == (None, None, None, 3)
+    assert found.mean == pytest.approx(mean, rel=1e-4)
     assert verdict(found, higher_is_better=True) == "undecided"
+
+
+def test_a_difference_of_one_step_in_one_seed_is_variance():
+    values, reference, _ = ONE_IMAGE_OF_360
+    found = paired_difference({**values, 2: values[2] - 1 / 360}, reference)
+    assert found.p_value == pytest.approx(0.0572, abs=1e-4)  # -1, -1, -2 steps: t = -4
+    assert found.low < found.mean < found.high
+
+
+def test_small_metrics_that_differ_are_not_rounding():
+    losses, reference = {0: 0.0011, 1: 0.0012, 2: 0.0013}, {0: 0.0010, 1: 0.0012, 2: 0.0011}
+    assert paired_difference(losses, reference).p_value is not None
 
 
 @pytest.mark.parametrize("reference", [1.0, math.inf, math.nan])

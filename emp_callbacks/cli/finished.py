@@ -1,0 +1,123 @@
+"""The commands on finished models: inspect, prune, export."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from emp_callbacks.cli.console import make_console
+from emp_callbacks.cli.options import export_parser, inspect_parser, prune_parser
+from emp_callbacks.cli.recipes import find_recipe
+
+if TYPE_CHECKING:
+    from emp_callbacks.finished.export import Source
+    from emp_callbacks.finished.weights_file import ExportReport
+
+__all__ = ["export", "inspect", "prune"]
+
+
+def inspect(words: list[str]) -> None:
+    """Show what EMP would keep."""
+    options = inspect_parser().parse_args(words)
+    if options.data:
+        _inspect_with_data(options)
+        return
+    for name in ("target", "criterion"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name} needs modules and data; name the recipe that builds them with --data RECIPE")
+    from emp_callbacks.finished.inspection import inspect_model, load_model, report_json, report_table
+    from emp_callbacks.pruning.signatures import nearly_all
+
+    console = make_console()
+    beta, scope = 1.0 if options.beta is None else options.beta, options.scope or "global"
+    loaded = load_model(options.source, pretrained=options.pretrained)
+    rows = inspect_model(
+        loaded.module,
+        beta=beta,
+        scope=scope,
+        include=options.include or loaded.include,
+        exclude=options.exclude,
+    )
+    settings = {"source": options.source, "beta": beta, "scope": scope}
+    console.print(report_table(rows, f"{options.source}: scope {scope}, beta {beta:g}"))
+    judged = rows[-1:] if scope == "global" else rows[:-1]
+    alike = nearly_all([(row.name, row.n, row.n_eff_fraction) for row in judged], "magnitude")
+    notes = [*loaded.notes, *_already_pruned(rows[-1].density), *alike]
+    for note in notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+    if options.json:
+        Path(options.json).write_text(report_json(rows, **settings, notes=notes))
+
+
+def _inspect_with_data(options: argparse.Namespace) -> None:
+    from emp_callbacks.finished.certification import certified_json, certify_source, cost_table
+    from emp_callbacks.trajectory import layer_table
+
+    if options.pretrained:
+        raise ValueError(
+            "--pretrained goes without --data: let the recipe load the weights (model.init_args.pretrained)"
+        )
+    names = ("target", "criterion", "scope", "beta", "include", "exclude")
+    settings = {name: value for name in names if (value := getattr(options, name)) is not None}
+    recipe = find_recipe(options.data)
+    console, steps = make_console(), 2 * options.probes * options.batches
+    with console.status(f"measuring: Tr(H) alone takes about {steps} training steps (--probes, --batches)"):
+        found = certify_source(options.source, recipe, settings, batches=options.batches, probes=options.probes)
+    console.print(layer_table(found.cost.events))
+    console.print(cost_table(found))
+    for note in found.notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+    if options.json:
+        Path(options.json).write_text(certified_json(found))
+
+
+def _already_pruned(density: float) -> list[str]:
+    if density > 0.999:
+        return []
+    return [f"{1 - density:.1%} of these weights are zero already: N_eff is that of the rest, and keep prunes further"]
+
+
+def prune(words: list[str]) -> None:
+    """Prune a finished model once."""
+    options = prune_parser().parse_args(words)
+    from emp_callbacks.finished.export import prune
+    from emp_callbacks.trajectory import layer_table
+
+    names = ("target", "criterion", "scope", "beta", "density", "include", "exclude")
+    settings = {name: value for name in names if (value := getattr(options, name)) is not None}
+    pruner, report = prune(
+        _source(options),
+        options.out,
+        settings,
+        batches=options.batches,
+        shrink_units=options.shrink,
+        overwrite=options.overwrite,
+    )
+    make_console().print(layer_table(pruner.last_events))
+    _print_export(report)
+
+
+def export(words: list[str]) -> None:
+    """Write masked weights."""
+    options = export_parser().parse_args(words)
+    from emp_callbacks.finished.export import export
+
+    report = export(_source(options), options.out, shrink_units=options.shrink, overwrite=options.overwrite)
+    _print_export(report)
+
+
+def _source(options: argparse.Namespace) -> Source:
+    from emp_callbacks.finished.export import Source
+
+    config = find_recipe(options.config) if options.config else None
+    return Source(options.source, config, options.prefix, options.pretrained, options.input_size)
+
+
+def _print_export(report: ExportReport) -> None:
+    from emp_callbacks.finished.weights_file import report_lines, shrink_table
+
+    console = make_console()
+    if report.shrunk and report.shrunk.layers:
+        console.print(shrink_table(report.shrunk))
+    console.print("\n".join(report_lines(report)), highlight=False, soft_wrap=True)

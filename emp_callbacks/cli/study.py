@@ -1,0 +1,190 @@
+"""The commands on recipes: fit, validate, test, studies and their reports."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from emp_callbacks.cli.console import make_console
+from emp_callbacks.cli.options import (
+    compare_parser,
+    criteria_parser,
+    report_parser,
+    sweep_parser,
+    violations_parser,
+)
+from emp_callbacks.cli.recipes import find_recipe, with_files
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from emp_callbacks.study.once.study import OnceStudy
+
+__all__ = ["LIGHTNING_HELP", "compare", "compare_criteria", "lightning", "report", "sweep_beta", "violations"]
+
+LIGHTNING_HELP = {
+    "fit": """\
+Train the model of a recipe, with the callbacks that the recipe names.
+
+examples:
+  emp fit --config recipes/quickstart.yaml
+  emp fit --config recipes/quickstart.yaml --trainer.max_epochs 1 --model.init_args.lr 0.01
+  emp fit --config recipes/quickstart.yaml --ckpt_path PATH     (continue from a checkpoint)
+  emp fit --config recipes/quickstart.yaml --print_config       (show every setting, train nothing)
+
+The study: section is for emp compare; it is checked here and otherwise ignored.""",
+    "validate": """\
+Evaluate a recipe's model on its validation split.
+
+example:
+  emp validate --config recipes/quickstart.yaml --ckpt_path PATH""",
+    "test": """\
+Evaluate a recipe's model on its test split.
+
+example:
+  emp test --config recipes/quickstart.yaml --ckpt_path PATH""",
+}
+
+
+def lightning(command: str) -> Callable[[list[str]], None]:
+    """Return what runs `fit`, `validate` or `test` of LightningCLI on a recipe."""
+
+    def run(words: list[str]) -> None:
+        files = with_files(words)  # before seconds of imports
+        from emp_callbacks.study.recipe.recipe import run_lightning
+
+        run_lightning(command, files, LIGHTNING_HELP[command])
+
+    return run
+
+
+def compare(words: list[str]) -> None:
+    """Run a study and show what it found."""
+    options, overrides = compare_parser().parse_known_args(words)
+    path = find_recipe(options.config)
+    from emp_callbacks.study.comparison import run_study, study_cells
+    from emp_callbacks.study.recipe.recipe import Recipe
+    from emp_callbacks.study.report.report import write_report
+    from emp_callbacks.study.report.terminal import comparison_table
+
+    console = make_console()
+    recipe = Recipe(path, overrides, called=options.config)
+    if options.list_cells:
+        console.print("\n".join(study_cells(recipe)), highlight=False)
+        return
+    out = Path(options.out or recipe.study.out or Path("runs", recipe.path.stem))
+    results = run_study(recipe, out, overwrite=options.overwrite, only=options.only, console=console)
+    if results is None:
+        console.print(f"runs are left; the same command without --only merges all in {out} into one report")
+        return
+    report = write_report(results, out)
+    console.print(comparison_table(results))
+    console.print(f"report: {report}", highlight=False, soft_wrap=True)
+
+
+def sweep_beta(words: list[str]) -> None:
+    """Prune trained models for several beta."""
+    options, overrides = sweep_parser().parse_known_args(words)
+    from emp_callbacks.study.once.beta_sweep import BETAS, beta_sweep
+
+    names = ("target", "criterion", "scope")
+    settings = {name: value for name in names if (value := getattr(options, name)) is not None}
+    study = beta_sweep(betas=options.betas or BETAS, tolerance=options.tolerance, overrides=settings)
+    _run_once(study, options, overrides, words)
+
+
+def compare_criteria(words: list[str]) -> None:
+    """Prune trained models by every criterion."""
+    options, overrides = criteria_parser().parse_known_args(words)
+    from emp_callbacks.study.once.criteria_comparison import criteria_comparison
+
+    study = criteria_comparison(
+        targets=options.targets, density=options.density, batches=options.batches, scope=options.scope
+    )
+    _run_once(study, options, overrides, words)
+
+
+def violations(words: list[str]) -> None:
+    """Measure losses beside their bounds."""
+    options, overrides = violations_parser().parse_known_args(words)
+    from emp_callbacks.study.once.beta_sweep import BETAS
+    from emp_callbacks.study.once.violations import CRITERIA, violations
+
+    study = violations(
+        criteria=options.criteria or CRITERIA,
+        betas=options.betas or BETAS,
+        batches=options.batches,
+        probes=options.probes,
+        scope=options.scope,
+    )
+    _run_once(study, options, overrides, words)
+
+
+def _run_once(study: OnceStudy, options: argparse.Namespace, overrides: list[str], words: Sequence[str]) -> None:
+    """Run a study on trained models and show what it found."""
+    paths = [find_recipe(given) for given in options.config]
+    from emp_callbacks.study.once.study import run_once_study
+    from emp_callbacks.study.recipe.recipe import Recipe
+    from emp_callbacks.study.report.page import print_page, write_page
+
+    console, out = make_console(), Path(options.out)
+    results = run_once_study(
+        study,
+        [Recipe(path, overrides) for path in paths],
+        out,
+        models=Path(options.models),
+        seeds=options.seeds,
+        overwrite=options.overwrite,
+        console=console,
+        words=[study.command, *words],
+    )
+    page = study.page(results)
+    written = write_page(page, out, results)
+    print_page(page, console)
+    console.print(f"report: {written}", highlight=False, soft_wrap=True)
+
+
+def report(words: list[str]) -> None:
+    """Write the report of a folder again."""
+    folder = Path(report_parser().parse_args(words).folder)
+    results, rows = folder / "results.json", folder / "emp_trajectory.jsonl"
+    console = make_console()
+    if results.is_file():
+        page = _report_of_study(results, console)
+    elif rows.is_file():
+        from emp_callbacks.study.report.report import write_trajectory_report
+        from emp_callbacks.trajectory import Trajectory
+
+        page = write_trajectory_report(Trajectory.read(rows).records(), folder, folder.name)
+    else:
+        raise FileNotFoundError(_nothing_to_report(folder))
+    console.print(f"report: {page}", highlight=False, soft_wrap=True)
+
+
+def _report_of_study(path: Path, console: Console) -> Path:
+    from emp_callbacks.study.run_store import read_results
+
+    results = read_results(path)
+    if isinstance(results["study"], str):
+        from emp_callbacks.study.once.studies import PAGES
+        from emp_callbacks.study.report.page import print_page, write_page
+
+        found = PAGES[results["study"]](results)
+        print_page(found, console)
+        return write_page(found, path.parent, results)
+    from emp_callbacks.study.report.report import write_report
+    from emp_callbacks.study.report.terminal import comparison_table
+
+    written = write_report(results, path.parent)
+    console.print(comparison_table(results))
+    return written
+
+
+def _nothing_to_report(folder: Path) -> str:
+    if not folder.is_dir():
+        return f"folder {folder} does not exist"
+    below = [path.parent for name in ("results.json", "emp_trajectory.jsonl") for path in folder.rglob(name)]
+    hint = f"; there is one in {min(below, key=lambda path: len(path.parts))}" if below else ""
+    return f"{folder} holds neither results.json (emp compare) nor emp_trajectory.jsonl (emp fit){hint}"

@@ -1,0 +1,144 @@
+"""Where a training loop stands, and the refreshes that the schedule asks of it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import final
+
+from torch import Tensor
+
+from emp_callbacks.backends import Backend
+from emp_callbacks.config import EMPConfig
+from emp_callbacks.layer.mask_mode import MaskMode
+from emp_callbacks.pruning.refresher import Refresher
+from emp_callbacks.pruning.signatures import warn_the_user
+from emp_callbacks.pruning.weight_keeper import WeightKeeper
+from emp_callbacks.schedule import Clock
+from emp_callbacks.trajectory import PruneEvent, Trajectory
+
+
+@final
+class PruningLoop:
+    """Counts steps and epochs, refreshes when one is due, and lets evidence be gathered when one is near.
+
+    Args:
+        config: The settings: schedule and evidence window.
+        mode: What masks mean.
+        backend: Tells of every optimizer step.
+        refresher: Recomputes the masks.
+        trajectory: Takes the rows.
+
+    Attributes:
+        clock: Where the run stands; `take_up` replaces it.
+        keeper: The masked weights and the hooks around their updates.
+    """
+
+    def __init__(
+        self, config: EMPConfig, mode: MaskMode, backend: Backend, refresher: Refresher, trajectory: Trajectory
+    ) -> None:
+        self._schedule, self._window = config.schedule, config.evidence_steps
+        self._mode, self._backend, self._refresher, self._trajectory = mode, backend, refresher, trajectory
+        self._evidence = refresher.evidence
+        self.clock = Clock()
+        self.keeper = WeightKeeper(refresher.weights, mode, backend, self._gradients_ready)
+
+    # ---- the loop's calls -----------------------------------------------------------------------------------------
+
+    def step(self, end_of_epoch: bool) -> list[PruneEvent]:
+        """Count one call after an optimizer step; see `EMPPruner.step`. Collective when it refreshes."""
+        applied = self._backend.take_applied()
+        self.clock.steps += applied
+        if end_of_epoch:
+            self.clock.end_epoch()
+        return self._refresh(self.clock.epochs - end_of_epoch, due=applied and self._is_due)
+
+    def end_epoch(self) -> list[PruneEvent]:
+        """Count a finished epoch after its last `step()`; refresh if one is due. Collective when it refreshes."""
+        self.clock.end_epoch()
+        return self._refresh(self.clock.epochs - 1, due=self._schedule.unit == "epoch" and self._is_due)
+
+    def refresh(self) -> list[PruneEvent]:
+        """Recompute the masks now. Collective."""
+        return self._refresh(self.clock.epochs, due=True)
+
+    def close(self) -> list[PruneEvent]:
+        """Project what grew back since the last refresh; see `EMPPruner.close`. Collective."""
+        if self._refresher.criterion.needs is None:
+            return self.refresh()
+        self.keeper.install_again()
+        self.clock.steps_at_refresh = self.clock.steps
+        return []
+
+    @property
+    def needs_closing_refresh(self) -> bool:
+        """Whether weights have moved away from the mask since the last refresh (only in `project`)."""
+        moved = self.clock.steps > self.clock.steps_at_refresh
+        return self._mode.name == "project" and bool(self._trajectory) and moved
+
+    # ---- beginning and end ----------------------------------------------------------------------------------------
+
+    def attach(self) -> None:
+        """Put the hooks on the optimizers, the gradients and the modules in place."""
+        self.keeper.attach()
+        self._evidence.attach()
+        self._observe_if_near()
+
+    def detach(self) -> None:
+        """Take every hook off. Twice is once."""
+        self.keeper.detach()
+        self._evidence.detach()
+
+    def start_at(self, steps: int, epochs: int, epoch_length: int | None) -> None:
+        """Take over the position of a run that was begun without EMP; what lies before it is not caught up on."""
+        self.clock = Clock(steps=steps, epochs=epochs, steps_at_epoch=steps, epoch_length=epoch_length)
+        self.clock.last_position = self._position
+        self._observe_if_near()
+
+    def take_up(self, clock: Clock) -> None:
+        """Go on from a clock that a checkpoint brought back, together with masks and trajectory."""
+        self.clock = clock
+        self._refresher.take_up(clock.last_position, pruned=bool(self._trajectory))
+        self._observe_if_near()
+
+    def finish(self) -> None:
+        """Take every hook off for good, with a warning where the schedule never asked for a refresh. Collective."""
+        if self.needs_closing_refresh:
+            self.close()
+        idle = self.keeper.attached and self.clock.steps and self._schedule.unit is not None and not self._trajectory
+        self.detach()
+        if idle:
+            warn_the_user(
+                f"the schedule {self._schedule} asked for no refresh in {self.clock.steps} steps and "
+                f"{self.clock.epochs} finished epochs: nothing was pruned (in a plain loop, epochs end with "
+                "step(end_of_epoch=True))"
+            )
+
+    # ---- inside ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _position(self) -> int:
+        """Where the run stands in the schedule's own unit."""
+        return self.clock.epochs if self._schedule.unit == "epoch" else self.clock.steps
+
+    @property
+    def _is_due(self) -> bool:
+        return self._schedule.is_due(self.clock.last_position, self._position)
+
+    def _refresh(self, epoch: int, *, due: bool) -> list[PruneEvent]:
+        events: list[PruneEvent] = []
+        if due:
+            dense = self.keeper.dense_owners()
+            events = self._refresher.run(self.clock.steps, epoch, self._position, dense)
+            self._trajectory.extend(events)
+            self.clock.last_position, self.clock.steps_at_refresh = self._position, self.clock.steps
+        self._observe_if_near()
+        self._refresher.warn_once(events)  # last: where warnings are errors, the refresh is done all the same
+        return events
+
+    def _observe_if_near(self) -> None:
+        """Gather evidence from now on if a refresh is near, else gather none."""
+        near = self.keeper.attached and self.clock.is_near_refresh(self._schedule, self._window)
+        self._evidence.observe(near, in_eval=self._schedule.unit is None)
+
+    def _gradients_ready(self, owners: Collection[int], scale: Tensor | None) -> None:
+        self._evidence.gradients_ready(owners, self.clock.steps, scale)

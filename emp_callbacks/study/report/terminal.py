@@ -1,0 +1,82 @@
+"""The comparison of the arms for the terminal."""
+
+from __future__ import annotations
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from emp_callbacks.study.report.arm_results import (
+    Results,
+    summarise,
+)
+from emp_callbacks.study.report.cells import convergence_row, table_rows, target_text
+from emp_callbacks.study.report.convergence import Convergence, convergence
+from emp_callbacks.study.report.metric_format import NO_SPREAD, MetricFormat, reference_arm
+from emp_callbacks.study.report.page import DASH
+
+VERDICT_STYLE = {"better": "green", "worse": "red"}
+
+
+def comparison_table(results: Results) -> Group:
+    """Return the comparison of the arms for the terminal; where curves were recorded, that of convergence below."""
+    found = convergence(results)
+    tables = [_metric_table(results)]
+    if found:
+        tables.append(_convergence_table(results, found))
+    return Group(*tables)
+
+
+def _metric_table(results: Results) -> Table:
+    study, metric, summaries = results["study"], MetricFormat.of(results), summarise(results)
+    direction = "higher" if study["higher_is_better"] else "lower"
+    unit = " (%)" if metric.percent else ""
+    table = Table(
+        title=Text(f"{study['metric']}{unit}, {direction} is better"),
+        caption="mean [95 % interval over seeds, per comparison]; verdicts by Holm-adjusted p < 0.05"
+        + f"\na difference without an interval is the same in all seeds, {NO_SPREAD}"
+        * any(row.difference is not None and row.difference.has_no_spread for row in summaries),
+    )
+    table.add_column("arm", no_wrap=True)
+    for name in (study["metric"], "density", f"difference to {reference_arm(results)}", "p (Holm)"):
+        table.add_column(Text(name), justify="right")
+    table.add_column("verdict")
+    table.add_column("seeds", justify="right")
+    table.add_column("seconds", justify="right")
+    for row in summaries:
+        for cells in table_rows(row, results, metric):
+            table.add_row(
+                Text(cells["arm"]), f"{cells['mean']} {_plain(cells['interval'])}".strip(), cells["density"],
+                f"{cells['difference']} {_plain(cells['difference_interval'])}".strip(), cells["p_holm"],
+                Text(cells["verdict"], style=VERDICT_STYLE.get(cells["verdict"], "")), cells["seeds"],
+                cells["seconds"],
+            )  # fmt: skip
+    return table
+
+
+def _convergence_table(results: Results, found: Convergence) -> Table:
+    metric = MetricFormat.of(results)
+    table = Table(
+        title=Text(f"Convergence: mean of {found.metric}{' (%)' if metric.percent else ''} over the training"),
+        caption=f"first step at the last value of {found.baseline}, over the seeds that get there"
+        * bool(found.baseline),
+    )
+    table.add_column("arm", no_wrap=True)
+    for name in ("mean over training", f"difference to {found.baseline}", "p (Holm)"):
+        table.add_column(Text(name), justify="right")
+    table.add_column("verdict")
+    for name in (target_text(found, results, metric), "seeds there", "val - train loss"):
+        table.add_column(Text(name), justify="right")
+    for row in found.arms:
+        cells = convergence_row(row, found, metric)
+        table.add_row(
+            Text(row.arm), f"{cells['mean']} {_plain(cells['interval'])}",
+            f"{cells['difference']} {_plain(cells['difference_interval'])}".strip(), cells["p_holm"],
+            Text(cells["verdict"], style=VERDICT_STYLE.get(row.verdict or "", "")),
+            cells["step"], cells["reached"], cells["gap"],
+        )  # fmt: skip
+    return table
+
+
+def _plain(cell: str) -> str:
+    return "" if cell == DASH else cell.replace("[", r"\[")  # rich would read [..] as a style
