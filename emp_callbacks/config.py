@@ -13,7 +13,7 @@ from emp_callbacks.core.effective_number import check_beta
 from emp_callbacks.criteria import DEFAULT_CRITERIA, ScoreFunction, criterion_name, make_criterion
 from emp_callbacks.layer.mask_mode import MASK_MODES
 from emp_callbacks.schedule import BetaSchedule, Schedule, check_count
-from emp_callbacks.targets.features import FeatureForm
+from emp_callbacks.targets.feature_form import FeatureForm
 
 TARGETS = tuple(DEFAULT_CRITERIA)
 SCOPES = ("global", "tensor", "row")

@@ -163,8 +163,8 @@ class FlatLayout(Layout):
 
     def owners(self) -> Iterable[Tensor]:
         if self._whole_gradients:
-            return self._wrapper.fp32_groups_flat_partition
-        return self._wrapper.single_partition_of_fp32_groups
+            return list(self._wrapper.fp32_groups_flat_partition)
+        return list(self._wrapper.single_partition_of_fp32_groups)
 
     def copies(self, parameter: Any, segment: Segment) -> list[Tensor]:
         return [_same_part(parameter.data, segment)]
@@ -211,7 +211,7 @@ class PartitionedLayout(Layout):
         return Place(owner, partial(_part, offset=offset, count=count), count, start if count else 0, pending)
 
     def owners(self) -> Iterable[Tensor]:
-        return self._wrapper.fp32_partitioned_groups_flat
+        return list(self._wrapper.fp32_partitioned_groups_flat)
 
     def copies(self, parameter: Any, segment: Segment) -> list[Tensor]:
         shard = _part(parameter.ds_tensor.data, offset=0, count=segment.weight.numel())

@@ -57,6 +57,6 @@ def show_batches(
             with step_context():
                 loss = training_loss(module, batch, index)
             if gradients:
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 pruner.collect()
                 module.zero_grad()

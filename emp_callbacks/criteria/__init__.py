@@ -80,15 +80,16 @@ def criterion_name(criterion: str | ScoreFunction | None, target: str) -> str:
     if isinstance(criterion, str):
         return criterion
     named = type(criterion) if isinstance(criterion, Criterion) else criterion
-    return getattr(named, "__qualname__", type(criterion).__name__)
+    return str(getattr(named, "__qualname__", type(criterion).__name__))
 
 
 def _imported(path: str) -> ScoreFunction:
     module, _, name = path.rpartition(".")
     try:
-        return getattr(import_module(module), name)
+        found: ScoreFunction = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"criterion {path!r} cannot be imported ({error}); write 'module.function'") from error
+    return found
 
 
 __all__ = [

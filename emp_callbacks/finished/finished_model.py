@@ -187,6 +187,7 @@ def _from_transformers(folder: str) -> nn.Module:
     names = json.loads((Path(folder) / "config.json").read_text()).get("architectures") or ["AutoModel"]
     architecture = getattr(transformers, names[0], transformers.AutoModel)
     try:
-        return architecture.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        model: nn.Module = architecture.from_pretrained(folder, local_files_only=True, use_safetensors=True)
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"transformers could not load {folder}: {error}") from error
+    return model

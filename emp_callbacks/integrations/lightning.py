@@ -250,7 +250,7 @@ def _epoch_length(trainer: Any) -> int | None:
 def _is_last_step(trainer: Any) -> bool:
     if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
         return True
-    return trainer.is_last_batch and trainer.max_epochs == trainer.current_epoch + 1
+    return bool(trainer.is_last_batch and trainer.max_epochs == trainer.current_epoch + 1)
 
 
 def _sharding_model(trainer: Any, pl_module: Any) -> Any:

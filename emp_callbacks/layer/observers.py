@@ -37,7 +37,8 @@ class Observer(ForwardSite):
         if not self._gathers:
             return values
         if torch.compiler.is_compiling():
-            return watch(values, values.detach(), self._number, False)
+            watched: Tensor = watch(values, values.detach(), self._number, False)
+            return watched
         self.see_forward(values)
         return values
 
@@ -160,7 +161,7 @@ def _patches(module: nn.Module, values: Tensor, patch: tuple[int, int]) -> Itera
         total = [dilation * (kernel - 1) if padding == "same" else 0 for kernel, dilation in taps]
         sides = [side for amount in reversed(total) for side in (amount // 2, amount - amount // 2)]
         images, padding = functional.pad(images, sides), (0,) * len(total)
-    for image in images.split(1):
+    for image in images.split(1):  # type: ignore[no-untyped-call]
         columns = functional.unfold(
             image,
             both(module.kernel_size, 1),

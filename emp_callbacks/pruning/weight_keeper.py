@@ -58,7 +58,8 @@ class WeightKeeper:
             owner = weight.segment.owner
             if id(owner) in parameters and owner.requires_grad:
                 # As the gradient arrives: before clipping reads its norm and before DDP sums it.
-                self._gradient_hooks.append(owner.register_post_accumulate_grad_hook(self._mask_gradient))
+                hook = owner.register_post_accumulate_grad_hook(self._mask_gradient)  # type: ignore[no-untyped-call]
+                self._gradient_hooks.append(hook)
 
     def detach(self) -> None:
         """Take the hooks off; the weights are left as forward sees them. Twice is once."""

@@ -161,7 +161,7 @@ def _dependency_graph(model: nn.Module, run: Callable[..., Any]) -> Any:
 
 
 def _conv1d_pruner(tp: Any) -> Any:
-    class Conv1DPruner(tp.BasePruningFunc):
+    class Conv1DPruner(tp.BasePruningFunc):  # type: ignore[misc]
         """transformers' Conv1D, of which the graph needs the sizes."""
 
         def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:

@@ -93,7 +93,8 @@ class RunStore:
         """Write the record of a finished run and return it as `finished` will read it."""
         text = json.dumps({**record, "recipe_digest": self.recipe_digest}, indent=1)
         write_atomically(self._file(record["arm"], record["seed"]), text + "\n")
-        return json.loads(text)
+        saved: dict[str, Any] = json.loads(text)
+        return saved
 
     def fresh_folder(self, arm: str, seed: int) -> Path:
         """Return an empty folder for one run's logs; drops what an interrupted run left there."""

@@ -1,7 +1,8 @@
 """What is pruned together, and how names select it."""
 
 from emp_callbacks.targets.attention_edges import EdgeSite, edge_sites
-from emp_callbacks.targets.features import FeatureForm, FeatureSite, feature_sites
+from emp_callbacks.targets.feature_form import FeatureForm
+from emp_callbacks.targets.features import FeatureSite, feature_sites
 from emp_callbacks.targets.heads import attention_heads
 from emp_callbacks.targets.kan import kan_nodes
 from emp_callbacks.targets.names import canonical_name

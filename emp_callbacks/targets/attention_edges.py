@@ -71,7 +71,7 @@ class EdgeSite(ForwardSite):
         self._end()
         if self.active or self._gathers:
             self._intercept = _Intercept(self._attend)
-            self._intercept.__enter__()
+            self._intercept.__enter__()  # type: ignore[no-untyped-call]
 
     def _end(self) -> _Intercept | None:
         """End the interception, if one is under way: a forward that was interrupted from the keyboard runs no hooks."""
@@ -114,7 +114,8 @@ class EdgeSite(ForwardSite):
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
         if compiling:
-            return watch(output, seen, self._number, False)
+            watched: Tensor = watch(output, seen, self._number, False)
+            return watched
         self.see_forward(seen)
         return output
 
@@ -181,7 +182,7 @@ class _Intercept(TorchFunctionMode):
     def leave(self) -> None:
         """Stop intercepting; leave the stack of modes unless a mode that an interrupt left behind lies above."""
         self._over = True
-        if torch.overrides._get_current_function_mode() is self:
+        if torch.overrides._get_current_function_mode() is self:  # type: ignore[no-untyped-call]
             self.__exit__(None, None, None)
 
     def _counted(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -15,22 +15,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from emp_callbacks.core.bit_patterns import as_bits, from_bits
+from emp_callbacks.targets.activation_modules import is_activation
 from emp_callbacks.targets.compiled_site import choose, watch
 from emp_callbacks.targets.feature_form import FeatureForm, FeatureLayout, feature_layout
 from emp_callbacks.targets.forward_site import CountRule, ForwardSite, choose_rows, in_backward, named_sites
 
 STATISTICS = ("activation", "taylor", "saliency")
-
-_ACTIVATIONS = (
-    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish,
-    nn.Hardswish, nn.Hardtanh, nn.Softplus, nn.Softsign, nn.Tanh, nn.Tanhshrink, nn.Hardshrink, nn.Softshrink,
-    nn.Threshold,
-)  # fmt: skip
-# Activations that timm and transformers write themselves; sigmoids are left out: they are gates.
-_ACTIVATION_NAMES = (
-    "GELU", "GELUTanh", "HardMish", "HardMishMe", "HardSwish", "HardSwishMe", "Mish", "MishMe", "QuickGELU", "Swish",
-    "SwishMe", "Tanh",
-)  # fmt: skip
 
 
 class FeatureSite(ForwardSite):
@@ -188,9 +178,11 @@ class FeatureSite(ForwardSite):
         if gradient and not (torch.is_grad_enabled() and output.requires_grad):
             return masked
         if torch.compiler.is_compiling():
-            return watch(output, activation.detach(), self._number, gradient)
+            watched: Tensor = watch(output, activation.detach(), self._number, gradient)
+            return watched
         if gradient:
-            return _WatchGradient.apply(output, activation.detach(), self)
+            shown: Tensor = _WatchGradient.apply(output, activation.detach(), self)
+            return shown
         self.see_forward(activation)
         return masked
 
@@ -210,7 +202,8 @@ class FeatureSite(ForwardSite):
         if not self._gathers:
             return None
         if compiling:
-            return watch(activation, activation.detach(), self._number, False)
+            watched: Tensor = watch(activation, activation.detach(), self._number, False)
+            return watched
         self.see_forward(activation)
         return None
 
@@ -340,14 +333,5 @@ def feature_sites(
         raise ValueError(
             f"criterion {criterion_statistic!r} reads no activations; choose one of {', '.join(STATISTICS)}"
         )
-    chosen = named_sites(model, include, exclude, _is_activation, "activation modules")
+    chosen = named_sites(model, include, exclude, is_activation, "activation modules")
     return [FeatureSite(name, module, form, criterion_statistic, rule) for name, module in chosen]
-
-
-def _is_activation(module: nn.Module) -> bool:
-    kind = type(module).__name__
-    return (
-        isinstance(module, _ACTIVATIONS)
-        or kind in _ACTIVATION_NAMES
-        or (kind.endswith("Activation") and kind != "LinearActivation")
-    )

@@ -386,14 +386,12 @@ def test_an_unknown_way_of_sharding_is_refused(pl):
     _check_strategy(SimpleNamespace(strategy=type("FSDPStrategy", (), {})()))
 
 
-@pytest.mark.parametrize("missing", ["lightning", "pytorch_lightning"])
-def test_works_with_only_one_of_the_two_packages(missing):
+def test_works_where_only_the_package_lightning_is_installed():
     code = (
         "import importlib.util as u; real = u.find_spec\n"
-        f"u.find_spec = lambda name, *a: None if name == {missing!r} else real(name, *a)\n"
+        "u.find_spec = lambda name, *a: None if name.startswith('pytorch_lightning') else real(name, *a)\n"
         "from emp_callbacks import EMPCallback\n"
         "print([c.__module__.split('.')[0] for c in EMPCallback.__bases__])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    other = {"lightning": "pytorch_lightning", "pytorch_lightning": "lightning"}[missing]
-    assert done.stdout.strip() == f"['{other}']", done.stderr
+    assert done.stdout.strip() == "['lightning']", done.stderr

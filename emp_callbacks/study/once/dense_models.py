@@ -123,6 +123,7 @@ def _digest(recipe: Recipe) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return read_checkpoint(path)
+        saved: dict[str, Any] = read_checkpoint(path)
     except ValueError as error:
         raise ValueError(f"{error}, or remove it, and the model is trained again") from error
+    return saved

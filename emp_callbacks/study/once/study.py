@@ -101,7 +101,7 @@ def run_once_study(
         "models": [{key: value for key, value in record.items() if key != "rows"} for record in found],
         "rows": [{"model": record["arm"], "seed": record["seed"], **row} for record in found for row in record["rows"]],
     }
-    results = json.loads(json.dumps(results))
+    results = dict(json.loads(json.dumps(results)))
     write_atomically(out / "results.json", _one_row_a_line(results))
     return results
 

@@ -201,15 +201,15 @@ def _at_one(rows: Sequence[Row]) -> list[str]:
 
 def _gradient_share(row: Row) -> float:
     whole = abs(row["first_order"]) + abs(row["second_order"]) / 2
-    return abs(row["first_order"]) / whole if whole else 0.0
+    return float(abs(row["first_order"]) / whole) if whole else 0.0
 
 
 def _quadratic(row: Row) -> float:
-    return row["first_order"] + row["second_order"] / 2
+    return float(row["first_order"] + row["second_order"] / 2)
 
 
 def _beyond_quadratic(row: Row) -> float:
-    return abs(row["change"] - _quadratic(row)) / abs(row["change"])
+    return float(abs(row["change"] - _quadratic(row)) / abs(row["change"]))
 
 
 def _slack(rows: Sequence[Row], name: str) -> str:

@@ -69,7 +69,8 @@ class ImageClassification(pl.LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, num_classes) of images (B, in_chans, H, W)."""
-        return self.model(images)
+        logits: Tensor = self.model(images)
+        return logits
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002
         images, labels = batch
@@ -161,7 +162,8 @@ class LanguageModel(pl.LightningModule):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return logits (B, T, vocab_size) of tokens (B, T)."""
-        return self.model(input_ids=tokens, use_cache=False).logits
+        logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
+        return logits
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002
         loss, _ = self._loss(batch)

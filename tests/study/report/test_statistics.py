@@ -136,7 +136,7 @@ ONE_IMAGE_OF_360 = (
         ({0: 0.3, 1: 0.2, 2: 0.5}, {0: 0.2, 1: 0.1, 2: 0.4}, 0.1),
         ({0: 0.2, 1: 0.1, 2: 0.4}, {0: 0.2, 1: 0.1, 2: 0.4}, 0.0),
         ONE_IMAGE_OF_360,
-        tuple({seed: 100 * v for seed, v in side.items()} for side in ONE_IMAGE_OF_360[:2]) + (-100 / 360,),
+        (*({seed: 100 * v for seed, v in side.items()} for side in ONE_IMAGE_OF_360[:2]), -100 / 360),
     ],
 )
 def test_equal_differences_have_neither_interval_nor_p_value_and_give_no_warning(values, reference, mean):
