@@ -1,11 +1,15 @@
 """Each part in a process that has what `pip install 'emp-callbacks[EXTRA]'` brings, and nothing else.
 
-The packages are those of this environment, chosen by what pyproject.toml asks for and by what these ask for in turn.
+The package is unpacked from a wheel made here; the others are those of this environment, chosen by what the wheel asks
+for and by what these ask for in turn.
 """
 
+import re
 import subprocess
 import sys
+import tarfile
 import textwrap
+import zipfile
 from importlib.metadata import distribution, packages_distributions
 from pathlib import Path
 
@@ -13,6 +17,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import emp_callbacks
 from emp_callbacks.extras import EXTRAS, is_installed, needs
 
 ROOT = Path(__file__).parents[1]
@@ -35,23 +40,31 @@ def asked_for(name, extras):
     return found
 
 
-def environment_of(extra, folder):
-    """Make a folder to import from that holds nothing but an installation of the core, or of one extra."""
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    words = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(folder)]
+    subprocess.run(words, check=True, capture_output=True, timeout=120, cwd=ROOT)
+    (found,) = folder.glob("*.whl")
+    return found
+
+
+def environment_of(extra, folder, wheel):
+    """Make a folder to import from that holds nothing but an installation of the wheel, with one extra or without."""
     for name in asked_for(OURS, [extra] if extra else []):
         files = () if name == OURS else distribution(name).files
         for top in {path.parts[0] for path in files} - {"..", "__pycache__", "bin"}:
             if not (folder / top).exists():  # nvidia's packages share a folder
                 (folder / top).symlink_to(distribution(name).locate_file(top))
-    for top in ("emp_callbacks", "recipes"):
-        (folder / top).symlink_to(ROOT / top)
+    zipfile.ZipFile(wheel).extractall(folder)
 
 
-def run(extra, code, tmp_path):
+def run(extra, code, tmp_path, wheel):
     """Run code in such an environment, in an empty folder, and return what it printed."""
     site, work = tmp_path / "site", tmp_path / "work"
     site.mkdir()
     work.mkdir()
-    environment_of(extra, site)
+    environment_of(extra, site, wheel)
     code = f"import sys; sys.path.insert(0, {str(site)!r})\n" + textwrap.dedent(code)
     words = [sys.executable, "-I", "-S", "-W", "ignore", "-c", code]
     settings = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HOME": str(work), "PATH": "/usr/bin:/bin"}
@@ -77,7 +90,7 @@ MISSING = """
 """
 
 
-def test_the_core_prunes_saves_inspects_and_says_what_is_missing(tmp_path):
+def test_the_core_prunes_saves_inspects_and_says_what_is_missing(tmp_path, wheel):
     code = """
     import torch, emp_callbacks
     from emp_callbacks import EMPHook, EMPPruner, load_shrunk, pruned_units, shrink
@@ -107,7 +120,7 @@ def test_the_core_prunes_saves_inspects_and_says_what_is_missing(tmp_path):
     found += [refused_command("inspect", "timm:resnet18")]
     print(*found, sep="\\n")
     """
-    lines = run("", textwrap.dedent(MISSING) + textwrap.dedent(code), tmp_path)[-9:]
+    lines = run("", textwrap.dedent(MISSING) + textwrap.dedent(code), tmp_path, wheel)[-9:]
     assert (
         lines[0]
         == "EMPCallback needs pytorch_lightning, which is not installed: pip install 'emp-callbacks[lightning]'"
@@ -119,7 +132,7 @@ def test_the_core_prunes_saves_inspects_and_says_what_is_missing(tmp_path):
     assert lines[8].endswith("timm:resnet18 needs timm, which is not installed: pip install 'emp-callbacks[study]'")
 
 
-def test_lightning_is_enough_for_the_callback_and_the_metric(tmp_path):
+def test_lightning_is_enough_for_the_callback_and_the_metric(tmp_path, wheel):
     code = """
     import torch, pytorch_lightning as pl
     from emp_callbacks import EffectiveNumber, EMPCallback
@@ -140,10 +153,10 @@ def test_lightning_is_enough_for_the_callback_and_the_metric(tmp_path):
     print(len(callback.trajectory), float(metric.compute()))
     print([name for name in ("timm", "transformers", "scipy", "matplotlib", "jsonargparse") if name in sys.modules])
     """
-    assert run("lightning", code, tmp_path)[-2:] == ["2 3.0", "[]"]
+    assert run("lightning", code, tmp_path, wheel)[-2:] == ["2 3.0", "[]"]
 
 
-def test_study_is_enough_for_recipes_and_reports(tmp_path):
+def test_study_is_enough_for_recipes_and_reports(tmp_path, wheel):
     code = """
     import importlib, pkgutil, emp_callbacks
     from emp_callbacks.cli.main import main
@@ -155,12 +168,12 @@ def test_study_is_enough_for_recipes_and_reports(tmp_path):
     from emp_callbacks.study.recipe.tasks import LanguageModel
     print(refused_command("fit", "--config", "gpt_stdlib", "--trainer.max_steps", "1", "--data.max_bytes", "60000"))
     """
-    lines = run("study", textwrap.dedent(MISSING) + textwrap.dedent(code), tmp_path)
+    lines = run("study", textwrap.dedent(MISSING) + textwrap.dedent(code), tmp_path, wheel)
     assert (tmp_path / "work" / "runs" / "quickstart" / "report.html").is_file()
     assert lines[-1].endswith("needs transformers, which is not installed: pip install 'emp-callbacks[hf]'")
 
 
-def test_hf_is_enough_for_a_folder_of_transformers(tmp_path):
+def test_hf_is_enough_for_a_folder_of_transformers(tmp_path, wheel):
     code = """
     import transformers
     from emp_callbacks.finished.finished_model import open_model
@@ -168,10 +181,10 @@ def test_hf_is_enough_for_a_folder_of_transformers(tmp_path):
     transformers.GPT2Model(config).save_pretrained("folder")
     print(type(open_model("folder", needs_modules=True).module).__name__)
     """
-    assert run("hf", code, tmp_path)[-1] == "GPT2Model"
+    assert run("hf", code, tmp_path, wheel)[-1] == "GPT2Model"
 
 
-def test_shrink_is_enough_to_take_channels_out(tmp_path):
+def test_shrink_is_enough_to_take_channels_out(tmp_path, wheel):
     code = """
     import torch
     from emp_callbacks import EMPPruner, pruned_units, shrink
@@ -186,13 +199,44 @@ def test_shrink_is_enough_to_take_channels_out(tmp_path):
     report = shrink(net, pruned_units(net), torch.ones(1, 8))
     print(net[0].out_features < 6)
     """
-    assert run("shrink", code, tmp_path)[-1] == "True"
+    assert run("shrink", code, tmp_path, wheel)[-1] == "True"
 
 
 @pytest.mark.skipif(not is_installed("deepspeed"), reason="DeepSpeed is not installed")
-def test_deepspeed_is_enough_to_import_it_beside_the_hook(tmp_path):
+def test_deepspeed_is_enough_to_import_it_beside_the_hook(tmp_path, wheel):
     code = "import deepspeed; from emp_callbacks import EMPHook; print(EMPHook.__name__)"
-    assert run("deepspeed", code, tmp_path)[-1] == "EMPHook"
+    assert run("deepspeed", code, tmp_path, wheel)[-1] == "EMPHook"
+
+
+# ---- what ships -----------------------------------------------------------------------------------------------------
+
+
+def test_the_wheel_holds_the_package_the_recipes_and_one_version(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    tracked = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT).stdout.split()
+    if not tracked:
+        pytest.skip("not a git checkout")
+    wanted = {name for name in tracked if name.startswith("emp_callbacks/")}
+    wanted |= {f"emp_callbacks/{name}" for name in tracked if name.startswith("recipes/")}
+    assert wanted == {name for name in names if name.startswith("emp_callbacks/")}
+    (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+    text = zipfile.ZipFile(wheel).read(metadata).decode()
+    assert f"\nVersion: {emp_callbacks.__version__}\n" in text
+    head, _, page = text.partition("\n\n")
+    assert not re.findall(r"\]\((?!https?://|#)", page), "relative links and pictures are broken on a package index"
+    assert "Project-URL: " in head
+
+
+def test_the_source_distribution_holds_what_its_tests_need(tmp_path):
+    words = [sys.executable, "-m", "hatchling", "build", "--target", "sdist", "--directory", str(tmp_path)]
+    subprocess.run(words, check=True, capture_output=True, timeout=120, cwd=ROOT)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        held = {name.partition("/")[2] for name in opened.getnames()}
+    tracked = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT).stdout.split()
+    if not tracked:
+        pytest.skip("not a git checkout")
+    assert set(tracked) - held == set()
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------
