@@ -289,7 +289,8 @@ def after_option(words, option):
 
 
 def files_of(globs, where):
-    found = {glob: sorted(ROOT.glob(glob)) for glob in globs}
+    # A recipe of the package goes by its name, wherever one stands.
+    found = {glob: sorted(ROOT.glob(glob)) or [*ROOT.glob(f"recipes/{glob}.yaml")] for glob in globs}
     for glob, paths in found.items():
         assert paths, f"{where}: {glob} does not exist"
     return [path for paths in found.values() for path in paths]
@@ -319,7 +320,7 @@ def check_recipe(path, keys):
 
 
 def check_make(words, where):
-    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     assert set(words) <= set(targets), f"{where}: the Makefile has {targets}"
 
 

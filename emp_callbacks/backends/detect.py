@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from emp_callbacks.backends.base import Backend
@@ -40,17 +39,24 @@ def detect_backend(model: Any, optimizer: Optimizers) -> Backend:
         model = model.module
     optimizers = _optimizers(optimizer)
     modules, parameters = list(model.modules()), list(model.parameters())
-    if any(isinstance(module, FullyShardedDataParallel) for module in modules):
+    if _any_is(modules, "torch.distributed.fsdp", "FullyShardedDataParallel"):
         from emp_callbacks.backends.fsdp import FSDP1Backend
 
         return FSDP1Backend(model, optimizers)
     _check_not_an_inside(parameters)
     # After a forward without gradients a root that fully_shard wrapped shows plain parameters.
-    if any(isinstance(module, FSDPModule) for module in modules) or any(isinstance(p, DTensor) for p in parameters):
+    if _any_is(modules, "torch.distributed.fsdp", "FSDPModule") or _any_is(
+        parameters, "torch.distributed.tensor", "DTensor"
+    ):
         from emp_callbacks.backends.fsdp import FSDP2Backend
 
         return FSDP2Backend(model, optimizers)
     return LocalBackend(model, optimizers)
+
+
+def _any_is(things: Sequence[object], package: str, name: str) -> bool:
+    """Return whether one is of a class that takes torch a second to import: nobody has one who did not import it."""
+    return package in sys.modules and any(isinstance(thing, getattr(sys.modules[package], name)) for thing in things)
 
 
 def _check_not_an_inside(parameters: Sequence[nn.Parameter]) -> None:
