@@ -6,6 +6,7 @@ import sys
 import pytest
 
 HEAVY = ["pytorch_lightning", "lightning", "deepspeed", "transformers", "timm", "torchmetrics", "matplotlib", "scipy"]
+HEAVY += ["torch.distributed.fsdp", "torch.distributed.tensor"]  # a second each
 
 
 def imported_by(code: str) -> list[str]:

@@ -131,6 +131,7 @@ class PruningLoop:
             events = self._refresher.run(self.clock.steps, epoch, self._position, dense)
             self._trajectory.extend(events)
             self.clock.last_position, self.clock.steps_at_refresh = self._position, self.clock.steps
+            self._evidence.release()
         self._observe_if_near()
         self._refresher.warn_once(events)  # last: where warnings are errors, the refresh is done all the same
         return events

@@ -94,7 +94,6 @@ class Refresher:
                     layers, self.criterion, rule, self._mode, self._backend, common, certified=certified
                 )
             self._backend.refresh_copies()
-        self.evidence.release()
         seconds = time.perf_counter() - started
         return [replace(event, seconds=seconds) for event in events]
 
