@@ -118,7 +118,7 @@ class EMPPruner:
         Raises:
             ValueError: The criterion reads no gradients.
         """
-        self._refresher.evidence.collect(self._keeper.owners)
+        self._refresher.collect(self._keeper.owners)
 
     def mask_gradients(self) -> None:
         """Take the pruned entries out of the gradients now, in `freeze`: before a clip that reads their norm.

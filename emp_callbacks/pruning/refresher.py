@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import final
@@ -107,6 +107,15 @@ class Refresher:
         self.criterion.batches = tuple(self.evidence.batches)
         with dense_owners:
             return {layer.name: self.criterion.score(layer).detach().abs() for layer in self.layers}
+
+    def collect(self, owners: Collection[int]) -> None:
+        """Take the gradients that are there now as the evidence of one batch; see `EMPPruner.collect`."""
+        if self.criterion.needs != "gradients":
+            raise ValueError(
+                f"criterion {self._config.criterion_name!r} reads no gradients, so there is nothing to collect: drop "
+                "collect(), or use 'taylor' or 'saliency'"
+            )
+        self.evidence.collect(owners)
 
     @property
     def groups(self) -> int:

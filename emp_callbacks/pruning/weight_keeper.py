@@ -110,6 +110,7 @@ class WeightKeeper:
         if self.attached:
             self.settle()
 
+    @torch.no_grad()
     def install_again(self) -> None:
         """Put the masks as they are in place again, also where weights have grown back. Collective."""
         for weight in self.weights:

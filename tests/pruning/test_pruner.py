@@ -432,3 +432,9 @@ def test_the_trajectory_is_on_disk_after_every_refresh(tmp_path):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         assert len(rows) == step + 1
         assert PruneEvent.from_record(rows[-1]) == pruner.trajectory[-1]
+
+
+def test_collect_is_refused_where_no_gradients_are_read():
+    pruner = EMPPruner(nn.Linear(4, 2), criterion="wanda")
+    with pytest.raises(ValueError, match=r"'wanda' reads no gradients.*drop collect\(\), or use 'taylor'"):
+        pruner.collect()
