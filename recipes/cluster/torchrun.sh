@@ -9,6 +9,8 @@ STRATEGY=${STRATEGY:-ddp}                          # ddp | fsdp2 | zero2 | zero3
 # --------------------------------------------------------------------------------------------------------------------
 
 HERE=$(cd "$(dirname "$0")" && pwd)
+RECIPE=$HERE/../gpt_stdlib.yaml
+[ -f "$RECIPE" ] || RECIPE=gpt_stdlib              # copied out alone (emp recipes cluster): the one in the package
 CLASSES=pytorch_lightning.strategies
 case "$STRATEGY" in
   ddp)         CHOICE=ddp ;;
@@ -19,5 +21,5 @@ case "$STRATEGY" in
 esac
 
 exec torchrun --standalone --nproc_per_node "$PROCESSES" --no-python \
-  emp fit --config "$HERE/../gpt_stdlib.yaml" \
+  emp fit --config "$RECIPE" \
   --trainer.accelerator auto --trainer.devices "$PROCESSES" --trainer.strategy "$CHOICE" "$@"
