@@ -268,10 +268,12 @@ def _replace_pruned(viewed: Tensor, mask: Tensor, fill: Tensor | float) -> Tenso
     return zeroed
 
 
+def _where_kept(viewed: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, viewed, 0.0)
+
+
 class _ZeroPruned(torch.autograd.Function):
     """What torch.where(mask, activation, 0) is, forward and backward, in an eighth of its time on a CPU."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(viewed: Tensor, mask: Tensor) -> Tensor:
@@ -285,6 +287,12 @@ class _ZeroPruned(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return _ZeroPruned.apply(gradient, *ctx.saved_tensors), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, int | None], viewed: Tensor, mask: Tensor) -> tuple[Tensor, int]:
+        # torch up to 2.11 cannot view numbers as integers under torch.func.vmap, so no rule can be generated
+        where = torch.func.vmap(_where_kept, in_dims, randomness=info.randomness)
+        return where(viewed, mask), 0
 
 
 class _WatchGradient(torch.autograd.Function):

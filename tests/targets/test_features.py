@@ -679,5 +679,35 @@ def test_zeroing_is_where_in_value_gradient_and_second_gradient(dtype):
         (second,) = torch.autograd.grad(gradient.sum(), direction)
         found.append((output.detach(), gradient.detach(), second))
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
-    per_row = torch.func.vmap(_ZeroPruned.apply)(values, mask)
-    assert torch.equal(per_row, found[0][0])
+
+
+@pytest.mark.parametrize("in_dims", [(0, 0), (1, 1), (1, 0), (None, 0), (0, None)])
+def test_zeroing_under_vmap_is_that_of_each_row(in_dims):
+    values = torch.linspace(-1, 1, 9).view(3, 3).sin()
+    mask = torch.tensor([[True, False, True], [False, True, True], [True, True, False]])
+    by_row = [
+        [whole] * 3 if dim is None else whole.unbind(dim) for whole, dim in zip((values, mask), in_dims, strict=True)
+    ]
+    expected = torch.stack([torch.where(kept, row, 0.0) for row, kept in zip(*by_row, strict=True)])
+    assert torch.equal(torch.func.vmap(_ZeroPruned.apply, in_dims)(values, mask), expected)
+
+
+@each_center
+def test_gradients_of_single_samples_can_be_taken_of_a_pruned_model(center):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)).eval()
+    site = site_of(model, center=center)
+    samples = torch.randn(5, 4)
+    model(samples)
+    site.install(torch.arange(6) % 2 == 0, torch.full((6,), 0.5) if center == "mean" else None)
+    weights = dict(model.named_parameters())
+
+    def loss(values, sample):
+        return torch.func.functional_call(model, values, sample[None]).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, samples)
+    for i, sample in enumerate(samples):
+        alone = torch.autograd.grad(loss(weights, sample), weights.values())
+        torch.testing.assert_close([each[i] for each in found.values()], list(alone))
+    assert not found["0.weight"][:, 1::2].any()
+    assert found["0.weight"][:, 0::2].any()
