@@ -63,7 +63,7 @@ class FeatureLayout(NamedTuple):
     view: tuple[int, ...]
     features: tuple[int, ...]
 
-    @property
+    # A method: torch.compile of torch 2.7 cannot iterate over a property of a named tuple.
     def positions(self) -> tuple[int, ...]:
         """Dimensions that count the positions of a feature."""
         return tuple([d for d in range(1, len(self.view)) if d not in self.features])
@@ -81,12 +81,12 @@ class FeatureLayout(NamedTuple):
 
     def sum(self, viewed: Tensor) -> Tensor:
         """Return the sum over positions, shape (B, F), float64."""
-        at = self.positions
+        at = self.positions()
         return (viewed.sum(at, dtype=torch.float64) if at else viewed.double()).flatten(1)
 
     def mean(self, viewed: Tensor) -> Tensor:
         """Return the mean over positions, shape (B, F), float64."""
-        return self.sum(viewed) / prod([self.view[d] for d in self.positions])
+        return self.sum(viewed) / prod([self.view[d] for d in self.positions()])
 
 
 def feature_layout(form: FeatureForm, shape: torch.Size, name: str) -> FeatureLayout:
