@@ -182,6 +182,10 @@ def classes_in(value):
 
 
 def run_page(page, folder):
+    if page.name == "distributed.md" and torch.__version__ < (2, 9):
+        pytest.skip(
+            "gloo of this torch adds up where FSDP2 asks for a mean, so two processes train another model than one"
+        )
     run = Run(page, folder)
     threads, modules = torch.get_num_threads(), set(sys.modules)
     torch.set_num_threads(1)  # nothing here is large, and two threads on a busy machine wait for each other
