@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from emp_callbacks import EMPPruner
 from tests.core.reference import reference_mask
@@ -86,7 +87,10 @@ def clip(model, pruner):
         for gradient in gradients:
             gradient.mul_((1e-3 / (norm + 1e-6)).clamp(max=1))
     else:  # masked as they arrive, also by fully_shard
-        nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        # whole before torch adds 1e-6 to it: torch 2.7 adds that to the part of each rank
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        nn.utils.clip_grads_with_norm_(model.parameters(), 1e-3, norm)
 
 
 def states_of(pruner, weight):

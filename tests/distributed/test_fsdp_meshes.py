@@ -61,6 +61,15 @@ def tensor_parallel(mesh):
     return fsdp2(net, mesh=mesh["data"])
 
 
+def tensor_parallel_selection(mesh, scope):
+    """Return the selection, or torch's reason why it shards no such model."""
+    try:
+        model = tensor_parallel(mesh)
+    except NotImplementedError as error:  # torch 2.7, of sizes that the number of ranks does not divide
+        return str(error)
+    return selection_on(model, scope)
+
+
 def meshes(scope):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     one_rank_each = init_device_mesh("cpu", (4, 1), mesh_dim_names=("replica", "shard"))
@@ -68,7 +77,7 @@ def meshes(scope):
     return {
         "fsdp2-replicas": selection_on(fsdp2(make_net(), mesh=mesh), scope),
         "fsdp1-replicas": selection_on(fsdp1(make_net(), device_mesh=mesh, sharding_strategy=hybrid), scope),
-        "fsdp2-tensor-parallel": selection_on(tensor_parallel(mesh), scope),
+        "fsdp2-tensor-parallel": tensor_parallel_selection(mesh, scope),
         "fsdp2-one-rank-per-shard": selection_on(fsdp2(make_net(), mesh=one_rank_each), scope),
     }
 
@@ -157,6 +166,8 @@ def alone(scope="global"):
 @pytest.mark.parametrize("scope", ["global", "row"])
 def test_a_mesh_with_replicas_counts_every_weight_once(scope, way, ranks):
     for result in ranks:
+        if isinstance(result["meshes"][scope][way], str):
+            pytest.skip(result["meshes"][scope][way])
         masks, _, own = result["meshes"][scope][way]
         assert own
         for name, mask in alone(scope).items():
