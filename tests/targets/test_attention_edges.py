@@ -281,10 +281,11 @@ def models() -> dict:
     llama = LlamaConfig(num_attention_heads=6, num_key_value_heads=3, head_dim=4, **size)
     bert._attn_implementation = llama._attn_implementation = "sdpa"
     torch.manual_seed(0)
+    # gpt2-padded in float32: transformers 4.48 itself fails to pad in float64
     return {
         "vit": (tiny_vit(), lambda m: m(torch.ones(2, 3, 48, 48, dtype=torch.float64).cumsum(-1) / 48)),
         "gpt2": (tiny_gpt2(), lambda m: m(tokens).logits),
-        "gpt2-padded": (tiny_gpt2(), lambda m: m(tokens, attention_mask=mask).logits),
+        "gpt2-padded": (tiny_gpt2().float(), lambda m: m(tokens, attention_mask=mask).logits),
         "bert-padded": (BertModel(bert).double(), lambda m: m(tokens, attention_mask=mask).last_hidden_state),
         "llama": (LlamaForCausalLM(llama).double(), lambda m: m(tokens).logits),
         "encoder": (encoder_layer(), lambda m: m(x, src_key_padding_mask=~mask.bool())),

@@ -75,7 +75,8 @@ def test_mean_interval_by_hand():
     interval = mean_interval([1.0, 2.0, 3.0])
     assert interval.mean == 2.0
     assert interval.n == 3
-    assert interval.high - 2.0 == pytest.approx(T_975_2 / math.sqrt(3), rel=1e-12)
+    # scipy 1.11 has 10 digits of the quantile
+    assert interval.high - 2.0 == pytest.approx(T_975_2 / math.sqrt(3), rel=1e-9)
     assert 2.0 - interval.low == pytest.approx(interval.high - 2.0, rel=1e-12)
 
 
