@@ -148,7 +148,7 @@ def install(venv: Path, extras: str, stamps: list[str]) -> None:
 
 def check_index(venv: Path) -> None:
     """Ask pip's index, whichever is configured, for what every install needs; pip itself would try for minutes."""
-    (needed,) = re.findall(r'^requires = \["(setuptools[^"]*)"\]$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    (needed,) = re.findall(r'^requires = \["([^"]+)"\]$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     with tempfile.TemporaryDirectory() as folder:
         quick = ("--quiet", "--no-deps", "--retries", "0", "--timeout", "15")
         done = pip(venv, "download", *quick, "--dest", folder, needed)
