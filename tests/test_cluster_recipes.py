@@ -25,6 +25,7 @@ def test_there_are_scripts_and_configs():
     }
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_are_bash_and_name_recipes_that_exist(script):
     subprocess.run(["bash", "-n", str(script)], check=True, timeout=30)
@@ -34,6 +35,7 @@ def test_scripts_are_bash_and_name_recipes_that_exist(script):
     assert len(re.findall(r"^# -{60,}|^# --- edit", text, flags=re.MULTILINE)) == 2
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("stage", [2, 3])
 def test_deepspeed_configs_are_what_deepspeed_accepts(stage):
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -55,6 +57,7 @@ def test_the_study_script_counts_the_cells_of_its_recipe(monkeypatch, capsys):
     assert list(then) == followers
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_torchrun_trains_on_two_processes(strategy, tmp_path):
     binaries = Path(sys.executable).parent

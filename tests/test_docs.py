@@ -31,7 +31,13 @@ from tests.distributed.zero_ranks import deepspeed_ranks
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
-every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def name_of(page):
+    return str(page.relative_to(ROOT))
+
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=name_of)
 
 
 # ---- a page and its parts -----------------------------------------------------------------------------------------
@@ -210,7 +216,13 @@ def ran(tmp_path_factory):
     return functools.cache(lambda page: run_page(page, tmp_path_factory.mktemp(page.stem)))
 
 
-@every_page
+STARTS_PROCESSES = {"distributed.md"}  # its torchrun
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(p, marks=[pytest.mark.processes] * (p.name in STARTS_PROCESSES), id=name_of(p)) for p in PAGES],
+)
 def test_blocks_run(page, ran):
     ran(page)
 
@@ -525,6 +537,7 @@ def run_engines(rank, world_size, folder):
             names["hook"].finalize()
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 def test_blocks_around_an_engine_run(tmp_path):
     spawn(run_engines, 1, tmp_path, seconds=120)
@@ -560,7 +573,9 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("case", BROKEN)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.processes] * ("torchrun" in case)) for case in BROKEN]
+)
 def test_a_broken_page_is_found(case, tmp_path):
     text, message = BROKEN[case]
     page = tmp_path / "page.md"

@@ -20,6 +20,8 @@ from packaging.utils import canonicalize_name
 import emp_callbacks
 from emp_callbacks.extras import EXTRAS, is_installed, needs
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parents[1]
 OURS = "emp-callbacks"
 

@@ -15,10 +15,12 @@ def imported_by(code: str) -> list[str]:
     return eval(done.stdout)
 
 
+@pytest.mark.processes
 def test_the_package_imports_only_torch():
     assert imported_by("import emp_callbacks; emp_callbacks.EMPPruner, emp_callbacks.emp_mask") == []
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("name", "package"), [("EMPCallback", "pytorch_lightning"), ("EffectiveNumber", "torchmetrics")]
 )

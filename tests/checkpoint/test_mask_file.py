@@ -271,6 +271,7 @@ KILLS = {
 }
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("moment", KILLS)
 @pytest.mark.filterwarnings("ignore:.*fork")
 def test_a_kill_leaves_the_old_checkpoint_or_the_new_one(moment, tmp_path, monkeypatch):

@@ -246,6 +246,7 @@ def test_an_unknown_command_names_the_nearest(capsys):
     assert "did you mean 'compare'" in capsys.readouterr().err
 
 
+@pytest.mark.processes
 def test_help_does_not_import_lightning():
     code = (
         "import sys; from emp_callbacks.cli.main import main; main(['--help']);"

@@ -49,7 +49,10 @@ def cut_up(scores):
     return parts, together
 
 
-@pytest.mark.parametrize("block", [1, 50, 1 << 22])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("block", [pytest.param(1, marks=SLOW), pytest.param(50, marks=SLOW), 1 << 22])
 def test_a_thousand_random_cases_equal_a_stable_sort_of_each_row(monkeypatch, block):
     monkeypatch.setattr(row_selection, "BLOCK", block)
     for seed in range(350):

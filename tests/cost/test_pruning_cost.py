@@ -21,12 +21,12 @@ def problem():
 def test_what_pruning_costs_is_what_the_loss_says(problem):
     net, losses = problem
     dense = {name: p.detach().clone() for name, p in net.named_parameters()}
-    before = sum(float(loss) for loss in losses()) / 3
+    before = sum(loss.item() for loss in losses()) / 3
     pruner = EMPPruner(net, mode="project", beta=1.0)
     cost = prune_and_measure(pruner, net, losses, probes=64)
     masks = pruner.weight_masks
     assert cost.loss_before == pytest.approx(before)
-    assert cost.loss_after == pytest.approx(sum(float(loss) for loss in losses()) / 3)
+    assert cost.loss_after == pytest.approx(sum(loss.item() for loss in losses()) / 3)
     assert (cost.n, cost.keep) == (42, sum(int(mask.sum()) for mask in masks.values()))
     removed = torch.cat([dense[name][~mask] for name, mask in masks.items()])
     every = torch.cat([dense[name].reshape(-1) for name in masks]).abs()

@@ -386,6 +386,7 @@ def test_an_unknown_way_of_sharding_is_refused(pl):
     _check_strategy(SimpleNamespace(strategy=type("FSDPStrategy", (), {})()))
 
 
+@pytest.mark.processes
 def test_works_where_only_the_package_lightning_is_installed():
     code = (
         "import importlib.util as u; real = u.find_spec\n"

@@ -93,6 +93,7 @@ def test_a_pruned_head_can_return_in_feedback():
     assert event.regrown >= 1
 
 
+@pytest.mark.compiler
 def test_masked_heads_under_compile_do_not_recompile():
     model = make_vit()
     counter = CompileCounter()
@@ -110,6 +111,7 @@ def test_masked_heads_under_compile_do_not_recompile():
     assert all(torch.equal(mask, twin.masks[name]) for name, mask in pruner.masks.items())
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize("criterion", ["activation", "taylor"])
 def test_evidence_under_compile_is_that_of_eager(criterion):
     masks, frames = [], 0

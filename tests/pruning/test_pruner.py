@@ -396,6 +396,7 @@ def test_channels_last_weights():
     assert torch.equal(results[0].masks["weight"], results[1].masks["weight"])
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize("mode", ["feedback", "freeze"])
 def test_a_compiled_model_gets_the_same_masks_and_never_recompiles(mode):
     torch._dynamo.reset()

@@ -391,6 +391,7 @@ def write(model, masks, args, file):
     return file
 
 
+@pytest.mark.processes
 def test_a_new_process_loads_the_shrunk_model(tmp_path):
     model = masked_vit()
     expected = outputs(model, IMAGES)

@@ -242,6 +242,7 @@ def test_an_exit_of_lightning_becomes_an_interrupt_only_if_it_was_one(interrupte
     assert signal.getsignal(signal.SIGINT) is handler
 
 
+@pytest.mark.processes
 def test_a_real_ctrl_c_ends_with_130(tmp_path):
     recipe, out = write(tmp_path, arms=["dense", "training_freeze"], seeds=[0]), tmp_path / "out"
     reached = tmp_path / "reached"

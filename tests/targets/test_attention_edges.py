@@ -336,6 +336,7 @@ def test_recomputed_attention_counts_once_and_is_pruned_alike(reentrant):
     torch.testing.assert_close(found[True], found[False])
 
 
+@pytest.mark.compiler
 @pytest.mark.slow
 def test_compiled_models_are_whole_and_do_not_grow():
     torch._dynamo.reset()

@@ -419,6 +419,7 @@ def test_attach_works_again_after_somebody_cleared_all_hooks():
     assert len(model[0]._forward_hooks) == 1
 
 
+@pytest.mark.compiler
 def test_a_copy_of_the_model_keeps_its_mask_and_has_its_own_site():
     model = tanh_model()
     site = site_of(model)
@@ -438,6 +439,7 @@ def test_a_copy_of_the_model_keeps_its_mask_and_has_its_own_site():
 # ---- torch.compile
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize(
     ("criterion", "form"),
     [
@@ -474,6 +476,7 @@ def test_compiled_code_is_whole_gives_the_same_and_does_not_grow(criterion, form
     torch.testing.assert_close(compiled(torch.ones(1, 5)), plain(torch.ones(1, 5)), msg="after detach")
 
 
+@pytest.mark.compiler
 def test_blocks_compiled_one_by_one_share_their_graphs():
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -596,6 +599,7 @@ def test_activation_modules_are_found_by_default():
     assert names(gpt2) == ["transformer.h.0.mlp.act", "transformer.h.1.mlp.act"]
 
 
+@pytest.mark.compiler
 def test_patterns_name_any_module_and_wrappers_do_not_show():
     vit = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32)
     vit.blocks[1].compile()

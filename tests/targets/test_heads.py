@@ -255,6 +255,7 @@ def test_encoder_layer(training):
         torch.testing.assert_close(layer(x), expected)
 
 
+@pytest.mark.compiler
 def test_compiled_models_keep_their_names_and_lose_their_heads():
     model = lively(gpt2())
     for block in model.transformer.h:

@@ -235,6 +235,7 @@ def test_a_named_pair_is_chosen_by_either_of_its_weights():
     assert names(llama(), include=["model.layers.1.mlp"]) == ["model.layers.1.mlp"]
 
 
+@pytest.mark.compiler
 def test_compiled_models_keep_their_names_and_lose_their_units():
     model = lively(dense(6, 8, 5))
     plain = copy.deepcopy(model)

@@ -83,6 +83,7 @@ def test_output_dimension_of_each_layer_kind():
         assert target.parameter.shape[target.output_dim] == 3
 
 
+@pytest.mark.compiler
 def test_compiled_model_has_the_same_names():
     model = nn.Sequential(nn.Linear(2, 2))
     assert names(torch.compile(model)) == names(model)

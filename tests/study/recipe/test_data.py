@@ -66,6 +66,7 @@ def test_a_batch_equals_its_examples_one_by_one():
     assert labels.tolist() == [dataset[5][1], dataset[3][1]]
 
 
+@pytest.mark.processes
 def test_workers_deliver_the_same_batches():
     alone = [labels for _, labels in ready(DigitsData(batch_size=500, seed=3)).train_dataloader()]
     worked = [labels for _, labels in ready(DigitsData(batch_size=500, seed=3, num_workers=1)).train_dataloader()]

@@ -152,6 +152,7 @@ def test_a_saved_kan_can_be_loaded():
     torch.testing.assert_close(first(x), second(x), rtol=0, atol=0)
 
 
+@pytest.mark.processes
 def test_transformers_is_not_imported():
     code = "import sys, emp_callbacks.study.recipe.networks; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0

@@ -366,6 +366,7 @@ def test_trajectory_of_one_refresh_and_of_none(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.processes
 def test_report_imports_neither_pyplot_nor_torch():
     code = (
         "import sys, types\n"

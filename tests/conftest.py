@@ -1,0 +1,29 @@
+"""What holds for every test: tests/process_guard.py watches, tests/extensions.py builds what DeepSpeed needs."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.extensions import ExtensionBuild
+from tests.process_guard import ProcessGuard
+
+
+def pytest_configure(config):
+    # Registered by hand, because a conftest's hooks do not see the doctests, which lie outside of its folder.
+    config.pluginmanager.register(ProcessGuard(), "process-guard")
+    config.pluginmanager.register(ExtensionBuild(), "extension-build")
+    # Programs of this environment, such as ninja and torchrun, are found although nobody activated it.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+
+
+@pytest.fixture
+def shm_comm(pytestconfig):
+    """Ask for the C++ extension that DeepSpeed's own start compiles; skip where it cannot be built."""
+    build = pytestconfig.pluginmanager.get_plugin("extension-build")
+    if build.missing:
+        pytest.skip(build.missing)
+    build.make_ready()
+    if build.failure:
+        pytest.fail(build.failure, pytrace=False)
