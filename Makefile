@@ -14,7 +14,7 @@ NEEDS  := import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is
 quickstart: $(VENV)/.installed-study
 	$(BIN)/emp compare --config recipes/quickstart.yaml
 
-# One thread: ten times faster beside another program. `make test` takes as many as there are, as users do.
+# One thread, because beside another program several wait for each other. `make test` takes all, as users do.
 test-quick: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not processes and not compiler" --timeout 60
 

@@ -1,8 +1,8 @@
 """Builds the C++ extension that DeepSpeed compiles at its first start, once per session and before the first test.
 
-Ranks would compile it inside the time limit of a test. Killed there, they leave torch's `lock` behind, for which every
-later rank waits without limit. Here it is compiled in a folder of its own and renamed when it is done, so that what has
-the name of a build is whole.
+Ranks would compile it inside the time limit of a test. Killed there, they leave the `lock` of an older torch behind,
+for which every later rank waits without limit. Here it is compiled in a folder of its own and renamed when it is done,
+so that what has the name of a build is whole.
 """
 
 import contextlib
