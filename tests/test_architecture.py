@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.processes
-
 ROOT = Path(__file__).parents[1]
 
 PLANTED = {
@@ -38,12 +36,14 @@ def tree(tmp_path_factory):
     return folder
 
 
+@pytest.mark.processes
 def test_the_contracts_hold(tree):
     done = linted(tree)
     assert done.returncode == 0, done.stdout
     assert "4 kept, 0 broken" in done.stdout
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("planted", PLANTED)
 def test_a_planted_fault_breaks_a_contract(planted, tree):
     file, line, named = PLANTED[planted]

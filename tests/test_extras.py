@@ -20,8 +20,6 @@ from packaging.utils import canonicalize_name
 import emp_callbacks
 from emp_callbacks.extras import EXTRAS, is_installed, needs
 
-pytestmark = pytest.mark.processes
-
 ROOT = Path(__file__).parents[1]
 OURS = "emp-callbacks"
 
@@ -92,6 +90,7 @@ MISSING = """
 """
 
 
+@pytest.mark.processes
 def test_the_core_prunes_saves_inspects_and_says_what_is_missing(tmp_path, wheel):
     code = """
     import torch, emp_callbacks
@@ -134,6 +133,7 @@ def test_the_core_prunes_saves_inspects_and_says_what_is_missing(tmp_path, wheel
     assert lines[8].endswith("timm:resnet18 needs timm, which is not installed: pip install 'emp-callbacks[study]'")
 
 
+@pytest.mark.processes
 def test_lightning_is_enough_for_the_callback_and_the_metric(tmp_path, wheel):
     code = """
     import torch, pytorch_lightning as pl
@@ -158,6 +158,7 @@ def test_lightning_is_enough_for_the_callback_and_the_metric(tmp_path, wheel):
     assert run("lightning", code, tmp_path, wheel)[-2:] == ["2 3.0", "[]"]
 
 
+@pytest.mark.processes
 def test_study_is_enough_for_recipes_and_reports(tmp_path, wheel):
     code = """
     import importlib, pkgutil, emp_callbacks
@@ -175,6 +176,7 @@ def test_study_is_enough_for_recipes_and_reports(tmp_path, wheel):
     assert lines[-1].endswith("needs transformers, which is not installed: pip install 'emp-callbacks[hf]'")
 
 
+@pytest.mark.processes
 def test_hf_is_enough_for_a_folder_of_transformers(tmp_path, wheel):
     code = """
     import transformers
@@ -186,6 +188,7 @@ def test_hf_is_enough_for_a_folder_of_transformers(tmp_path, wheel):
     assert run("hf", code, tmp_path, wheel)[-1] == "GPT2Model"
 
 
+@pytest.mark.processes
 def test_shrink_is_enough_to_take_channels_out(tmp_path, wheel):
     code = """
     import torch
@@ -204,6 +207,7 @@ def test_shrink_is_enough_to_take_channels_out(tmp_path, wheel):
     assert run("shrink", code, tmp_path, wheel)[-1] == "True"
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not is_installed("deepspeed"), reason="DeepSpeed is not installed")
 def test_deepspeed_is_enough_to_import_it_beside_the_hook(tmp_path, wheel):
     code = "import deepspeed; from emp_callbacks import EMPHook; print(EMPHook.__name__)"
@@ -213,6 +217,7 @@ def test_deepspeed_is_enough_to_import_it_beside_the_hook(tmp_path, wheel):
 # ---- what ships -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.processes
 def test_the_wheel_holds_the_package_the_recipes_and_one_version(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     tracked = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT).stdout.split()
@@ -229,6 +234,7 @@ def test_the_wheel_holds_the_package_the_recipes_and_one_version(wheel):
     assert "Project-URL: " in head
 
 
+@pytest.mark.processes
 def test_the_source_distribution_holds_what_its_tests_need(tmp_path):
     words = [sys.executable, "-m", "hatchling", "build", "--target", "sdist", "--directory", str(tmp_path)]
     subprocess.run(words, check=True, capture_output=True, timeout=120, cwd=ROOT)
