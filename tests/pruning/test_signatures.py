@@ -90,7 +90,7 @@ def test_a_warning_points_to_the_line_that_called_the_pruner():
     optimizer.step()
     idle = EMPPruner(net, optimizer, every_n_epochs=1)
     idle.clock.steps = 1
-    by_hand = EMPPruner(nn.Linear(50, 20), target="neurons")
+    by_hand = EMPPruner(nn.Sequential(nn.Linear(50, 20), nn.ReLU(), nn.Linear(20, 3)), target="neurons")
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         by_step.step()
