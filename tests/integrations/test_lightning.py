@@ -286,13 +286,14 @@ def test_a_second_fit_goes_on(pl, tmp_path):
 # ---- what the user sees -------------------------------------------------------------------------------------------
 
 
-def test_csv_and_tensorboard_get_every_refresh(pl, tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+def test_every_logger_gets_every_refresh(pl, tmp_path):
+    logged = []
 
-    loggers = [
-        pl.loggers.CSVLogger(tmp_path, name="csv", version=0),
-        pl.loggers.TensorBoardLogger(tmp_path, name="tb", version=0),
-    ]
+    class Recorder(pl.loggers.CSVLogger):
+        def log_metrics(self, metrics, step=None):
+            logged.append((step, metrics))
+
+    loggers = [pl.loggers.CSVLogger(tmp_path, name="csv", version=0), Recorder(tmp_path, name="own", version=0)]
     callback = EMPCallback(scope="tensor", summary=False)
     make_trainer(pl, tmp_path, [callback], logger=loggers, log_every_n_steps=1).fit(make_module(pl), data(), data(1))
     densities = [sum(e.keep for e in callback.trajectory[i : i + 2]) / 90 for i in (0, 2, 4)]
@@ -301,11 +302,10 @@ def test_csv_and_tensorboard_get_every_refresh(pl, tmp_path):
     assert [int(row["step"]) for row in rows] == [5, 10, 15]
     assert [float(row["emp/density"]) for row in rows] == pytest.approx(densities)
     assert float(rows[-1]["emp/density/net.2.weight"]) == pytest.approx(callback.trajectory[-1].density)
-    events = EventAccumulator(str(tmp_path / "tb/version_0"))
-    events.Reload()
-    assert [e.step for e in events.Scalars("emp/density")] == [5, 10, 15]
-    assert [e.value for e in events.Scalars("emp/density")] == pytest.approx(densities)
-    assert "emp/n_eff" in events.Tags()["scalars"]
+    seen = [(step, metrics) for step, metrics in logged if "emp/density" in metrics]
+    assert [step for step, _ in seen] == [5, 10, 15]
+    assert [metrics["emp/density"] for _, metrics in seen] == pytest.approx(densities)
+    assert all("emp/n_eff" in metrics for _, metrics in seen)
     assert (tmp_path / "csv/version_0/emp_trajectory.jsonl").exists()
 
 
