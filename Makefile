@@ -2,13 +2,18 @@
 # make test-quick   the tests that start no process and compile nothing (2 minutes on two cores)
 # make test         lint and all tests (15 minutes on two cores)
 # make lint         ruff, mypy, import-linter
+# make test-minimum all tests but DeepSpeed's, on the lowest versions that pyproject.toml allows and the oldest Python
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 NEEDS  := import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed; set PYTHON=python3.x")
 
-.PHONY: quickstart test-quick test lint clean
+# The oldest that is there; python3.10 may be a name that only says it is not installed.
+MINIMUM_PYTHON ?= $(shell python3.10 -c '' 2>/dev/null && echo python3.10 || echo $(PYTHON))
+MINIMUM_VENV   := .venv-minimum
+
+.PHONY: quickstart test-quick test test-minimum lint clean
 .NOTPARALLEL:
 
 quickstart: $(VENV)/.installed-study
@@ -20,6 +25,11 @@ test-quick: $(VENV)/.installed-dev
 
 test: $(VENV)/.installed-all lint
 	$(BIN)/python -m pytest
+
+test-minimum: $(MINIMUM_VENV)/.installed-test
+	@$(MINIMUM_VENV)/bin/python --version
+	@cat $(MINIMUM_VENV)/lowest.txt
+	$(MINIMUM_VENV)/bin/python -m pytest
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -40,6 +50,11 @@ $(VENV)/.installed-all: pyproject.toml
 	@$(PYTHON) -c '$(NEEDS)'
 	@$(PYTHON) tools/make_venv.py $(VENV) all,dev .installed-all .installed-dev .installed-study
 
+$(MINIMUM_VENV)/.installed-test: pyproject.toml
+	@$(MINIMUM_PYTHON) -c '$(NEEDS)'
+	@$(MINIMUM_PYTHON) tools/make_venv.py $(MINIMUM_VENV) study,hf,shrink,test .installed-test --lowest
+
 clean:
 	rm -rf runs build *.egg-info
 	@$(PYTHON) tools/make_venv.py $(VENV) --remove
+	@$(PYTHON) tools/make_venv.py $(MINIMUM_VENV) --remove

@@ -2,7 +2,8 @@
 
     python3 tools/make_venv.py .venv study .installed-study
 
-installs the project with the extra `study` into .venv and leaves a stamp there, for make. Only the standard library.
+installs the project with the extra `study` into .venv and leaves a stamp there, for make; with --lowest, of each
+dependency the lowest version that pyproject.toml allows. Only the standard library.
 """
 
 import argparse
@@ -13,11 +14,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = ".made-by-make"
 OLD_STAMP = ".installed"  # what an earlier Makefile left in what it made
+LOWEST = "lowest.txt"  # in the environment: each direct dependency at the lowest version that is allowed
 ASK_VERSION = "import sys; print(*sys.version_info[:2], sep='.')"
 HERE = ".".join(map(str, sys.version_info[:2]))
 
@@ -32,6 +35,7 @@ def main() -> int:
     parser.add_argument("venv", type=Path)
     parser.add_argument("extras", nargs="?", help="extras of pyproject.toml, with commas between")
     parser.add_argument("stamps", nargs="*", help="files to leave in the environment when all is installed")
+    parser.add_argument("--lowest", action="store_true", help="the lowest version of each direct dependency")
     parser.add_argument("--remove", action="store_true", help="remove the environment if make made it")
     options = parser.parse_args()
     try:
@@ -39,7 +43,7 @@ def main() -> int:
             remove(options.venv)
         else:
             prepare(options.venv)
-            install(options.venv, options.extras, options.stamps)
+            install(options.venv, options.extras, options.stamps, install_lowest if options.lowest else install_newest)
     except VenvError as error:
         print(f"make: {error}", file=sys.stderr)
         return 1
@@ -132,18 +136,41 @@ def works(venv: Path, *arguments: str) -> bool:
 # ---- pip ----------------------------------------------------------------------------------------------------------
 
 
-def install(venv: Path, extras: str, stamps: list[str]) -> None:
+def install(venv: Path, extras: str, stamps: list[str], work: Callable[[Path, str], None]) -> None:
     """Install the project, editable; the stamps come last."""
     for stamp in stamps:
         (venv / stamp).unlink(missing_ok=True)
     check_index(venv)
     print(f"Installing .[{extras}] into {venv}: about 3 minutes and 6 GB the first time", flush=True)
-    done = pip(venv, "install", "--quiet", "--editable", f"{ROOT}[{extras}]")
-    sys.stderr.write(done.stderr)
-    if done.returncode:
-        raise VenvError(f"pip could not install .[{extras}]: {last_line(done)}")
+    work(venv, extras)
     for stamp in stamps:
         (venv / stamp).touch()
+
+
+def install_newest(venv: Path, extras: str) -> None:
+    """Install what pip picks."""
+    must(pip(venv, "install", "--quiet", "--editable", f"{ROOT}[{extras}]"), f"pip could not install .[{extras}]")
+
+
+def install_lowest(venv: Path, extras: str) -> None:
+    """Install of each direct dependency the lowest version that pyproject.toml allows, or raise where two collide."""
+    must(pip(venv, "install", "--quiet", "uv"), "pip could not install uv")
+    uv = ("--quiet", "--python", str(python_of(venv)))
+    # without dependencies: what is claimed, also where another dependency asks for more; then the install below fails
+    listed = ("--resolution", "lowest-direct", "--no-deps", "--no-annotate", "--no-header")
+    wanted = [word for extra in extras.split(",") for word in ("--extra", extra)]
+    output = ("--upgrade", "--output-file", str(venv / LOWEST))  # or uv keeps what an older file says
+    done = run(venv, "uv", "pip", "compile", *uv, *listed, *wanted, *output, str(ROOT / "pyproject.toml"))
+    must(done, "uv could not read the lowest versions from pyproject.toml")
+    chosen = ("--constraints", str(venv / LOWEST), "--editable", f"{ROOT}[{extras}]")
+    must(run(venv, "uv", "pip", "install", *uv, *chosen), f"uv could not install the lowest versions of .[{extras}]")
+
+
+def must(done: subprocess.CompletedProcess[str], problem: str) -> None:
+    """Show what a program wrote as errors, and raise if it failed."""
+    sys.stderr.write(done.stderr)
+    if done.returncode:
+        raise VenvError(f"{problem}: {last_line(done)}")
 
 
 def check_index(venv: Path) -> None:
@@ -159,9 +186,14 @@ def check_index(venv: Path) -> None:
 
 def pip(venv: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run pip in an environment."""
+    return run(venv, "pip", *arguments)
+
+
+def run(venv: Path, module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a module in an environment."""
     # --user, which some systems configure, contradicts an environment.
     environment = {**os.environ, "PIP_USER": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-    command = [str(python_of(venv)), "-m", "pip", *arguments]
+    command = [str(python_of(venv)), "-m", module, *arguments]
     return subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
