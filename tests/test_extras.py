@@ -4,6 +4,7 @@ The package is unpacked from a wheel made here; the others are those of this env
 for and by what these ask for in turn.
 """
 
+import json
 import re
 import subprocess
 import sys
@@ -172,7 +173,9 @@ def test_study_is_enough_for_recipes_and_reports(tmp_path, wheel):
     print(refused_command("fit", "--config", "gpt_stdlib", "--trainer.max_steps", "1", "--data.max_bytes", "60000"))
     """
     lines = run("study", textwrap.dedent(MISSING) + textwrap.dedent(code), tmp_path, wheel)
-    assert (tmp_path / "work" / "runs" / "quickstart" / "report.html").is_file()
+    folder = tmp_path / "work" / "runs" / "quickstart"
+    assert (folder / "report.html").is_file()
+    assert json.loads((folder / "results.json").read_text())["study"]["recipe"] == "quickstart"  # not a path in a venv
     assert lines[-1].endswith("needs transformers, which is not installed: pip install 'emp-callbacks[hf]'")
 
 
