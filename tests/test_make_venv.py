@@ -1,5 +1,6 @@
 """What `make` does about an environment that is foreign, half-made, or cannot be filled; no network is needed."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -80,3 +81,17 @@ def test_half_made_is_made_again_and_without_an_index_nothing_is_stamped(tmp_pat
         assert not (venv / ".installed-study").exists()
     assert make_venv(venv, "--remove") == (0, [])
     assert not venv.exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "says_so"),
+    [("WARNING: Retrying (Retry(total=1)) after connection broken by 'NewConnectionError'", True), ("no wheel", False)],
+)
+def test_a_network_that_ends_in_the_middle_is_named(error, says_so):
+    loaded = importlib.util.spec_from_file_location("make_venv", SCRIPT)
+    module = importlib.util.module_from_spec(loaded)
+    loaded.loader.exec_module(module)
+    done = subprocess.CompletedProcess([], 1, stderr=f"{error}\nERROR: No matching distribution found for timm\n")
+    with pytest.raises(module.VenvError, match="pip could not install it: ERROR: No matching") as raised:
+        module.must(done, "pip could not install it")
+    assert str(raised.value).startswith("no network") == says_so

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OURS = ".made-by-make"
 OLD_STAMP = ".installed"  # what an earlier Makefile left in what it made
 LOWEST = "lowest.txt"  # in the environment: each direct dependency at the lowest version that is allowed
+UNREACHABLE = "Retrying|NewConnectionError|NameResolutionError|Failed to fetch|dns error"  # pip and uv
 ASK_VERSION = "import sys; print(*sys.version_info[:2], sep='.')"
 HERE = ".".join(map(str, sys.version_info[:2]))
 
@@ -149,7 +150,9 @@ def install(venv: Path, extras: str, stamps: list[str], work: Callable[[Path, st
 
 def install_newest(venv: Path, extras: str) -> None:
     """Install what pip picks."""
-    must(pip(venv, "install", "--quiet", "--editable", f"{ROOT}[{extras}]"), f"pip could not install .[{extras}]")
+    # Two retries instead of five, which take over a minute where there is no network.
+    words = ("--quiet", "--retries", "2", "--editable", f"{ROOT}[{extras}]")
+    must(pip(venv, "install", *words), f"pip could not install .[{extras}]")
 
 
 def install_lowest(venv: Path, extras: str) -> None:
@@ -170,7 +173,9 @@ def must(done: subprocess.CompletedProcess[str], problem: str) -> None:
     """Show what a program wrote as errors, and raise if it failed."""
     sys.stderr.write(done.stderr)
     if done.returncode:
-        raise VenvError(f"{problem}: {last_line(done)}")
+        # An index that had the first package, such as a folder of wheels, may lack the rest.
+        network = "no network (see the warnings above): " if re.search(UNREACHABLE, done.stderr) else ""
+        raise VenvError(f"{network}{problem}: {last_line(done)}")
 
 
 def check_index(venv: Path) -> None:
