@@ -68,7 +68,7 @@ def _list() -> None:
     table.add_column("recipe", no_wrap=True)
     table.add_column("what it runs")
     for name, file in shipped_recipes().items():
-        table.add_row(name, _first_command(file))
+        table.add_row(name, _first_command(file).replace(f"recipes/{name}.yaml", name))  # it may lie in no checkout
     table.add_row(_CLUSTER, "torchrun and Slurm scripts, DeepSpeed configurations")
     console = make_console()
     console.print(table)

@@ -53,6 +53,8 @@ def test_a_recipe_is_listed_copied_and_never_overwritten(empty_folder, capsys):
     assert main(["recipes"]) == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in [*shipped_recipes(), "cluster"])
+    assert "emp compare --config quickstart " in shown
+    assert "emp sweep-beta --config paper/gpt " in shown
     assert main(["recipes", "paper/gpt", "--out", "new/mine.yaml"]) == 0
     assert "copied to new/mine.yaml" in capsys.readouterr().out
     (empty_folder / "new" / "mine.yaml").write_text("edited: 1\n")
