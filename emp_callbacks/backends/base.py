@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from emp_callbacks.backends.optimizer_state import OptimizerState, states_of
+from emp_callbacks.backends.step_watch import StepWatch, UpdateListener
 from emp_callbacks.layer.segment import Segment
 from emp_callbacks.targets import WeightTarget
-
-
-class UpdateListener(Protocol):
-    """What a backend tells of every optimizer step."""
-
-    def before_update(self, owners: Sequence[Tensor]) -> None:
-        """The gradients of these tensors are ready, the update comes next; may be told twice."""
-
-    def gradients_ready(self, owners: Sequence[Tensor], scale: Tensor | None) -> None:
-        """The tensors hold the gradients, times `scale` if given, that will be applied; told once per step."""
-
-    def after_update(self, owners: Sequence[Tensor]) -> None:
-        """These tensors were updated, or a new forward and backward begins; may be told twice."""
 
 
 class Backend(ABC):
@@ -42,8 +29,7 @@ class Backend(ABC):
     def __init__(self, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         self.module = module
         self.optimizers = list(optimizers)
-        self._handles: list[RemovableHandle] = []
-        self._step_was_applied = False
+        self._watch = StepWatch(self.optimizers)
 
     # ---- where the parameters are ---------------------------------------------------------------------------------
 
@@ -90,69 +76,33 @@ class Backend(ABC):
 
     # ---- optimizer steps ------------------------------------------------------------------------------------------
 
-    def optimizer_states(self, segment: Segment) -> list[Tensor]:
-        """Return the segment's part of the optimizers' per-weight tensors (momentum, second moment)."""
-        owner = segment.owner
-        states = [v for optimizer in self.optimizers for v in optimizer.state.get(owner, {}).values()]
-        return [segment.view(v) for v in states if isinstance(v, Tensor) and v.shape == owner.shape]
+    def updates(self, parameter: nn.Parameter) -> bool:
+        """Whether one of the optimizers updates a parameter; without optimizers, anything may."""
+        if not self.optimizers:
+            return True
+        return any(parameter is p for optimizer in self.optimizers for g in optimizer.param_groups for p in g["params"])
+
+    def optimizer_states(self, segment: Segment) -> list[OptimizerState]:
+        """Return the segment's part of the optimizers' per-weight tensors (momentum, second moment).
+
+        Raises:
+            TypeError: One is kept in a form in which a weight's part cannot be cleared.
+        """
+        return [state for optimizer in self.optimizers for state in states_of(optimizer, segment)]
 
     def attach(self, listener: UpdateListener) -> None:
         """Tell `listener` of every optimizer step from now on."""
-        for optimizer in self.optimizers:
-            self._handles.append(optimizer.register_step_pre_hook(_pre_hook(listener)))
-            self._handles.append(optimizer.register_step_post_hook(self._post_hook(listener)))
+        self._watch.attach(listener)
+
+    def owners_changed(self) -> None:
+        """Take note that the listener masks other tensors than before."""
+        self._watch.look_again()
 
     def detach(self) -> None:
         """Take every hook off the optimizers."""
-        while self._handles:
-            self._handles.pop().remove()
+        self._watch.detach()
 
     def take_applied(self) -> bool:
         """Return whether an optimizer step was applied since the last call; a skipped one does not count."""
-        applied, self._step_was_applied = self._step_was_applied, False
+        applied, self._watch.applied = self._watch.applied, False
         return applied
-
-    def _post_hook(self, listener: UpdateListener) -> Callable[..., None]:
-        def post(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG001
-            listener.after_update(_owners(optimizer))
-            if not _will_skip(optimizer):
-                self._step_was_applied = True
-
-        return post
-
-
-def _will_skip(optimizer: torch.optim.Optimizer) -> bool:
-    # Fused optimizers run their hooks even where GradScaler makes the step do nothing.
-    found_inf = getattr(optimizer, "found_inf", None)
-    return found_inf is not None and bool(found_inf)
-
-
-def _announce(listener: UpdateListener, optimizer: torch.optim.Optimizer) -> None:
-    owners = _owners(optimizer)
-    listener.before_update(owners)
-    if not _will_skip(optimizer):
-        listener.gradients_ready(owners, getattr(optimizer, "grad_scale", None))
-
-
-def _pre_hook(listener: UpdateListener) -> Callable[..., Any]:
-    def pre(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is None:
-            _announce(listener, optimizer)
-            return None
-
-        # With a closure (Lightning's automatic optimization, LBFGS) forward and backward run inside step().
-        def closure_on_masked_weights() -> Any:
-            listener.after_update(_owners(optimizer))
-            result = closure()
-            _announce(listener, optimizer)
-            return result
-
-        return (args[0], closure_on_masked_weights), {k: v for k, v in kwargs.items() if k != "closure"}
-
-    return pre
-
-
-def _owners(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    # At call time: ZeRO shows one parameter group after the other through the same optimizer.
-    return [tensor for group in optimizer.param_groups for tensor in group["params"]]

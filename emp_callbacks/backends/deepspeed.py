@@ -8,40 +8,12 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from emp_callbacks.backends.base import Backend, UpdateListener
+from emp_callbacks.backends.base import Backend
+from emp_callbacks.backends.step_watch import UpdateListener
+from emp_callbacks.backends.wrapped import Wrapped
 from emp_callbacks.backends.zero import Held, ZeroSegment, layout_of
 from emp_callbacks.layer.segment import Segment
 from emp_callbacks.targets import WeightTarget
-
-
-class Wrapped:
-    """A method of one object with something around it, until `remove()`.
-
-    Args:
-        owner: The object; its class is not touched.
-        name: Name of the method.
-        around: Called instead, with the method it stands for and the caller's arguments.
-    """
-
-    def __init__(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
-        self._owner, self._name, self._around = owner, name, around
-        self._was_on_instance = name in vars(owner)
-        self._inner = getattr(owner, name)
-        self._removed = False
-        setattr(owner, name, self)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._inner(*args, **kwargs) if self._removed else self._around(self._inner, *args, **kwargs)
-
-    def remove(self) -> None:
-        """Put the method back; under another wrapper, only step aside."""
-        self._removed = True
-        if vars(self._owner).get(self._name) is not self:
-            return
-        if self._was_on_instance:
-            setattr(self._owner, self._name, self._inner)
-        else:
-            delattr(self._owner, self._name)
 
 
 @final
@@ -77,6 +49,7 @@ class DeepSpeedBackend(Backend):
         self._engine, self._layout = engine, layout
         self._held: list[Held] = []
         self._owners: list[Tensor] = []
+        self._wrapped: Wrapped | None = None
 
     def full_shape(self, parameter: nn.Parameter) -> torch.Size:
         return getattr(parameter, "ds_shape", parameter.shape)
@@ -110,20 +83,26 @@ class DeepSpeedBackend(Backend):
             def around(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
                 return self._step(listener, step, *args, **kwargs)
 
-            self._handles.append(Wrapped(wrapper, "step", around))  # type: ignore[arg-type]
+            self._wrapped = Wrapped(wrapper, "step", around)
+
+    def detach(self) -> None:
+        super().detach()
+        if self._wrapped is not None:
+            self._wrapped.remove()
+            self._wrapped = None
 
     def _step(self, listener: UpdateListener, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run DeepSpeed's step. The averaged gradients are there, their norm is not: `freeze` masks them now."""
-        before, self._step_was_applied = self._step_was_applied, False
+        before, self._watch.applied = self._watch.applied, False
         listener.before_update(self._owners)
         if self._engine.gradient_clipping() > 0:
             self._layout.correct_norms(self._held)
         try:
             return step(*args, **kwargs)
         finally:
-            if not self._step_was_applied:  # overflow: the optimizer's own hooks did not run
+            if not self._watch.applied:  # overflow: the optimizer's own step did not run
                 listener.after_update(self._owners)
-            self._step_was_applied = self._step_was_applied or before
+            self._watch.applied |= before
 
     def _segment(self, target: WeightTarget) -> Segment:
         parameter, shape = target.parameter, self.full_shape(target.parameter)

@@ -130,9 +130,8 @@ def put_back(
             mean = None if record["mean"] is None else torch.tensor(record["mean"], dtype=torch.float64)
             layer.put_back(_unit_mask(record), mean)
     for weight, (mask, stash) in zip(masked_weights(layers), fitting, strict=True):
-        weight.mask, weight.stash = mask, stash
         with torch.no_grad():
-            mode.restore(weight)
+            mode.restore(weight, mask, stash)
 
 
 def pack_state(

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from emp_callbacks.backends.deepspeed import Wrapped
+from emp_callbacks.backends.wrapped import Wrapped
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.pruning.pruner import EMPPruner
 from emp_callbacks.trajectory import PruneEvent, Trajectory

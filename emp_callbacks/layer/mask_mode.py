@@ -4,30 +4,33 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import final
 
 import torch
 from torch import Tensor
 
 from emp_callbacks.core.masked_values import put_pruned, take_pruned, zero_pruned
+from emp_callbacks.layer.dense_store import DenseStore, find_store, out_of_use, put_in_use
 from emp_callbacks.layer.segment import Segment
 
 
-@dataclass(eq=False)
 class MaskedWeight:
-    """A segment, its mask and, in `feedback`, the dense values that the mask hides.
+    """A segment, one pruner's mask on it and, in `feedback`, the dense values that masks hide.
+
+    Args:
+        segment: This rank's part of the parameter.
 
     Attributes:
-        segment: This rank's part of the parameter.
+        segment: As given.
         mask: Layout of `segment.weight`, bool, True = kept; None before the first refresh (all kept).
-        stash: Dense values of the pruned entries in flat order, shape (pruned,); None while the segment itself
-            holds them.
+        store: The dense values, shared with other pruners of the same part.
     """
 
-    segment: Segment
-    mask: Tensor | None = None
-    stash: Tensor | None = None
+    def __init__(self, segment: Segment) -> None:
+        self.segment = segment
+        self.mask: Tensor | None = None
+        self.store = DenseStore()
+        self.store.members.append(self)
 
     @property
     def name(self) -> str:
@@ -44,17 +47,55 @@ class MaskedWeight:
         """The mask; all True before the first refresh."""
         return torch.ones_like(self.weight, dtype=torch.bool) if self.mask is None else self.mask
 
+    @property
+    def stash(self) -> Tensor | None:
+        """Dense values behind this mask in flat order, shape (pruned,); None while the segment itself holds them."""
+        return None if self.mask is None else self.store.behind(self.weight, self.mask)
+
     def hide(self) -> None:
-        """Move the pruned values from the parameter into the stash and leave zeros; twice is once."""
-        if self.mask is not None and self.stash is None:
-            self.stash = take_pruned(self.weight, self.mask)
-            zero_pruned(self.weight, self.mask)
+        """Move the pruned values from the parameter into the store and leave zeros; twice is once."""
+        self.store.hide(self.weight)
 
     def unhide(self) -> None:
-        """Move the stashed values back into the parameter; twice is once."""
-        if self.mask is not None and self.stash is not None:
-            put_pruned(self.weight, self.mask, self.stash)
-            self.stash = None
+        """Move the stored values back into the parameter; twice is once."""
+        self.store.unhide(self.weight)
+
+    def seal(self) -> None:
+        """Say that nobody but this package writes the weights from here on, until the next update."""
+        self.store.seal(self.weight)
+
+    # ---- several pruners of one weight ----------------------------------------------------------------------------
+
+    def check_alone_or_alike(self, mode: str) -> None:
+        """Raise ValueError where a pruner at work masks the same weight in another mode."""
+        store = find_store(self.segment)
+        others = {*store.modes.values()} - {mode} if store is not None else set()
+        if others:
+            raise ValueError(
+                f"{self.name!r} is pruned already by another EMP pruner in mode {others.pop()!r}, this one has mode "
+                f"{mode!r}: use one mode for both, exclude it here, or finalize() the other pruner first"
+            )
+
+    def join(self, mode: str) -> bool:
+        """Mask together with the pruners at work on the same weight; return whether there are any."""
+        store = find_store(self.segment)
+        if store is not None and store is not self.store:
+            self.store = store
+            store.members.append(self)
+        elif store is None:
+            put_in_use(self.segment, self.store)
+        self.store.modes[id(self)] = mode
+        return len(self.store.modes) > 1
+
+    def leave(self) -> None:
+        """Work with the weight no more; the mask stays in force as long as another pruner does."""
+        self.store.modes.pop(id(self), None)
+        if not self.store.modes:
+            out_of_use([(self.segment, self.store)])
+
+
+States = Iterable[tuple[Tensor, float]]
+"""Of each of an optimizer's per-weight tensors the segment's part, and what it holds of a weight that never moved."""
 
 
 class MaskMode(ABC):
@@ -76,12 +117,16 @@ class MaskMode(ABC):
     def mask_gradient(self, weight: MaskedWeight) -> None:
         """Take the pruned entries out of the gradient, where the mode asks for it."""
 
+    def notice(self, weight: MaskedWeight) -> int:  # noqa: ARG002
+        """Make values that something else wrote obey the mask; return how many were lost by that."""
+        return 0
+
     def merge(self, old: Tensor | None, new: Tensor) -> Tensor:  # noqa: ARG002
         """Return the mask that follows `old` when a refresh selects `new`; same shape, bool."""
         return new
 
     @abstractmethod
-    def install(self, weight: MaskedWeight, mask: Tensor, states: Iterable[Tensor]) -> None:
+    def install(self, weight: MaskedWeight, mask: Tensor, states: States) -> None:
         """Give the weight, whose dense values are in place, a new mask.
 
         Args:
@@ -91,8 +136,8 @@ class MaskMode(ABC):
         """
 
     @abstractmethod
-    def restore(self, weight: MaskedWeight) -> None:
-        """Bring the parameter into agreement with the mask (and stash) that a checkpoint brought back."""
+    def restore(self, weight: MaskedWeight, mask: Tensor | None, stash: Tensor | None) -> None:
+        """Take the mask (and the dense values behind it) that a checkpoint brought back with the parameter."""
 
 
 @final
@@ -115,14 +160,24 @@ class Feedback(MaskMode):
     def after_update(self, weight: MaskedWeight) -> None:
         weight.hide()
 
-    def install(self, weight: MaskedWeight, mask: Tensor, states: Iterable[Tensor]) -> None:  # noqa: ARG002
+    def install(self, weight: MaskedWeight, mask: Tensor, states: States) -> None:  # noqa: ARG002
         weight.unhide()
         weight.mask = mask
         weight.hide()
 
-    def restore(self, weight: MaskedWeight) -> None:
-        if weight.mask is not None:
-            zero_pruned(weight.weight, weight.mask)
+    def notice(self, weight: MaskedWeight) -> int:
+        weight.store.take_over(weight.weight)
+        return 0
+
+    def restore(self, weight: MaskedWeight, mask: Tensor | None, stash: Tensor | None) -> None:
+        if len(weight.store.members) > 1:  # the others' values, but where the parameter came with its own
+            weight.store.take_over(weight.weight)
+            weight.unhide()
+        weight.store.stash = weight.store.hidden_by = None
+        weight.mask = mask
+        if mask is not None and stash is not None:
+            put_pruned(weight.weight, mask, stash)
+        weight.hide()
 
 
 @final
@@ -132,13 +187,11 @@ class Project(MaskMode):
     name = "project"
     clears_states = True
 
-    def install(self, weight: MaskedWeight, mask: Tensor, states: Iterable[Tensor]) -> None:
-        weight.mask = mask
-        for values in (weight.weight, *states):
-            zero_pruned(values, mask)
+    def install(self, weight: MaskedWeight, mask: Tensor, states: States) -> None:
+        _clear(weight, mask, states)
 
-    def restore(self, weight: MaskedWeight) -> None:
-        """Nothing: what has grown since the refresh is part of the checkpoint's weights."""
+    def restore(self, weight: MaskedWeight, mask: Tensor | None, stash: Tensor | None) -> None:  # noqa: ARG002
+        weight.mask = mask  # what has grown since the refresh is part of the checkpoint's weights
 
 
 @final
@@ -156,17 +209,24 @@ class Freeze(MaskMode):
         # All-zero scores keep everything, but must not bring back what was frozen.
         return new if old is None else new & old
 
-    def install(self, weight: MaskedWeight, mask: Tensor, states: Iterable[Tensor]) -> None:
-        weight.mask = mask
-        for values in (weight.weight, *states):
-            zero_pruned(values, mask)
+    def install(self, weight: MaskedWeight, mask: Tensor, states: States) -> None:
+        _clear(weight, mask, states)
         self.mask_gradient(weight)
 
     def after_update(self, weight: MaskedWeight) -> None:
         if weight.mask is not None:
             zero_pruned(weight.weight, weight.mask)
 
-    def restore(self, weight: MaskedWeight) -> None:
+    def notice(self, weight: MaskedWeight) -> int:
+        if weight.mask is None:
+            return 0
+        lost = int(take_pruned(weight.weight, weight.mask).count_nonzero())
+        if lost:
+            zero_pruned(weight.weight, weight.mask)
+        return lost
+
+    def restore(self, weight: MaskedWeight, mask: Tensor | None, stash: Tensor | None) -> None:  # noqa: ARG002
+        weight.mask = mask
         self.after_update(weight)
 
     def before_update(self, weight: MaskedWeight) -> None:
@@ -184,11 +244,22 @@ class Observe(MaskMode):
 
     name = "observe"
 
-    def install(self, weight: MaskedWeight, mask: Tensor, states: Iterable[Tensor]) -> None:  # noqa: ARG002
+    def install(self, weight: MaskedWeight, mask: Tensor, states: States) -> None:  # noqa: ARG002
         weight.mask = mask
 
-    def restore(self, weight: MaskedWeight) -> None:
-        """Nothing to do: the weights are never touched."""
+    def restore(self, weight: MaskedWeight, mask: Tensor | None, stash: Tensor | None) -> None:  # noqa: ARG002
+        weight.mask = mask
+
+
+def _clear(weight: MaskedWeight, mask: Tensor, states: States) -> None:
+    """Give a weight its mask; what it prunes is 0 from now on, and to the optimizer as if it had never moved."""
+    weight.mask = mask
+    zero_pruned(weight.weight, mask)
+    for values, neutral in states:
+        if neutral:
+            values.masked_fill_(~mask, neutral)
+        else:
+            zero_pruned(values, mask)
 
 
 MASK_MODES: dict[str, type[MaskMode]] = {"feedback": Feedback, "project": Project, "freeze": Freeze}

@@ -21,7 +21,8 @@ class Audit:
     Attributes:
         owner: Pruned entries that are not 0 in what the optimizer updates (the parameter or the fp32 master).
         forward: The same in the copy that forward reads, where that is another tensor (ZeRO's low-precision copy).
-        optimizer: The same in momentum and second moments, where the mode clears them (`project`, `freeze`).
+        optimizer: Pruned entries of momentum and second moments that are not as of a weight that never moved, where the
+            mode clears them (`project`, `freeze`).
         worst: Name of the parameter with the most such entries; empty if there are none.
         worst_count: Its entries, over all copies.
     """
@@ -50,8 +51,9 @@ def audit_masks(weights: Sequence[MaskedWeight], mode: MaskMode, backend: Backen
     counts = torch.zeros(len(weights), len(COPIES), dtype=torch.int64)
     for i, weight in enumerate(weights if mode.name != "observe" else ()):
         states = backend.optimizer_states(weight.segment) if mode.clears_states else []
-        for k, copies in enumerate(([weight.weight], backend.forward_copies(weight.segment), states)):
-            counts[i, k] = sum(_contradictions(weight, values) for values in copies)
+        copies = ([weight.weight], backend.forward_copies(weight.segment))
+        for k, of_copy in enumerate([*([(values, 0.0) for values in copy] for copy in copies), states]):
+            counts[i, k] = sum(_contradictions(weight, values, neutral) for values, neutral in of_copy)
     counts = backend.all_sum(counts)
     owner, forward, optimizer = counts.sum(0).tolist()
     worst = int(counts.sum(1).argmax())
@@ -60,8 +62,8 @@ def audit_masks(weights: Sequence[MaskedWeight], mode: MaskMode, backend: Backen
     return Audit(owner=owner, forward=forward, optimizer=optimizer, worst=name, worst_count=total)
 
 
-def _contradictions(weight: MaskedWeight, values: Tensor) -> int:
+def _contradictions(weight: MaskedWeight, values: Tensor, neutral: float) -> int:
     if weight.mask is None:
         return 0
     part = weight.segment.counted
-    return int(((values != 0) & ~weight.mask).reshape(-1)[part].sum())
+    return int(((values != neutral) & ~weight.mask).reshape(-1)[part].sum())

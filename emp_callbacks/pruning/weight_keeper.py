@@ -1,10 +1,11 @@
-"""What keeps masked weights as the mode wants them around every optimizer step."""
+"""What keeps masked weights as the mode wants them: around every update, and against whoever else writes them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import final
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from torch.utils.hooks import RemovableHandle
 
 from emp_callbacks.backends import Backend
 from emp_callbacks.layer.mask_mode import MaskedWeight, MaskMode
+from emp_callbacks.pruning.load_hook import LoadHook
+from emp_callbacks.pruning.signatures import warn_the_user
 
 OnGradients = Callable[[Collection[int], Tensor | None], None]
 
@@ -19,6 +22,11 @@ OnGradients = Callable[[Collection[int], Tensor | None], None]
 @final
 class WeightKeeper:
     """The masked weights, and every hook on the optimizer and on gradients; a backend's UpdateListener.
+
+    Between two updates nobody else should write the weights. Whoever does (averages that are swapped in,
+    `load_state_dict`, a dtype change, a schedule-free optimizer) is noticed before the dense values that are kept
+    overwrite theirs: by the storage and version of each tensor at every update, by the values themselves at every
+    refresh, evaluation, save and at the end.
 
     Args:
         weights: What is masked, one entry a segment.
@@ -28,29 +36,63 @@ class WeightKeeper:
             gradients and the factor of these, if any.
 
     Attributes:
-        weights: As given.
+        weights: As given, or as `replace` gave them.
         attached: Whether the hooks are on.
     """
 
     def __init__(
         self, weights: Sequence[MaskedWeight], mode: MaskMode, backend: Backend, on_gradients: OnGradients
     ) -> None:
-        self.weights, self._mode, self._backend, self._on_gradients = list(weights), mode, backend, on_gradients
+        self._mode, self._backend, self._on_gradients = mode, backend, on_gradients
         self.attached = False
+        self._gradient_hooks: list[RemovableHandle] = []
+        self._load_hook: RemovableHandle | None = None
+        self._lost_told = False
+        self._take(weights)
+
+    def _take(self, weights: Sequence[MaskedWeight]) -> None:
+        self.weights = list(weights)
         self._by_owner: dict[int, list[MaskedWeight]] = {}
         for weight in weights:
             self._by_owner.setdefault(id(weight.segment.owner), []).append(weight)
-        self._gradient_hooks: list[RemovableHandle] = []
 
     @property
     def owners(self) -> Collection[int]:
         """Ids of the tensors that the optimizer updates and that hold masked weights."""
         return self._by_owner.keys()
 
+    @property
+    def _applied(self) -> Sequence[MaskedWeight]:
+        return self.weights if self._mode.name != "observe" else ()
+
+    # ---- hooks ----------------------------------------------------------------------------------------------------
+
     def attach(self) -> None:
-        """Put the hooks in place."""
+        """Put the hooks in place.
+
+        Raises:
+            ValueError: Another pruner at work masks one of the weights in another mode; nothing was changed.
+        """
+        for weight in self._applied:
+            weight.check_alone_or_alike(self._mode.name)
+        shared = [weight.join(self._mode.name) for weight in self._applied]
+        mine = {id(weight.store) for weight in self._applied}
+        twice = bool(shared) and all(shared) and any({id(w.store) for w in k._applied} == mine for k in _AT_WORK)
         self.attached = True
+        _AT_WORK.add(self)
         self._backend.attach(self)
+        if self._applied:
+            hook = LoadHook(self.notice)
+            self._load_hook = self._backend.module.register_load_state_dict_post_hook(hook)
+        self._hook_gradients()
+        self._seal(self._applied)
+        if twice and not self._backend.rank:
+            warn_the_user(
+                f"another EMP pruner is at work on the same weights ({self.weights[0].name!r}, ...): kept is what both "
+                "keep. If this one was to replace it, call its finalize() first"
+            )
+
+    def _hook_gradients(self) -> None:
         if not self._mode.masks_gradient:
             return
         parameters = {id(parameter) for parameter in self._backend.module.parameters()}
@@ -63,11 +105,36 @@ class WeightKeeper:
 
     def detach(self) -> None:
         """Take the hooks off; the weights are left as forward sees them. Twice is once."""
+        if not self.attached:
+            return
         self.settle()
         self._backend.detach()
+        self._unhook_gradients()
+        if self._load_hook is not None:
+            self._load_hook.remove()
+        for weight in self._applied:
+            weight.leave()
+        _AT_WORK.discard(self)
+        self.attached = False
+
+    def _unhook_gradients(self) -> None:
         while self._gradient_hooks:
             self._gradient_hooks.pop().remove()
-        self.attached = False
+
+    def replace(self, weights: Sequence[MaskedWeight]) -> None:
+        """Go on with weights of which some are new and some are gone; those that stay are the same objects."""
+        before = set(self.weights)
+        for weight in before.difference(weights):
+            weight.unhide()
+            weight.leave()
+        self._unhook_gradients()
+        self._take(weights)
+        for weight in self._applied:
+            if weight not in before:
+                weight.check_alone_or_alike(self._mode.name)
+                weight.join(self._mode.name)
+        self._backend.owners_changed()
+        self._hook_gradients()
 
     # ---- what a backend tells -------------------------------------------------------------------------------------
 
@@ -77,13 +144,18 @@ class WeightKeeper:
 
     def before_update(self, owners: Sequence[Tensor]) -> None:
         """Called by the backend when gradients are ready and the update comes next."""
-        for weight in self._of(owners):
+        weights = [*self._of(owners)]
+        # All before the first is changed: parts of one flat buffer count their writes together.
+        self._obey([weight for weight in weights if weight.store.is_touched(weight.weight)])
+        for weight in weights:
             self._mode.before_update(weight)
 
     def after_update(self, owners: Sequence[Tensor]) -> None:
         """Called by the backend when the update is done, before anything reads the weights."""
-        for weight in self._of(owners):
+        weights = [*self._of(owners)]
+        for weight in weights:
             self._mode.after_update(weight)
+        self._seal(weights)
 
     def _of(self, owners: Sequence[Tensor]) -> Iterator[MaskedWeight]:
         for owner in owners:
@@ -92,6 +164,38 @@ class WeightKeeper:
     def _mask_gradient(self, parameter: nn.Parameter) -> None:
         for weight in self._by_owner[id(parameter)]:
             self._mode.mask_gradient(weight)
+
+    # ---- who else writes ------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def notice(self) -> None:
+        """Let what something else wrote since the last update obey the masks: it becomes the dense values.
+
+        In `freeze` values under the mask cannot stay; that they are lost is said once.
+        """
+        if self.attached:
+            self._obey(self._applied)
+            self._seal(self._applied)
+
+    def _obey(self, weights: Iterable[MaskedWeight]) -> None:
+        lost = {weight.name: count for weight in weights if (count := self._notice_one(weight))}
+        if lost and not self._lost_told:
+            self._lost_told = True
+            name, count = max(lost.items(), key=lambda item: item[1])
+            warn_the_user(
+                f"something other than the optimizer wrote {count} pruned entries of {name!r} (load_state_dict, an "
+                f"average, another tool?); mode {self._mode.name!r} keeps them at 0. Use mode='feedback' to keep such "
+                "values behind the mask"
+            )
+
+    def _notice_one(self, weight: MaskedWeight) -> int:
+        if weight.mask is not None and weight.mask.device != weight.weight.device:  # the model was moved
+            weight.mask = weight.mask.to(weight.weight.device)
+        return self._mode.notice(weight)
+
+    def _seal(self, weights: Iterable[MaskedWeight]) -> None:
+        for weight in weights:
+            weight.seal()
 
     # ---- what the pruner asks for ---------------------------------------------------------------------------------
 
@@ -104,6 +208,7 @@ class WeightKeeper:
         """Bring every weight to what forward sees, also after an optimizer step that raised half-way."""
         for weight in self.weights:
             self._mode.after_update(weight)
+        self.notice()
 
     def settle_if_attached(self) -> None:
         """Settle, unless the hooks are off: after `finalize()` the model is the user's alone."""
@@ -121,12 +226,18 @@ class WeightKeeper:
     @torch.no_grad()
     def dense_owners(self) -> Iterator[None]:
         """Inside the block the tensors that the optimizer updates hold the dense values."""
+        self.notice()
         for weight in self.weights:
             self._mode.reveal(weight)
         try:
             yield
         finally:
-            self.settle()
+            self._hide_again()
+
+    def _hide_again(self) -> None:
+        for weight in self.weights:
+            self._mode.after_update(weight)
+        self._seal(self._applied)
 
     @contextmanager
     def dense_copies(self) -> Iterator[None]:
@@ -137,3 +248,6 @@ class WeightKeeper:
                 yield
         finally:
             self._backend.refresh_copies()
+
+
+_AT_WORK: WeakSet[WeightKeeper] = WeakSet()

@@ -1,0 +1,193 @@
+"""Every rewrite of the weights by an optimizer, whichever way it is called: seen before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import Any, Protocol, final
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from emp_callbacks.backends.wrapped import Wrapped
+
+# Methods by which optimizers rewrite weights outside of step(): schedule-free ones before and after evaluation,
+# sharpness-aware ones in two halves, Lookahead when told to.
+REWRITES = ("train", "eval", "first_step", "second_step", "sync_lookahead")
+# Their optimizers do nothing with the weights before they have called the closure.
+_CLOSURE_FIRST = ("torch.", "timm.", "transformers.", "bitsandbytes.", "lightning.", "pytorch_lightning.", "accelerate.")
+
+
+class UpdateListener(Protocol):
+    """What is told of every rewrite."""
+
+    @property
+    def owners(self) -> Collection[int]:
+        """Ids of the tensors that matter."""
+
+    def before_update(self, owners: Sequence[Tensor]) -> None:
+        """These tensors are rewritten next; may be told twice."""
+
+    def gradients_ready(self, owners: Sequence[Tensor], scale: Tensor | None) -> None:
+        """The tensors hold the gradients, times `scale` if given, that will be applied; told once per step."""
+
+    def after_update(self, owners: Sequence[Tensor]) -> None:
+        """These tensors were rewritten, or a new forward and backward begins; may be told twice."""
+
+
+@final
+class StepWatch:
+    """Tells a listener of every step of the given optimizers, and of any other that updates the listener's tensors.
+
+    Two mechanisms, because neither is enough. The methods of the given optimizers are wrapped: what a wrapper such as
+    Lookahead does after its inner optimizer's step is seen, and a step that raises is followed up. torch's global step
+    hooks say which of the steps inside are real, and find optimizers that nobody named: one that was made anew in
+    the middle of a run, the inner one of a wrapper whose own `step` is never called.
+
+    Args:
+        optimizers: Those given; such that were found are appended.
+    """
+
+    def __init__(self, optimizers: list[torch.optim.Optimizer]) -> None:
+        self._optimizers = optimizers
+        self._listener: UpdateListener | None = None
+        self._handles: list[Any] = []
+        self._strangers: WeakKeyDictionary[torch.optim.Optimizer, int] = WeakKeyDictionary()
+        self._depth = 0
+        self._announced: set[int] = set()
+        self.applied = False
+
+    def attach(self, listener: UpdateListener) -> None:
+        """Tell `listener` from now on."""
+        self._listener = listener
+        for optimizer in self._optimizers:
+            self._wrap(optimizer)
+        self._handles.append(register_optimizer_step_pre_hook(self._before_real_step))
+        self._handles.append(register_optimizer_step_post_hook(self._after_real_step))
+
+    def detach(self) -> None:
+        """Leave the optimizers as they were."""
+        while self._handles:
+            self._handles.pop().remove()
+        self._listener = None
+
+    def look_again(self) -> None:
+        """Forget which optimizers update none of the listener's tensors: they have become others."""
+        self._strangers.clear()
+
+    # ---- around a method ------------------------------------------------------------------------------------------
+
+    def _wrap(self, optimizer: torch.optim.Optimizer) -> None:
+        for name in ("step", *REWRITES):
+            if callable(getattr(optimizer, name, None)):
+                self._handles.append(Wrapped(optimizer, name, partial(self._around, optimizer, name)))
+
+    def _around(
+        self, optimizer: torch.optim.Optimizer, name: str, inner: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        assert self._listener is not None
+        closure = kwargs.get("closure", args[0] if args else None) if name == "step" else None
+        outermost, unseen = self._depth == 0, name == "step" and _is_unseen(optimizer)
+        if outermost:
+            self._announced.clear()
+        self._depth += 1
+        try:
+            if closure is None or not type(optimizer).__module__.startswith(_CLOSURE_FIRST):
+                # Weights that an optimizer saves or moves before it calls the closure must be the dense ones.
+                self._listener.before_update(_owners(optimizer))
+            if unseen and closure is None:
+                self._announce(optimizer)
+            if unseen and closure is not None:
+                args, kwargs = (), {**kwargs, "closure": self._on_masked_weights(optimizer, closure)}
+            result = inner(*args, **kwargs)
+            self.applied |= unseen
+            return result
+        finally:
+            self._depth -= 1
+            if outermost:
+                self._listener.after_update(_owners(optimizer))
+
+    # ---- the steps that torch knows -------------------------------------------------------------------------------
+
+    def _before_real_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if not self._concerns(optimizer):
+            return None
+        if self._depth == 0:  # nobody named it: the first of its steps, see below
+            self._announced.clear()
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._announce(optimizer)
+            return None
+        if getattr(closure, "watched_by", None) is self:  # passed on by a wrapper
+            return None
+        further = {key: value for key, value in kwargs.items() if key != "closure"}
+        return (args[0], self._on_masked_weights(optimizer, closure)), further
+
+    def _after_real_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]  # noqa: ARG002
+    ) -> None:
+        if not self._concerns(optimizer):
+            return
+        assert self._listener is not None
+        self.applied |= not _will_skip(optimizer)
+        if self._depth == 0:
+            self._listener.after_update(_owners(optimizer))
+            self._optimizers.append(optimizer)
+            self._wrap(optimizer)
+
+    def _on_masked_weights(self, optimizer: torch.optim.Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """Return the closure for a step inside which forward and backward run (Lightning's automatic optimization)."""
+
+        def on_masked_weights() -> Any:
+            assert self._listener is not None
+            self._listener.after_update(_owners(optimizer))
+            result = closure()
+            self._announce(optimizer)
+            return result
+
+        on_masked_weights.watched_by = self  # type: ignore[attr-defined]
+        return on_masked_weights
+
+    def _announce(self, optimizer: torch.optim.Optimizer) -> None:
+        assert self._listener is not None
+        owners = _owners(optimizer)
+        self._listener.before_update(owners)
+        fresh = [owner for owner in owners if id(owner) not in self._announced]
+        if fresh and not _will_skip(optimizer):
+            self._announced.update(map(id, fresh))
+            self._listener.gradients_ready(fresh, getattr(optimizer, "grad_scale", None))
+
+    def _concerns(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether an optimizer was given or found, or updates one of the listener's tensors."""
+        if self._listener is None:
+            return False
+        if any(optimizer is known for known in self._optimizers):
+            return True
+        owners = _owners(optimizer)
+        if self._strangers.get(optimizer) == len(owners):
+            return False
+        if any(id(owner) in self._listener.owners for owner in owners):
+            return True
+        self._strangers[optimizer] = len(owners)
+        return False
+
+
+def _is_unseen(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether torch's hooks see no step of it: of its own it is not hooked, and there is none inside."""
+    inside = any(isinstance(value, torch.optim.Optimizer) for value in vars(optimizer).values())
+    return not getattr(type(optimizer).step, "hooked", False) and not inside
+
+
+def _will_skip(optimizer: torch.optim.Optimizer) -> bool:
+    # Fused optimizers run their hooks even where GradScaler makes the step do nothing.
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and bool(found_inf)
+
+
+def _owners(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    # At call time: ZeRO shows one parameter group after the other through the same optimizer.
+    return [tensor for group in optimizer.param_groups for tensor in group["params"]]

@@ -1,0 +1,161 @@
+"""The dense values behind masks: one store per tensor part, however many pruners mask it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol, final
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from emp_callbacks.core.bit_patterns import as_bits
+from emp_callbacks.core.masked_values import put_pruned, take_pruned, zero_pruned
+from emp_callbacks.layer.segment import Segment
+
+_SAMPLES = 16
+
+
+class Member(Protocol):
+    """One pruner's mask on the part."""
+
+    mask: Tensor | None
+
+
+@final
+class DenseStore:
+    """Values that masks hide in one part of a tensor, and a watch on who else writes there.
+
+    Attributes:
+        members: Whose masks are in force: kept is what all of them keep. One that is through stays until all are.
+        modes: Mode of each member that is still at work, by its id.
+        stash: Dense values of what `hidden_by` prunes in flat order; None while the part itself holds them.
+        hidden_by: The mask with which they were taken out.
+    """
+
+    def __init__(self) -> None:
+        self.members: list[Member] = []
+        self.modes: dict[int, str] = {}
+        self.stash: Tensor | None = None
+        self.hidden_by: Tensor | None = None
+        self._joined: tuple[list[Tensor], Tensor | None] = [], None
+        self._seal: tuple[int, int] | None = None
+        self._sampled: tuple[Tensor | None, Tensor | None] = None, None
+
+    @property
+    def mask(self) -> Tensor | None:
+        """What all members keep; None where none has a mask yet."""
+        masks = [member.mask for member in self.members if member.mask is not None]
+        if len(masks) < 2:
+            return masks[0] if masks else None
+        joined_of, joined = self._joined
+        if len(joined_of) != len(masks) or any(a is not b for a, b in zip(joined_of, masks, strict=True)):
+            joined = masks[0].clone()
+            for mask in masks[1:]:
+                joined &= mask
+            self._joined = masks, joined
+        return joined
+
+    # ---- hiding ---------------------------------------------------------------------------------------------------
+
+    def hide(self, values: Tensor) -> None:
+        """Move what the masks prune out of the values and leave zeros; twice is once."""
+        mask = self.mask
+        if mask is not None and self.stash is None:
+            self.stash, self.hidden_by = take_pruned(values, mask), mask
+            zero_pruned(values, mask)
+
+    def unhide(self, values: Tensor) -> None:
+        """Move it back; twice is once."""
+        if self.stash is not None and self.hidden_by is not None:
+            put_pruned(values, self.hidden_by, self.stash)
+            self.stash = self.hidden_by = None
+
+    def behind(self, values: Tensor, mask: Tensor) -> Tensor | None:
+        """Return the dense values behind one member's mask; None while the part itself holds them."""
+        if self.stash is None or self.hidden_by is None or self.hidden_by is mask:
+            return self.stash
+        dense = values.clone()
+        put_pruned(dense, self.hidden_by, self.stash)
+        return take_pruned(dense, mask)
+
+    # ---- the watch ------------------------------------------------------------------------------------------------
+
+    def seal(self, values: Tensor) -> None:
+        """Remember where the values lie and how often they were written: nobody but us writes them from here on."""
+        self._seal = values.data_ptr(), _version(values)
+
+    def is_touched(self, values: Tensor) -> bool:
+        """Whether the values moved or were written since `seal`. Reads no value on an accelerator.
+
+        A write through `.data` leaves no trace but the values: on a CPU a few that should be 0 are looked at.
+        """
+        if self._seal is None:
+            return False
+        return self._seal != (values.data_ptr(), _version(values)) or self._sample_is_not_zero(values)
+
+    def _sample_is_not_zero(self, values: Tensor) -> bool:
+        mask = self.hidden_by
+        if mask is None or values.device.type != "cpu" or not values.is_contiguous() or not mask.is_contiguous():
+            return False
+        if self._sampled[0] is not mask:
+            flat = mask.view(-1)
+            some = flat[:: max(1, flat.numel() // 4096)]
+            places = (~some).nonzero().view(-1) * max(1, flat.numel() // 4096)
+            self._sampled = mask, places[:: max(1, places.numel() // _SAMPLES)]
+        return bool(as_bits(values.view(-1)).numpy()[self._sampled[1].numpy()].any())  # type: ignore[union-attr]
+
+    def take_over(self, values: Tensor) -> bool:
+        """Make what something else wrote over hidden values the dense values, and hide it; keep the rest.
+
+        Returns:
+            Whether there was any.
+        """
+        if self.stash is None or self.hidden_by is None:
+            return False
+        if self.hidden_by.device != values.device:  # the model was moved
+            self.hidden_by = self.hidden_by.to(values.device)
+        written = take_pruned(values, self.hidden_by)
+        self.stash = self.stash.to(written)  # of the dtype that the model has now
+        if not bool(written.any()):
+            return False
+        self.stash = torch.where(written != 0, written, self.stash)
+        zero_pruned(values, self.hidden_by)
+        return True
+
+
+def _version(values: Tensor) -> int:
+    return -1 if values.is_inference() else values._version
+
+
+# Owner -> the stores of its parts that a pruner works with now.
+_IN_USE: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def find_store(segment: Segment) -> DenseStore | None:
+    """Return the store that pruners at work share for this part of a tensor; None if there is none."""
+    for at, store in _IN_USE.get(segment.owner, []):
+        if at == _place(segment):
+            return store  # type: ignore[no-any-return]
+    return None
+
+
+def put_in_use(segment: Segment, store: DenseStore) -> None:
+    """Let others that mask this part find the store."""
+    _IN_USE.setdefault(segment.owner, []).append((_place(segment), store))
+
+
+def out_of_use(stores: Iterable[tuple[Segment, DenseStore]]) -> None:
+    """Forget stores that nobody works with any more."""
+    for segment, store in stores:
+        left = [(at, other) for at, other in _IN_USE.get(segment.owner, []) if other is not store]
+        if left:
+            _IN_USE[segment.owner] = left
+        else:
+            _IN_USE.pop(segment.owner, None)
+
+
+def _place(segment: Segment) -> tuple[str, int]:
+    # Of an owner that is no parameter but a flat buffer of many, the name says which part is meant.
+    whole = segment.owner.numel() == segment.weight.numel()
+    return ("" if whole else segment.name), segment.weight.numel()
