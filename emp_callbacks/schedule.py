@@ -45,6 +45,12 @@ class Schedule:
         """Position of the first refresh."""
         return self.every if self.start is None else self.start
 
+    @property
+    def told(self) -> str:
+        """The schedule in the settings' own words."""
+        parts = {f"every_n_{self.unit}s": self.every, "start": self.start, "stop": self.stop}
+        return ", ".join(f"{name}={value}" for name, value in parts.items() if value is not None)
+
     def is_due(self, last: int, now: int) -> bool:
         """Return whether a refresh lies in (last, now]: one that was missed at its own position is late, not lost."""
         return self.unit is not None and self._refreshes_up_to(now) > self._refreshes_up_to(last)

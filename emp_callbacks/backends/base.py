@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from emp_callbacks.backends.optimizer_state import OptimizerState, states_of
 from emp_callbacks.backends.step_watch import StepWatch, UpdateListener
 from emp_callbacks.layer.segment import Segment
-from emp_callbacks.targets import WeightTarget
+from emp_callbacks.targets import WeightTarget, anything
 
 
 class Backend(ABC):
@@ -76,11 +76,12 @@ class Backend(ABC):
 
     # ---- optimizer steps ------------------------------------------------------------------------------------------
 
-    def updates(self, parameter: nn.Parameter) -> bool:
-        """Whether one of the optimizers updates a parameter; without optimizers, anything may."""
+    def updates(self) -> Callable[[nn.Parameter], bool]:
+        """Return what says whether the optimizers, as they are now, update a parameter; without any, one may."""
         if not self.optimizers:
-            return True
-        return any(parameter is p for optimizer in self.optimizers for g in optimizer.param_groups for p in g["params"])
+            return anything
+        updated = {id(p) for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]}
+        return lambda parameter: id(parameter) in updated
 
     def optimizer_states(self, segment: Segment) -> list[OptimizerState]:
         """Return the segment's part of the optimizers' per-weight tensors (momentum, second moment).

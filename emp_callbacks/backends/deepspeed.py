@@ -54,6 +54,15 @@ class DeepSpeedBackend(Backend):
     def full_shape(self, parameter: nn.Parameter) -> torch.Size:
         return getattr(parameter, "ds_shape", parameter.shape)
 
+    def updates(self) -> Callable[[nn.Parameter], bool]:
+        owners = {id(owner) for owner in self._layout.owners()}
+
+        def updated(parameter: nn.Parameter) -> bool:
+            place = self._layout.place(parameter)
+            return place is not None and id(place.owner) in owners
+
+        return updated
+
     def segments(self, targets: Sequence[WeightTarget]) -> list[Segment]:
         """Return this rank's part of every target, in order; a part may be empty. Collective.
 
@@ -107,7 +116,7 @@ class DeepSpeedBackend(Backend):
     def _segment(self, target: WeightTarget) -> Segment:
         parameter, shape = target.parameter, self.full_shape(target.parameter)
         place = self._layout.place(parameter)
-        if place is None or not any(place.owner is owner for owner in self._layout.owners()):
+        if place is None or not self.updates()(parameter):
             raise ValueError(
                 f"the engine's optimizer does not update {target.name!r}, so its mask would not hold; exclude it, or "
                 "give it to the optimizer"

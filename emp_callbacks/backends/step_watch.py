@@ -17,7 +17,15 @@ from emp_callbacks.backends.wrapped import Wrapped
 # sharpness-aware ones in two halves, Lookahead when told to.
 REWRITES = ("train", "eval", "first_step", "second_step", "sync_lookahead")
 # Their optimizers do nothing with the weights before they have called the closure.
-_CLOSURE_FIRST = ("torch.", "timm.", "transformers.", "bitsandbytes.", "lightning.", "pytorch_lightning.", "accelerate.")
+_CLOSURE_FIRST = (
+    "torch.",
+    "timm.",
+    "transformers.",
+    "bitsandbytes.",
+    "lightning.",
+    "pytorch_lightning.",
+    "accelerate.",
+)
 
 
 class UpdateListener(Protocol):
@@ -128,7 +136,10 @@ class StepWatch:
         return (args[0], self._on_masked_weights(optimizer, closure)), further
 
     def _after_real_step(
-        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]  # noqa: ARG002
+        self,
+        optimizer: torch.optim.Optimizer,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],  # noqa: ARG002
     ) -> None:
         if not self._concerns(optimizer):
             return

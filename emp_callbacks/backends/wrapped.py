@@ -28,7 +28,7 @@ class Wrapped:
         self._inner = inner = getattr(owner, name)
         self._removed = False
         functools.update_wrapper(self, inner)  # also the mark by which an LR scheduler knows its own wrapper
-        del self.__wrapped__
+        del self.__dict__["__wrapped__"]
         with suppress(TypeError, ValueError):  # of a method in C
             self.__signature__ = inspect.signature(inner)
         setattr(owner, name, self)

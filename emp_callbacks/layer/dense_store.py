@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Protocol, final
 
 import torch
@@ -134,25 +133,21 @@ _IN_USE: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 def find_store(segment: Segment) -> DenseStore | None:
     """Return the store that pruners at work share for this part of a tensor; None if there is none."""
-    for at, store in _IN_USE.get(segment.owner, []):
-        if at == _place(segment):
-            return store  # type: ignore[no-any-return]
-    return None
+    return next((store for at, store in _in_use(segment) if at == _place(segment)), None)
 
 
 def put_in_use(segment: Segment, store: DenseStore) -> None:
     """Let others that mask this part find the store."""
-    _IN_USE.setdefault(segment.owner, []).append((_place(segment), store))
+    _IN_USE[segment.owner] = [*_in_use(segment), (_place(segment), store)]
 
 
-def out_of_use(stores: Iterable[tuple[Segment, DenseStore]]) -> None:
-    """Forget stores that nobody works with any more."""
-    for segment, store in stores:
-        left = [(at, other) for at, other in _IN_USE.get(segment.owner, []) if other is not store]
-        if left:
-            _IN_USE[segment.owner] = left
-        else:
-            _IN_USE.pop(segment.owner, None)
+def out_of_use(segment: Segment, store: DenseStore) -> None:
+    """Forget a store that nobody works with any more."""
+    _IN_USE[segment.owner] = [(at, other) for at, other in _in_use(segment) if other is not store]
+
+
+def _in_use(segment: Segment) -> list[tuple[tuple[str, int], DenseStore]]:
+    return _IN_USE[segment.owner] if segment.owner in _IN_USE else []
 
 
 def _place(segment: Segment) -> tuple[str, int]:

@@ -91,7 +91,7 @@ class MaskedWeight:
         """Work with the weight no more; the mask stays in force as long as another pruner does."""
         self.store.modes.pop(id(self), None)
         if not self.store.modes:
-            out_of_use([(self.segment, self.store)])
+            out_of_use(self.segment, self.store)
 
 
 States = Iterable[tuple[Tensor, float]]

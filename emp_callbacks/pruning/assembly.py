@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from emp_callbacks.backends import Backend
@@ -13,14 +14,24 @@ from emp_callbacks.criteria import Criterion
 from emp_callbacks.criteria.attention import EDGE_SCORES
 from emp_callbacks.criteria.wanda import is_observable
 from emp_callbacks.layer import FeatureLayer, Layer, Member, UnitLayer, WeightLayer
+from emp_callbacks.layer.mask_mode import MaskedWeight
 from emp_callbacks.layer.observers import ActivationSizes, InputSquares, can_unfold
 from emp_callbacks.layer.segment import Segment
-from emp_callbacks.targets import UNIT_TARGETS, UnitTarget, WeightTarget, canonical_name, prunable_weights
+from emp_callbacks.targets import (
+    UNIT_TARGETS,
+    LeftOut,
+    UnitTarget,
+    WeightTarget,
+    canonical_name,
+    left_out,
+    prunable_weights,
+)
 from emp_callbacks.targets.attention_edges import EdgeSite, edge_sites
 from emp_callbacks.targets.features import FeatureSite, feature_sites
 from emp_callbacks.targets.forward_site import CountRule
 
 DynamicSite = FeatureSite | EdgeSite
+Globs = Sequence[str] | None
 
 
 def find_layers(config: EMPConfig, criterion: Criterion, backend: Backend) -> list[Layer]:
@@ -53,8 +64,28 @@ def find_dynamic_sites(config: EMPConfig, criterion: Criterion, backend: Backend
     return [*edge_sites(backend.module, config.include, config.exclude, EDGE_SCORES[type(criterion)], rule)]
 
 
+def find_left_out(config: EMPConfig, backend: Backend, weights: Sequence[MaskedWeight]) -> list[LeftOut]:
+    """Return the parameters of the model that no mask reaches, and why; [] where modules' outputs are masked."""
+    if config.target == "weights":
+        return left_out(*_rules(config, backend), backend.updates())
+    if not weights:
+        return []
+    masked = {weight.name for weight in weights}
+    named = {canonical_name(name): p for name, p in backend.module.named_parameters()}
+    reason = f"part of no chosen {config.target.replace('_', ' ').removesuffix('s')}"
+    return [LeftOut(name, reason, backend.full_shape(p).numel()) for name, p in named.items() if name not in masked]
+
+
+def _rules(config: EMPConfig, backend: Backend) -> tuple[nn.Module, Globs, Globs, Callable[[nn.Parameter], torch.Size]]:
+    return backend.module, config.include, config.exclude, backend.full_shape
+
+
+def _is_updated(target: UnitTarget, updates: Callable[[nn.Parameter], bool]) -> bool:
+    return any(updates(member.weight.parameter) for member in target.members if member.masked)
+
+
 def _weight_layers(config: EMPConfig, criterion: Criterion, backend: Backend) -> list[Layer]:
-    targets = prunable_weights(backend.module, config.include, config.exclude, backend.full_shape)
+    targets = prunable_weights(*_rules(config, backend), backend.updates())
     observed = criterion.needs == "inputs"
     inputs = _input_observers(backend, targets, config.certify) if observed else [None] * len(targets)
     segments = backend.segments(targets)
@@ -92,8 +123,15 @@ def _no_rule(n_eff: Tensor, size: int, nonzero: Tensor) -> Tensor:
 
 
 def _unit_layers(config: EMPConfig, criterion: Criterion, backend: Backend) -> list[Layer]:
-    targets = UNIT_TARGETS[config.target](backend.module, config.include, config.exclude, backend.full_shape)
+    targets = UNIT_TARGETS[config.target](*_rules(config, backend))
     _check_masked_once(targets)
+    updates = backend.updates()
+    targets = [target for target in targets if config.include or _is_updated(target, updates)]
+    if not targets:
+        raise ValueError(
+            f"no optimizer updates the {config.target} of {type(backend.module).__name__}: make the optimizer from this "
+            "model's parameters, of a DeepSpeed engine pass the engine itself, or name modules in include"
+        )
     parameters = {id(m.weight.parameter): m.weight for target in targets for m in target.members}
     segments = dict(zip(parameters, backend.segments(list(parameters.values())), strict=True))
     return [_unit_layer(target, segments, criterion, backend) for target in targets]

@@ -51,9 +51,9 @@ def audit_masks(weights: Sequence[MaskedWeight], mode: MaskMode, backend: Backen
     counts = torch.zeros(len(weights), len(COPIES), dtype=torch.int64)
     for i, weight in enumerate(weights if mode.name != "observe" else ()):
         states = backend.optimizer_states(weight.segment) if mode.clears_states else []
-        copies = ([weight.weight], backend.forward_copies(weight.segment))
-        for k, of_copy in enumerate([*([(values, 0.0) for values in copy] for copy in copies), states]):
-            counts[i, k] = sum(_contradictions(weight, values, neutral) for values, neutral in of_copy)
+        for k, copies in enumerate(([weight.weight], backend.forward_copies(weight.segment))):
+            counts[i, k] = sum(_contradictions(weight, values, 0.0) for values in copies)
+        counts[i, -1] = sum(_contradictions(weight, values, neutral) for values, neutral in states)
     counts = backend.all_sum(counts)
     owner, forward, optimizer = counts.sum(0).tolist()
     worst = int(counts.sum(1).argmax())

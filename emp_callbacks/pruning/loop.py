@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import final
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from emp_callbacks.backends import Backend
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.layer.mask_mode import MaskMode
+from emp_callbacks.pruning.copies import Average, averages_in
 from emp_callbacks.pruning.refresher import Refresher
 from emp_callbacks.pruning.signatures import warn_the_user
 from emp_callbacks.pruning.weight_keeper import WeightKeeper
 from emp_callbacks.schedule import Clock
+from emp_callbacks.targets import canonical_name
 from emp_callbacks.trajectory import PruneEvent, Trajectory
+
+_CALLS_WITHOUT_A_STEP = 100
+_REMEDY = (
+    "Call pruner.step() after every optimizer step, and step(end_of_epoch=True) or end_epoch() at an epoch's end; or "
+    "refresh earlier (start, every_n_steps, every_n_epochs)"
+)
 
 
 @final
@@ -31,6 +41,7 @@ class PruningLoop:
     Attributes:
         clock: Where the run stands; `take_up` replaces it.
         keeper: The masked weights and the hooks around their updates.
+        remedy: What helps where no refresh came, in the words of whoever drives the loop.
     """
 
     def __init__(
@@ -39,6 +50,10 @@ class PruningLoop:
         self._schedule, self._window = config.schedule, config.evidence_steps
         self._mode, self._backend, self._refresher, self._trajectory = mode, backend, refresher, trajectory
         self._evidence = refresher.evidence
+        self._averages: list[Average] = []
+        self._hidden: list[dict[str, Tensor]] = []  # of averages that a checkpoint held and nobody added yet
+        self._calls = 0  # of step() before the first optimizer step that was seen; -1 after it
+        self.remedy = _REMEDY
         self.clock = Clock()
         self.keeper = WeightKeeper(refresher.weights, mode, backend, self._gradients_ready)
 
@@ -46,16 +61,22 @@ class PruningLoop:
 
     def step(self, end_of_epoch: bool) -> list[PruneEvent]:
         """Count one call after an optimizer step; see `EMPPruner.step`. Collective when it refreshes."""
-        applied = self._backend.take_applied()
-        self.clock.steps += applied
+        self._count(self._backend.take_applied())
         if end_of_epoch:
             self.clock.end_epoch()
-        return self._refresh(self.clock.epochs - end_of_epoch, due=applied and self._is_due)
+        return self._refresh(self.clock.epochs - end_of_epoch, due=self._is_due)
 
     def end_epoch(self) -> list[PruneEvent]:
         """Count a finished epoch after its last `step()`; refresh if one is due. Collective when it refreshes."""
+        self._count(self._backend.take_applied(), called=False)
         self.clock.end_epoch()
         return self._refresh(self.clock.epochs - 1, due=self._schedule.unit == "epoch" and self._is_due)
+
+    def start_epoch(self, length: int | None) -> None:
+        """Say how many optimizer steps the epoch that begins will have; None: as many as the last."""
+        if length is not None:
+            self.clock.epoch_length = length
+        self._observe_if_near()
 
     def refresh(self) -> list[PruneEvent]:
         """Recompute the masks now. Collective."""
@@ -82,11 +103,16 @@ class PruningLoop:
         self.keeper.attach()
         self._evidence.attach()
         self._observe_if_near()
+        for module in averages_in(self._backend.module):
+            with suppress(ValueError, NotImplementedError):  # of something else than the pruned weights
+                self.add_average(module)
 
     def detach(self) -> None:
         """Take every hook off. Twice is once."""
         self.keeper.detach()
         self._evidence.detach()
+        while self._averages:
+            self._averages.pop().detach()
 
     def start_at(self, steps: int, epochs: int, epoch_length: int | None) -> None:
         """Take over the position of a run that was begun without EMP; what lies before it is not caught up on."""
@@ -94,9 +120,13 @@ class PruningLoop:
         self.clock.last_position = self._position
         self._observe_if_near()
 
-    def take_up(self, clock: Clock) -> None:
-        """Go on from a clock that a checkpoint brought back, together with masks and trajectory."""
+    def take_up(self, clock: Clock, averages: Sequence[dict[str, Tensor]] = ()) -> None:
+        """Go on from a clock that a checkpoint brought back, together with masks, trajectory and averages."""
         self.clock = clock
+        self.keeper.notice()
+        self._hidden = list(averages)
+        for average in self._averages:
+            average.restore(self._hidden.pop(0) if self._hidden else {})
         self._refresher.take_up(clock.last_position, pruned=bool(self._trajectory))
         self._observe_if_near()
 
@@ -104,14 +134,33 @@ class PruningLoop:
         """Take every hook off for good, with a warning where the schedule never asked for a refresh. Collective."""
         if self.needs_closing_refresh:
             self.close()
-        idle = self.keeper.attached and self.clock.steps and self._schedule.unit is not None and not self._trajectory
+        forgotten = self.keeper.attached and self._backend.take_applied() and not self.clock.steps
+        idle = self.keeper.attached and self._schedule.unit is not None and not self._trajectory
         self.detach()
-        if idle:
+        if idle and not self._backend.rank and (forgotten or self._calls or self.clock.steps):
             warn_the_user(
-                f"the schedule {self._schedule} asked for no refresh in {self.clock.steps} steps and "
-                f"{self.clock.epochs} finished epochs: nothing was pruned (in a plain loop, epochs end with "
-                "step(end_of_epoch=True))"
+                f"the schedule ({self._schedule.told}) asked for no refresh in {self.clock.steps} steps and "
+                f"{self.clock.epochs} finished epochs: nothing was pruned. {self.remedy}"
             )
+
+    # ---- averages -------------------------------------------------------------------------------------------------
+
+    def add_average(self, model: nn.Module) -> None:
+        """Keep a model that averages this one masked; see `EMPPruner.add_average`."""
+        if all(average.model is not model for average in self._averages) and self._mode.name != "observe":
+            average = Average(model, self.keeper.weights, partial(self.keeper.dense_owners, by_values=False))
+            self._averages.append(average)
+            if self._hidden:
+                average.restore(self._hidden.pop(0))
+
+    def averaged_names(self) -> set[str]:
+        """Return the names of the parameters that are in averages inside the model."""
+        inside = {id(p) for average in self._averages for p in average.model.parameters()}
+        return {canonical_name(name) for name, p in self._backend.module.named_parameters() if id(p) in inside}
+
+    def averages_hidden(self) -> list[dict[str, Tensor]]:
+        """Return the dense values behind the masks of each average, in the order of `add_average`."""
+        return [average.hidden() for average in self._averages]
 
     # ---- inside ---------------------------------------------------------------------------------------------------
 
@@ -122,13 +171,27 @@ class PruningLoop:
 
     @property
     def _is_due(self) -> bool:
-        return self._schedule.is_due(self.clock.last_position, self._position)
+        # An epoch without a single optimizer step leaves its refresh to the next: late, not lost.
+        stepped = self.clock.steps > self.clock.steps_at_refresh
+        return stepped and self._schedule.is_due(self.clock.last_position, self._position)
+
+    def _count(self, applied: bool, *, called: bool = True) -> None:
+        """Count an optimizer step, if there was one; say once that there never is, where a schedule waits for it."""
+        self.clock.steps += applied
+        self._calls = -1 if applied or self._calls < 0 else self._calls + called
+        if self._calls == _CALLS_WITHOUT_A_STEP and self._schedule.unit is not None and not self._backend.rank:
+            warn_the_user(
+                f"step() was called {self._calls} times and no optimizer that updates the pruned weights has made a step: "
+                "nothing is refreshed. Give the pruner the optimizer whose step() runs, or call step() only after one"
+            )
 
     def _refresh(self, epoch: int, *, due: bool) -> list[PruneEvent]:
         events: list[PruneEvent] = []
         if due:
             dense = self.keeper.dense_owners()
             events = self._refresher.run(self.clock.steps, epoch, self._position, dense)
+            for average in self._averages:
+                average.refreshed()
             self._trajectory.extend(events)
             self.clock.last_position, self.clock.steps_at_refresh = self._position, self.clock.steps
             self._evidence.release()

@@ -9,24 +9,29 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from emp_callbacks.backends import detect_backend
 from emp_callbacks.config import EMPConfig, check_names
 from emp_callbacks.layer.mask_mode import MASK_MODES, MaskMode, Observe
-from emp_callbacks.pruning.audit import Audit, audit_masks
+from emp_callbacks.pruning.copies import MaskedCopy
 from emp_callbacks.pruning.loop import PruningLoop
 from emp_callbacks.pruning.persistence import Persistence
+from emp_callbacks.pruning.readings import Readings, surprising
 from emp_callbacks.pruning.refresher import Refresher
-from emp_callbacks.schedule import Clock
-from emp_callbacks.trajectory import LayerStats, PruneEvent, Trajectory
+from emp_callbacks.pruning.signatures import warn_the_user
+from emp_callbacks.trajectory import PruneEvent, Trajectory
 
 
-class EMPPruner:
+class EMPPruner(Readings):
     """Effective Model Pruning around any training loop.
 
-    Call `step()` after each optimizer step, `finalize()` at the end. The optimizer is watched through torch's own
-    step hooks, so accumulated micro-batches and steps that a GradScaler skipped are not counted.
+    Call `step()` after each optimizer step, `finalize()` at the end. Every optimizer that updates the pruned weights is
+    watched, so accumulated micro-batches and steps that a GradScaler skipped are not counted; a step is an iteration
+    of the loop in which at least one of them made a step.
+
+    By default what the given optimizers update is pruned (and, by name, what `include` says); `left_out` lists the rest.
+    That is looked up again at each refresh: layers that were thawed, or given to the optimizer later, are followed.
 
     Args:
         model: The module to prune: plain, compiled, wrapped in DistributedDataParallel or FullyShardedDataParallel,
@@ -72,12 +77,17 @@ class EMPPruner:
         self._backend = detect_backend(model, optimizer)
         self._mode: MaskMode = Observe() if self.config.observe_only else MASK_MODES[self.config.mode]()
         self._refresher = Refresher(self.config, self._mode, self._backend)
-        self._layers, self._weights = self._refresher.layers, self._refresher.weights
         self.trajectory = Trajectory(trajectory_path if self._backend.rank == 0 else None)
         self._loop = PruningLoop(self.config, self._mode, self._backend, self._refresher, self.trajectory)
         self._keeper = self._loop.keeper
         self._persistence = Persistence(self.config, self._mode, self._refresher, self.trajectory, self._backend)
         self._loop.attach()
+        self._say_what_is_left_out()
+
+    def _say_what_is_left_out(self) -> None:
+        told = surprising(self.left_out, self._weights_in_all)
+        if told and not self._backend.rank:
+            warn_the_user(told)
 
     # ---- the loop -------------------------------------------------------------------------------------------------
 
@@ -157,84 +167,38 @@ class EMPPruner:
             if not self._keeper.attached:
                 self._refresher.evidence.detach()
 
-    @property
-    def sharded(self) -> bool:
-        """Whether this rank holds only parts of the parameters; `state_dict()` then is this rank's part, too."""
-        return not all(weight.segment.replicated for weight in self._weights)
-
-    @property
-    def needs_closing_refresh(self) -> bool:
-        """Whether weights have moved away from the mask since the last refresh (only in `project`)."""
-        return self._loop.needs_closing_refresh
-
-    @property
-    def clock(self) -> Clock:
-        """Steps and epochs so far, and where the schedule stands."""
-        return self._loop.clock
-
-    @property
-    def steps(self) -> int:
-        """Applied optimizer steps so far."""
-        return self.clock.steps
-
-    @property
-    def epochs(self) -> int:
-        """Finished epochs so far."""
-        return self.clock.epochs
-
-    # ---- what a user reads ----------------------------------------------------------------------------------------
-
-    @property
-    def masks(self) -> dict[str, Tensor]:
-        """Layer name -> bool mask of its components, True = kept; all kept before the first refresh.
-
-        Weights: parameter name -> its shape, or this rank's part, flat, where it is sharded. Heads, neurons, nodes and
-        features: module name -> shape (units,). Features are absent until their module was called, and where every
-        sample has its own mask. With `observe_only` these are the masks that EMP would apply.
-        """
-        return {layer.name: layer.mask_or_ones.clone() for layer in self._layers if layer.is_known}
-
-    def scores(self) -> dict[str, Tensor]:
-        """Return layer name -> |score| of its components now, layout of `masks`. Collective; changes nothing.
-
-        A criterion that reads gradients, inputs or activations speaks of what was gathered since the last refresh.
-
-        Raises:
-            ValueError: Every sample or query row scores for itself.
-            RuntimeError: Nothing was gathered.
-        """
-        return self._refresher.scores(self._keeper.dense_owners())
-
-    @property
-    def weight_masks(self) -> dict[str, Tensor]:
-        """Parameter name -> bool mask of what is zeroed in it (False), like `masks` for weights; {} for features."""
-        return {weight.name: weight.mask_or_ones.clone() for weight in self._weights}
-
-    @property
-    def density(self) -> float:
-        """Kept share of all scored components, in [0, 1]. Collective. Where each sample has its own: the last mean."""
-        return self._refresher.density(self.trajectory)
-
-    @property
-    def layers(self) -> list[LayerStats]:
-        """Every layer as the last refresh left it; empty before the first."""
-        return [layer for event in self.last_events for layer in event.layers]
-
-    @property
-    def last_events(self) -> list[PruneEvent]:
-        """The rows of the last refresh, one per group."""
-        return self.trajectory[-self._refresher.groups :]
-
-    def audit(self) -> Audit:
-        """Count, over all ranks, the entries of every copy of the weights that contradict the masks. Collective."""
-        return audit_masks(self._weights, self._mode, self._backend)
-
     def dense_weights(self) -> AbstractContextManager[None]:
         """Inside the block the model computes with its dense weights; `feedback` hides the pruned ones after it.
 
         Collective where the parameters are sharded.
         """
         return self._keeper.dense_copies()
+
+    # ---- other models of the same weights -------------------------------------------------------------------------
+
+    def mask(self, model: nn.Module) -> MaskedCopy:
+        """Mask another model of the same parameters now: an average, a merged adapter, an exported copy.
+
+        Weights are matched by name, wrappers left out. Features and attention edges get hooks. As a context manager,
+        `with pruner.mask(model):`, it is masked inside the block only.
+
+        Raises:
+            ValueError: It lacks one of the masked weights, or has it in another shape; nothing was changed.
+            NotImplementedError: The weights are sharded.
+        """
+        return MaskedCopy(model, self._weights, self._refresher.masking_sites())
+
+    def add_average(self, model: nn.Module) -> None:
+        """Keep a model that averages this one masked, and its average one of dense values, in every mode.
+
+        Before its first update: `ema = AveragedModel(model); pruner.add_average(ema)`, or timm's ModelEmaV3. Averages
+        that are modules inside the model are found without being named.
+
+        Raises:
+            ValueError: It is no average, or has none of the masked weights.
+            NotImplementedError: The weights are sharded.
+        """
+        self._loop.add_average(model)
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -246,7 +210,7 @@ class EMPPruner:
         evidence gathered by this rank: where one rank saves for all, call `share_evidence()` on all ranks first.
         """
         self._keeper.settle_if_attached()
-        return self._persistence.state(self.clock)
+        return {**self._persistence.state(self.clock), "averages": self._loop.averages_hidden()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`'s state, bit for bit, together with the model's and optimizer's own states.
@@ -254,7 +218,7 @@ class EMPPruner:
         Raises:
             ValueError: The state is of another mode, scope or model; nothing was changed.
         """
-        self._loop.take_up(self._persistence.install(state))
+        self._loop.take_up(self._persistence.install(state), state.get("averages", ()))
 
     def share_evidence(self) -> None:
         """Move the evidence that each rank has gathered to rank 0, whose state then stands for all. Collective."""
@@ -285,6 +249,13 @@ class EMPPruner:
             ValueError: A file is damaged, or of another mode, scope or model. All ranks raise; nothing was changed.
         """
         self._loop.take_up(self._persistence.load(folder))
+
+    def start_epoch(self, length: int | None) -> None:
+        """Say how many optimizer steps the epoch that begins will have, where the loop knows; None: as many as the last.
+
+        Criteria that gather evidence do so in an epoch's last steps; without this call they go by the last epoch's.
+        """
+        self._loop.start_epoch(length)
 
     def start_at(self, steps: int, epochs: int, epoch_length: int | None = None) -> None:
         """Take over the position of a training run that was begun without EMP.

@@ -15,13 +15,14 @@ from emp_callbacks.backends import Backend
 from emp_callbacks.checkpoint.state import masked_weights
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.criteria import make_criterion
-from emp_callbacks.layer import Layer
+from emp_callbacks.layer import FeatureLayer, Layer
 from emp_callbacks.layer.mask_mode import MaskMode
-from emp_callbacks.pruning.assembly import DynamicSite, find_dynamic_sites, find_layers
+from emp_callbacks.pruning.assembly import DynamicSite, find_dynamic_sites, find_layers, find_left_out
 from emp_callbacks.pruning.decision import KeepRule
 from emp_callbacks.pruning.evidence import Evidence
 from emp_callbacks.pruning.refresh import refresh_dynamic, refresh_masks
 from emp_callbacks.pruning.signatures import emptied_layers, uniform_scores, warn_the_user
+from emp_callbacks.targets.forward_site import ForwardSite
 from emp_callbacks.trajectory import PruneEvent
 
 
@@ -37,6 +38,7 @@ class Refresher:
     Attributes:
         criterion: How components are scored.
         layers: What has a mask of its own; empty where every sample or query row makes one for itself.
+        left_out: The parameters that no mask reaches, and why.
         weights: The masked parameters of the layers, in order; empty where modules' outputs are masked.
         dynamic: Where samples or query rows make their own; empty otherwise.
         evidence: What the criterion needs besides the weights.
@@ -56,6 +58,7 @@ class Refresher:
         else:
             self.layers = find_layers(config, self.criterion, backend)
         self.weights = masked_weights(self.layers)
+        self.left_out = find_left_out(config, backend, self.weights)
         sites = [*(site for layer in self.layers for site in layer.sites), *self.dynamic]
         self.evidence = Evidence(self.layers, sites, self.criterion, backend)
         self._warned: set[str] = set()
@@ -131,6 +134,13 @@ class Refresher:
         kept = sum(int(layer.mask_or_ones.reshape(-1)[layer.span.counted].sum()) for layer in self.layers)
         total = int(self._backend.all_sum(torch.tensor([kept]))[0])
         return total / sum(layer.span.size for layer in self.layers)
+
+    def masking_sites(self) -> list[ForwardSite]:
+        """Return the sites that mask what passes them now."""
+        features = [
+            layer.site for layer in self.layers if isinstance(layer, FeatureLayer) and layer.site.mask is not None
+        ]
+        return [*features, *(site for site in self.dynamic if site.active)]
 
     def take_up(self, position: int, pruned: bool) -> None:
         """Go on where a checkpoint left off: at a position of the schedule, after a refresh or before the first."""

@@ -83,7 +83,7 @@ class WeightKeeper:
         self._backend.attach(self)
         if self._applied:
             hook = LoadHook(self.notice)
-            self._load_hook = self._backend.module.register_load_state_dict_post_hook(hook)
+            self._load_hook = self._backend.module.register_load_state_dict_post_hook(hook)  # type: ignore[no-untyped-call]
         self._hook_gradients()
         self._seal(self._applied)
         if twice and not self._backend.rank:
@@ -146,7 +146,7 @@ class WeightKeeper:
         """Called by the backend when gradients are ready and the update comes next."""
         weights = [*self._of(owners)]
         # All before the first is changed: parts of one flat buffer count their writes together.
-        self._obey([weight for weight in weights if weight.store.is_touched(weight.weight)])
+        self._obey(self._touched(weights))
         for weight in weights:
             self._mode.before_update(weight)
 
@@ -188,6 +188,9 @@ class WeightKeeper:
                 "values behind the mask"
             )
 
+    def _touched(self, weights: Iterable[MaskedWeight]) -> list[MaskedWeight]:
+        return [weight for weight in weights if weight.store.is_touched(weight.weight)]
+
     def _notice_one(self, weight: MaskedWeight) -> int:
         if weight.mask is not None and weight.mask.device != weight.weight.device:  # the model was moved
             weight.mask = weight.mask.to(weight.weight.device)
@@ -224,9 +227,13 @@ class WeightKeeper:
 
     @contextmanager
     @torch.no_grad()
-    def dense_owners(self) -> Iterator[None]:
-        """Inside the block the tensors that the optimizer updates hold the dense values."""
-        self.notice()
+    def dense_owners(self, *, by_values: bool = True) -> Iterator[None]:
+        """Inside the block the tensors that the optimizer updates hold the dense values.
+
+        Args:
+            by_values: Whether to look for other writers in the values themselves, as refreshes and saves do.
+        """
+        self._obey(self._applied if by_values else self._touched(self._applied))
         for weight in self.weights:
             self._mode.reveal(weight)
         try:

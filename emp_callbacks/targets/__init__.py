@@ -5,26 +5,31 @@ from emp_callbacks.targets.feature_form import FeatureForm
 from emp_callbacks.targets.features import FeatureSite, feature_sites
 from emp_callbacks.targets.heads import attention_heads
 from emp_callbacks.targets.kan import kan_nodes
-from emp_callbacks.targets.names import canonical_name
+from emp_callbacks.targets.names import canonical_name, match_names
 from emp_callbacks.targets.neurons import neurons
 from emp_callbacks.targets.units import MemberTarget, UnitTarget
-from emp_callbacks.targets.weights import WeightTarget, prunable_weights
+from emp_callbacks.targets.weights import SURPRISING, LeftOut, WeightTarget, anything, left_out, prunable_weights
 
 UNIT_TARGETS = {"heads": attention_heads, "neurons": neurons, "kan_nodes": kan_nodes}
 
 __all__ = [
+    "SURPRISING",
     "UNIT_TARGETS",
     "EdgeSite",
     "FeatureForm",
     "FeatureSite",
+    "LeftOut",
     "MemberTarget",
     "UnitTarget",
     "WeightTarget",
+    "anything",
     "attention_heads",
     "canonical_name",
     "edge_sites",
     "feature_sites",
     "kan_nodes",
+    "left_out",
+    "match_names",
     "neurons",
     "prunable_weights",
 ]

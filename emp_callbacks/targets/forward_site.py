@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -45,6 +46,12 @@ class ForwardSite(ABC):
         # A copy of the model has a copy of the site, which compiled code must not mistake for this one.
         self.__dict__.update(state)
         self._number = number_of(self)
+
+    def on(self, module: nn.Module) -> ForwardSite:
+        """Return the same site, with the same mask, for a module of another model; hooks not yet attached."""
+        twin = copy.copy(self)
+        twin.module, twin.observing, twin._handles, twin._sums = module, False, [], {}
+        return twin
 
     def attach(self) -> None:
         """Register the hooks; does nothing where they are in place, and registers them anew where they were cleared."""

@@ -7,13 +7,39 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 # What wrappers put into names and a user did not write.
-_WRAPPER_NAMES = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_WRAPPER_NAMES = (
+    "_orig_mod.",
+    "_fsdp_wrapped_module.",
+    "_checkpoint_wrapped_module.",
+    "_forward_module.",  # Fabric, which shows a LightningModule under both of these
+    "_original_module.",
+)
 
 
 def canonical_name(name: str) -> str:
     """Return the name that the user's own model gives a parameter or, with a dot at its end, a module."""
     for part in _WRAPPER_NAMES:
         name = name.replace(part, "")
+    return name
+
+
+def match_names(ours: Sequence[str], theirs: Sequence[str]) -> dict[str, str]:
+    """Return which of the names in another model (key) mean the same as one of ours (value).
+
+    Wrappers do not count, among them averages, DistributedDataParallel and PEFT; and the other model may be a part of
+    ours, whose names then lack a prefix.
+    """
+    known = set(ours)
+    plain = {name: own if (own := canonical_name(name)) in known else _unwrapped(own) for name in theirs}
+    prefixes = {own.removesuffix(name): None for name in plain.values() for own in ours if own.endswith(f".{name}")}
+    best = max(["", *prefixes], key=lambda prefix: sum(f"{prefix}{name}" in known for name in plain.values()))
+    return {name: f"{best}{own}" for name, own in plain.items() if f"{best}{own}" in known}
+
+
+def _unwrapped(name: str) -> str:
+    name = name.replace(".base_layer.", ".")
+    while name.startswith(("module.", "base_model.model.")):
+        name = name.removeprefix("module.").removeprefix("base_model.model.")
     return name
 
 

@@ -14,7 +14,7 @@ from emp_callbacks.targets.weights import WeightTarget
 
 # Those whose output channels are rows of the weight.
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module", "_original_module")
 
 
 class UnitSearch:

@@ -25,16 +25,52 @@ class WeightTarget(NamedTuple):
     output_dim: int
 
 
+class LeftOut(NamedTuple):
+    """One parameter that is not pruned.
+
+    Attributes:
+        name: Name in the model.
+        reason: Why not.
+        size: Its weights.
+    """
+
+    name: str
+    reason: str
+    size: int
+
+
+FROZEN = "frozen (requires_grad=False)"
+NOT_UPDATED = "no given optimizer updates it"
+NOT_FLOATING = "not a real floating-point tensor"
+NOT_A_WEIGHT = "its name does not say 'weight'"
+# Of these a user expects that they are pruned; of norms, biases and embeddings nobody does.
+SURPRISING = (FROZEN, NOT_UPDATED, NOT_FLOATING, NOT_A_WEIGHT)
+
+Updates = Callable[[nn.Parameter], bool]
+FullShape = Callable[[nn.Parameter], torch.Size]
+
+
+def own_shape(parameter: nn.Parameter) -> torch.Size:
+    """Return the shape of a parameter that is not sharded."""
+    return parameter.shape
+
+
+def anything(parameter: nn.Parameter) -> bool:  # noqa: ARG001
+    """Say that a parameter may be updated: of a model that nobody trains."""
+    return True
+
+
 def prunable_weights(
     model: nn.Module,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
-    full_shape: Callable[[nn.Parameter], torch.Size] = lambda parameter: parameter.shape,
+    full_shape: FullShape = own_shape,
+    updates: Updates = anything,
 ) -> list[WeightTarget]:
     """Return the parameters that EMP scores, each once, in the model's own order.
 
-    By default: trainable floating-point parameters of two or more dimensions whose last name part contains
-    "weight", except those of norms and embeddings and heads tied to an embedding.
+    By default: trainable floating-point parameters of two or more dimensions that an optimizer updates and whose last
+    name part contains "weight", except those of norms and embeddings and heads tied to an embedding.
 
     Args:
         model: Any module; tied parameters and shared modules count once, under their first name.
@@ -42,24 +78,46 @@ def prunable_weights(
             norms, biases, embeddings or frozen parameters if named.
         exclude: Glob patterns on parameter names to leave out.
         full_shape: Gives the shape that a parameter has in the unsharded model.
+        updates: Says whether an optimizer updates a parameter.
 
     Raises:
         ValueError: A pattern matches no parameter, or nothing is left to prune.
         TypeError: A named parameter is not floating-point.
     """
     owners = _owners(model)
-    names = {id(p): [name for name, _ in owned] for p, owned in owners.items()}
-    every_name = [name for group in names.values() for name in group]
+    every_name = [name for owned in owners.values() for name, _ in owned]
     check_patterns([*(include or ()), *(exclude or ())], every_name, "parameter", "blocks.*.weight")
-    targets = []
-    for parameter, owned in owners.items():
-        wanted = (
-            matches(names[id(parameter)], include) if include else _prunable_by_default(parameter, owned, full_shape)
+    reasons = {p: _why_not(p, owned, include, exclude, full_shape, updates) for p, owned in owners.items()}
+    targets = [
+        WeightTarget(owned[0][0], parameter, _output_dim(owned[0][1]))
+        for parameter, owned in owners.items()
+        if reasons[parameter] is None
+    ]
+    if not targets and NOT_UPDATED in reasons.values():
+        named = [owned[0][0] for p, owned in owners.items() if reasons[p] == NOT_UPDATED]
+        raise ValueError(
+            f"no optimizer updates {named[0]!r} or any other weight of {type(model).__name__} that EMP would prune: "
+            "make the optimizer from this model's parameters as they are now (after fully_shard or "
+            "FullyShardedDataParallel), of a DeepSpeed engine pass the engine itself, or name weights in include"
         )
-        if wanted and not (exclude and matches(names[id(parameter)], exclude)):
-            targets.append(WeightTarget(owned[0][0], parameter, _output_dim(owned[0][1])))
     _check_targets(targets, model, full_shape)
     return targets
+
+
+def left_out(
+    model: nn.Module,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    full_shape: FullShape = own_shape,
+    updates: Updates = anything,
+) -> list[LeftOut]:
+    """Return the parameters that `prunable_weights` does not, and why not; arguments as there."""
+    found = []
+    for parameter, owned in _owners(model).items():
+        reason = _why_not(parameter, owned, include, exclude, full_shape, updates)
+        if reason is not None:
+            found.append(LeftOut(owned[0][0], reason, full_shape(parameter).numel()))
+    return found
 
 
 def _owners(model: nn.Module) -> dict[nn.Parameter, list[tuple[str, nn.Module]]]:
@@ -71,17 +129,31 @@ def _owners(model: nn.Module) -> dict[nn.Parameter, list[tuple[str, nn.Module]]]
     return owners
 
 
-def _prunable_by_default(
-    parameter: nn.Parameter, owned: list[tuple[str, nn.Module]], full_shape: Callable[[nn.Parameter], torch.Size]
-) -> bool:
-    kinds = [type(module).__name__ for _, module in owned]
-    return (
-        parameter.requires_grad
-        and parameter.is_floating_point()
-        and len(full_shape(parameter)) >= 2
-        and any("weight" in name.rpartition(".")[2] for name, _ in owned)
-        and not any("Embedding" in kind or "Norm" in kind for kind in kinds)
-    )
+def _why_not(
+    parameter: nn.Parameter,
+    owned: list[tuple[str, nn.Module]],
+    include: Sequence[str] | None,
+    exclude: Sequence[str] | None,
+    full_shape: FullShape,
+    updates: Updates,
+) -> str | None:
+    """Return why a parameter is not pruned; None if it is."""
+    names, kinds = [name for name, _ in owned], [type(module).__name__ for _, module in owned]
+    if exclude and matches(names, exclude):
+        return "excluded"
+    if include:
+        return None if matches(names, include) else "not included"
+    if len(full_shape(parameter)) < 2:
+        return "a vector: bias, norm or scale"
+    if any("Embedding" in kind or "Norm" in kind for kind in kinds):
+        return "a norm or an embedding, or tied to one"
+    if not parameter.is_floating_point():
+        return NOT_FLOATING
+    if not any("weight" in name.rpartition(".")[2] for name in names):
+        return NOT_A_WEIGHT
+    if not parameter.requires_grad:
+        return FROZEN
+    return None if updates(parameter) else NOT_UPDATED
 
 
 def _output_dim(owner: nn.Module) -> int:
@@ -89,9 +161,7 @@ def _output_dim(owner: nn.Module) -> int:
     return 1 if type(owner).__name__ == "Conv1D" or "ConvTranspose" in type(owner).__name__ else 0
 
 
-def _check_targets(
-    targets: list[WeightTarget], model: nn.Module, full_shape: Callable[[nn.Parameter], torch.Size]
-) -> None:
+def _check_targets(targets: list[WeightTarget], model: nn.Module, full_shape: FullShape) -> None:
     if not targets:
         held = [f"{name} {tuple(full_shape(p))}" for name, p in model.named_parameters()][:8]
         raise ValueError(

@@ -1,0 +1,211 @@
+"""Other models of the same parameters: averages that are kept masked, and copies that are masked once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from emp_callbacks.backends.wrapped import Wrapped
+from emp_callbacks.core.masked_values import put_pruned, take_pruned, zero_pruned
+from emp_callbacks.layer.mask_mode import MaskedWeight
+from emp_callbacks.layer.segment import Segment
+from emp_callbacks.targets import match_names
+from emp_callbacks.targets.forward_site import ForwardSite
+
+# By which torch's AveragedModel, and timm's ModelEmaV3 and V2, take in the model's weights.
+_UPDATES = ("update_parameters", "update", "set")
+
+
+def is_average(module: nn.Module) -> bool:
+    """Return whether a module averages another one that it holds a copy of."""
+    return isinstance(getattr(module, "module", None), nn.Module) and any(
+        callable(getattr(module, name, None)) for name in _UPDATES
+    )
+
+
+@final
+class Average:
+    """A model that averages the pruned one, masked at all times; inside it the average is of dense values.
+
+    Args:
+        model: An AveragedModel, a timm ModelEmaV3, or any module with such an update method.
+        weights: The pruner's masked weights.
+        dense: Inside it the pruned model's own weights are dense.
+
+    Raises:
+        ValueError: It has no update method, or none of the weights.
+        NotImplementedError: The weights are sharded.
+    """
+
+    def __init__(
+        self, model: nn.Module, weights: Sequence[MaskedWeight], dense: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        if not is_average(model):
+            raise ValueError(
+                f"{type(model).__name__} is no model average (torch's AveragedModel, timm's ModelEmaV3): it has none of "
+                f"the methods {', '.join(_UPDATES)}; to mask a copy once, call pruner.mask(copy)"
+            )
+        self.model, self._dense = model, dense
+        self._copies = [
+            (source, MaskedWeight(_whole(own))) for source, own in pair_up(weights, model, all_of_them=False)
+        ]
+        self._wrapped = [
+            Wrapped(model, name, self._update) for name in _UPDATES if callable(getattr(model, name, None))
+        ]
+        self.refreshed()
+
+    def _update(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self._dense():
+            self.unhide()
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                self.hide()
+
+    @torch.no_grad()
+    def hide(self) -> None:
+        """Show the masked average."""
+        for _, own in self._copies:
+            own.hide()
+
+    @torch.no_grad()
+    def unhide(self) -> None:
+        """Put the dense average in place, for its update."""
+        for _, own in self._copies:
+            own.store.take_over(own.weight)
+            own.unhide()
+
+    @torch.no_grad()
+    def refreshed(self) -> None:
+        """Take over the masks of the weights."""
+        self.unhide()
+        for source, own in self._copies:
+            own.mask = source.mask if source.mask is None else source.mask.to(own.weight.device)
+        self.hide()
+
+    def hidden(self) -> dict[str, Tensor]:
+        """Return the dense values behind the masks, by name of the weight in the pruned model."""
+        return {source.name: own.stash.cpu().clone() for source, own in self._copies if own.stash is not None}
+
+    @torch.no_grad()
+    def restore(self, hidden: dict[str, Tensor]) -> None:
+        """Take back what `hidden` gave, once the average's own weights and the masks are in place."""
+        for source, own in self._copies:
+            own.store.stash = own.store.hidden_by = None
+            own.mask = source.mask if source.mask is None else source.mask.to(own.weight.device)
+            found = hidden.get(source.name)
+            if own.mask is not None and found is not None and found.numel() == int((~own.mask).sum()):
+                put_pruned(own.weight, own.mask, found.to(own.weight))
+        self.hide()
+
+    def detach(self) -> None:
+        """Leave the average masked, and to itself."""
+        while self._wrapped:
+            self._wrapped.pop().remove()
+
+
+@final
+class MaskedCopy(AbstractContextManager[None]):
+    """What `EMPPruner.mask` returns: the other model is masked; as a context manager, until the block ends.
+
+    Args:
+        model: The other model, changed at once.
+        weights: The pruner's masked weights.
+        sites: Its modules whose outputs are masked in the forward pass.
+
+    Raises:
+        ValueError: The model lacks one of the weights or modules, or has it in another shape; nothing was changed.
+        NotImplementedError: The weights are sharded.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module, weights: Sequence[MaskedWeight], sites: Iterable[ForwardSite]) -> None:
+        pairs = pair_up(weights, model, all_of_them=True)
+        modules = _modules_of(model)
+        there = list(sites)
+        if missing := [site.name for site in there if site.name not in modules]:
+            raise ValueError(f"{type(model).__name__} has no module {missing[0]!r}, whose output is masked")
+        self._taken: list[tuple[Tensor, Tensor, Tensor]] = []
+        for source, own in pairs:
+            if source.mask is not None:
+                values, mask = own.detach(), source.mask.to(own.device)
+                self._taken.append((values, mask, take_pruned(values, mask)))
+                zero_pruned(values, mask)
+        self._sites = [site.on(modules[site.name]) for site in there]
+        for site in self._sites:
+            site.attach()
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Give the other model back what the masks took; twice is once."""
+        while self._taken:
+            put_pruned(*self._taken.pop())
+        while self._sites:
+            self._sites.pop().detach()
+
+    def __exit__(self, *_: object) -> None:
+        self.undo()
+
+
+def pair_up(
+    weights: Sequence[MaskedWeight], model: nn.Module, *, all_of_them: bool
+) -> list[tuple[MaskedWeight, nn.Parameter]]:
+    """Return each weight with the parameter of another model that has its name, wrappers left out.
+
+    Raises:
+        ValueError: There is none for a weight (for any, unless `all_of_them`), or it has another shape.
+        NotImplementedError: The weights are sharded.
+    """
+    if not all(weight.segment.replicated for weight in weights):
+        raise NotImplementedError(
+            "the weights are sharded, so no rank has whole masks for another model: save() the masks, and load() them "
+            "into a pruner of the unsharded model"
+        )
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    ours = {weight.name: weight for weight in weights}
+    matched = match_names(list(ours), list(parameters))
+    found = {own: parameters[theirs] for theirs, own in matched.items()}
+    missing = [name for name in ours if name not in found]
+    if missing and (all_of_them or not found):
+        raise ValueError(
+            f"{type(model).__name__} has no parameter {missing[0]!r} ({len(missing)} of {len(ours)} masked weights are "
+            f"missing); it holds {', '.join(list(parameters)[:4])}, ...: pass a model with the same parameters"
+        )
+    for name, parameter in found.items():
+        if parameter.shape != ours[name].weight.shape:
+            raise ValueError(
+                f"{name!r} has shape {tuple(parameter.shape)} in {type(model).__name__} and "
+                f"{tuple(ours[name].weight.shape)} in the pruned model: masks fit models of the same shapes only"
+            )
+    return [(ours[name], parameter) for name, parameter in found.items()]
+
+
+def averages_in(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the averages of the model, or of a part of it, that are modules inside it."""
+    return (module for module in model.modules() if is_average(module))
+
+
+def _modules_of(model: nn.Module) -> dict[str, nn.Module]:
+    own = dict(model.named_modules(remove_duplicate=False))
+    return own | {ours: own[theirs] for theirs, ours in match_names(list(own), list(own)).items()}
+
+
+def _whole(parameter: nn.Parameter) -> Segment:
+    return Segment(
+        name="",
+        shape=parameter.shape,
+        output_dim=0,
+        owner=parameter,
+        view=_itself,
+        positions=0,
+        replicated=True,
+        counted=slice(0, parameter.numel()),
+    )
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
