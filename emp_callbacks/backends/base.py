@@ -89,7 +89,7 @@ class Backend(ABC):
         Raises:
             TypeError: One is kept in a form in which a weight's part cannot be cleared.
         """
-        return [state for optimizer in self.optimizers for state in states_of(optimizer, segment)]
+        return states_of(self.optimizers, segment)
 
     def attach(self, listener: UpdateListener) -> None:
         """Tell `listener` of every optimizer step from now on."""

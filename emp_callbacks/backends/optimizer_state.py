@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,18 +23,27 @@ class OptimizerState(NamedTuple):
     neutral: float
 
 
-def states_of(optimizer: torch.optim.Optimizer, segment: Segment) -> Iterator[OptimizerState]:
-    """Yield the segment's part of every tensor that an optimizer keeps in the shape of the segment's owner.
+def states_of(optimizers: Sequence[torch.optim.Optimizer], segment: Segment) -> list[OptimizerState]:
+    """Return the segment's part of every tensor that optimizers keep in the shape of the segment's owner.
+
+    Those of the optimizers inside a wrapper (Lookahead, accelerate) count, once.
 
     Raises:
         TypeError: It is kept as codes without a table of what they stand for, or in a tensor class of its own.
     """
-    owner = segment.owner
-    state = optimizer.state.get(owner, {})
-    for key, value in state.items():
-        if not isinstance(value, Tensor) or value.shape != owner.shape or not value.dim():
-            continue
-        yield OptimizerState(segment.view(value), _neutral(optimizer, owner, key, value, state))
+    owner, found = segment.owner, {}
+    for optimizer in [*optimizers, *(inner for outer in optimizers for inner in inner_optimizers(outer))]:
+        state = optimizer.state.get(owner, {})
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.dim() and value.shape == owner.shape and id(value) not in found:
+                neutral = _neutral(optimizer, owner, key, value, state)
+                found[id(value)] = OptimizerState(segment.view(value), neutral)
+    return list(found.values())
+
+
+def inner_optimizers(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+    """Return the optimizers that a wrapper holds."""
+    return [value for value in vars(optimizer).values() if isinstance(value, torch.optim.Optimizer)]
 
 
 def _neutral(optimizer: torch.optim.Optimizer, owner: Tensor, key: str, value: Tensor, state: dict[str, Any]) -> float:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from emp_callbacks.backends.optimizer_state import inner_optimizers
 from emp_callbacks.backends.wrapped import Wrapped
 
 # Methods by which optimizers rewrite weights outside of step(): schedule-free ones before and after evaluation,
@@ -138,7 +139,7 @@ class StepWatch:
     def _after_real_step(
         self,
         optimizer: torch.optim.Optimizer,
-        args: tuple[Any, ...],
+        args: tuple[Any, ...],  # noqa: ARG002
         kwargs: dict[str, Any],  # noqa: ARG002
     ) -> None:
         if not self._concerns(optimizer):
@@ -189,8 +190,7 @@ class StepWatch:
 
 def _is_unseen(optimizer: torch.optim.Optimizer) -> bool:
     """Whether torch's hooks see no step of it: of its own it is not hooked, and there is none inside."""
-    inside = any(isinstance(value, torch.optim.Optimizer) for value in vars(optimizer).values())
-    return not getattr(type(optimizer).step, "hooked", False) and not inside
+    return not getattr(type(optimizer).step, "hooked", False) and not inner_optimizers(optimizer)
 
 
 def _will_skip(optimizer: torch.optim.Optimizer) -> bool:

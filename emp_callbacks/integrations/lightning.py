@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from contextlib import AbstractContextManager
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
@@ -12,16 +11,29 @@ from typing import Any
 
 from rich.console import Console
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from emp_callbacks.config import EMPConfig, check_names
 from emp_callbacks.extras import is_installed, needs
-from emp_callbacks.integrations.lightning_checkpoint import CheckpointCompanion, masks_folder
+from emp_callbacks.integrations.lightning_averages import LightningAverages
+from emp_callbacks.integrations.lightning_checkpoint import IN_FILES, CheckpointCompanion, masks_folder
+from emp_callbacks.integrations.lightning_evaluation import EvaluationHooks
+from emp_callbacks.integrations.lightning_record import (
+    ElsewhereTrajectory,
+    density,
+    file_name,
+    log,
+    log_values,
+    own_name,
+    publish,
+    steps_so_far,
+)
+from emp_callbacks.integrations.lightning_strategy import check_strategy, sharding_model
 from emp_callbacks.pruning.pruner import EMPPruner
+from emp_callbacks.pruning.signatures import warn_the_user
 from emp_callbacks.trajectory import PruneEvent, Trajectory, layer_table
 
-TRAJECTORY_FILE = "emp_trajectory.jsonl"
-_WRAPPING = ("DeepSpeed", "FSDP")  # strategies whose own model object, not the module, knows the shards
-_IN_FILES = {"saved": "in files"}  # what a checkpoint's callback state says where the masks lie in files of their own
+__all__ = ["EMPCallback", "log_values"]
 
 
 def _callback_classes() -> tuple[type, ...]:
@@ -32,16 +44,22 @@ def _callback_classes() -> tuple[type, ...]:
     return tuple(import_module(name).Callback for name in names)
 
 
-class EMPCallback(*_callback_classes()):  # type: ignore[misc]
+class EMPCallback(EvaluationHooks, *_callback_classes()):  # type: ignore[misc]
     """Recompute EMP masks while a Trainer trains, and log the N_eff trajectory.
 
     A refresh tied to epochs happens after the epoch's last optimizer step and before its validation, so validation
-    and checkpoints see the masked weights. The checkpoint holds masked weights; masks, the dense values behind them,
-    schedule position and trajectory travel in the callback's state: a resumed run equals one that never stopped.
+    and checkpoints see the masked weights. The checkpoint holds masked weights; masks, the dense values behind them
+    and the schedule's position travel in the callback's state: a resumed run equals one that never stopped.
+
+    What the Trainer's optimizers update is pruned, unless `include` names other weights; the closing table says what is
+    left out. A second fit of the same module goes on where the first one stopped; another module starts anew. What
+    `test`, `validate` or `predict` load with `ckpt_path` is masked as that checkpoint says, and forgotten after it.
 
     Args:
         trajectory_path: JSON-lines file for the trajectory; default `emp_trajectory.jsonl` in the trainer's log_dir.
         summary: Print the per-layer table when the fit ends.
+        name: Tells several callbacks apart: `emp/NAME/density` in loggers, `emp_trajectory_NAME.jsonl`. Default:
+            nothing for one callback, the target's name where there are several.
         **settings: Fields of EMPConfig by name: `EMPCallback(every_n_epochs=1, beta=1.2)`. Without a schedule,
             `every_n_epochs=1`.
 
@@ -56,7 +74,12 @@ class EMPCallback(*_callback_classes()):  # type: ignore[misc]
     """
 
     def __init__(
-        self, *, trajectory_path: str | os.PathLike[str] | None = None, summary: bool = True, **settings: Any
+        self,
+        *,
+        trajectory_path: str | os.PathLike[str] | None = None,
+        summary: bool = True,
+        name: str | None = None,
+        **settings: Any,
     ) -> None:
         super().__init__()
         if settings.get("every_n_epochs") is None and settings.get("every_n_steps") is None:
@@ -65,43 +88,64 @@ class EMPCallback(*_callback_classes()):  # type: ignore[misc]
         self.config = EMPConfig(**settings)  # jsonargparse reads a recipe's valid keys from this call
         self.trajectory_path = trajectory_path
         self.summary = summary
+        self.name = name
         self.pruner: EMPPruner | None = None
         self._restored: dict[str, Any] | None = None
         self._module: Any = None
+        self._fits = False
+        self._epoch_is_counted = False
+        self._own_name = ""
         self._companion: CheckpointCompanion | None = None
-        self._evaluation: AbstractContextManager[None] | None = None
+        self._averages: LightningAverages | None = None
 
     @classmethod
     def from_config(cls, config: EMPConfig, **kwargs: Any) -> EMPCallback:
-        """Return the callback with all settings of `config`; `kwargs` are `trajectory_path` and `summary`."""
+        """Return the callback with all settings of `config`; `kwargs` are `trajectory_path`, `summary` and `name`."""
         return cls(**{field.name: getattr(config, field.name) for field in fields(config)}, **kwargs)
 
     @property
     def state_key(self) -> str:
-        """Name of this callback's part of a checkpoint; differs between callbacks that prune different weights."""
-        chosen = {name: getattr(self.config, name) for name in ("target", "include", "exclude")}
-        return f"EMPCallback{chosen}"
+        """Name of this callback's part of a checkpoint: differs between all that may stand side by side."""
+        config = self.config
+        chosen = {key: sorted(getattr(config, key) or ()) for key in ("include", "exclude")}
+        how = {key: getattr(config, key) for key in ("target", "scope", "mode")}
+        return f"EMPCallback{ {**how, 'criterion': config.criterion_name, **chosen, 'name': self.name} }"
 
     @property
     def trajectory(self) -> Trajectory:
         """One PruneEvent per refresh and group; empty before the first fit."""
-        return Trajectory() if self.pruner is None else self.pruner.trajectory
+        return ElsewhereTrajectory() if self.pruner is None else self.pruner.trajectory
 
     @property
     def masks(self) -> dict[str, Tensor]:
         """Layer name -> bool mask, True = kept, see `EMPPruner.masks`; empty before the first fit."""
         return {} if self.pruner is None else self.pruner.masks
 
-    # ---- Trainer hooks --------------------------------------------------------------------------------------------
+    # ---- a fit ----------------------------------------------------------------------------------------------------
+
+    def on_sanity_check_start(self, trainer: Any, pl_module: Any) -> None:
+        # Before the first call of a compiled model, which sees no hooks that come later.
+        if not any(is_lazy(parameter) for parameter in pl_module.parameters()):
+            self._begin(trainer, pl_module)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        _check_strategy(trainer)
-        # A second fit of the same module goes on where the first one stopped.
-        continued = self.pruner.state_dict() if self.pruner is not None and self._module is pl_module else None
+        if not self._fits:
+            self._begin(trainer, pl_module)
+        publish(trainer, self._values() or {self._density_name: 1.0})
+
+    def _begin(self, trainer: Any, pl_module: Any) -> None:
+        check_strategy(trainer)
+        continued = self._continued() if self._module is pl_module else None
+        self._own_name = own_name(self, [other for other in trainer.callbacks if isinstance(other, EMPCallback)])
         pruner = EMPPruner(
-            _sharding_model(trainer, pl_module), trainer.optimizers, self.config, trajectory_path=self._path(trainer)
+            sharding_model(trainer, pl_module), trainer.optimizers, self.config, trajectory_path=self._path(trainer)
+        )
+        pruner.remedy = (
+            f"The Trainer stopped before the first refresh (max_epochs={trainer.max_epochs}, max_steps="
+            f"{trainer.max_steps}): lower every_n_epochs, every_n_steps or start, or train longer"
         )
         try:
+            averages = None if self.config.observe_only else LightningAverages(trainer, pruner)
             self._restore(trainer, pruner, continued)
         except BaseException:
             pruner.detach()
@@ -110,12 +154,25 @@ class EMPCallback(*_callback_classes()):  # type: ignore[misc]
             self._companion.detach()
         self._companion = CheckpointCompanion(trainer.strategy, pruner.save) if pruner.sharded else None
         self.pruner, self._module, self._restored = pruner, pl_module, None
+        self._averages, self._fits = averages, True
+
+    def _continued(self) -> dict[str, Any] | None:
+        """Return the state of the last fit of the same module, told if its weights were replaced since."""
+        if self.pruner is None:
+            return None
+        if (names := self.pruner.replaced_weights()) and self._restored is None:
+            warn_the_user(
+                f"the weights of the module are others than the last fit left ({names[0]!r} and {len(names) - 1} more; "
+                "load_state_dict, or a test with ckpt_path?): they are the dense values from here on, masks and clock "
+                "go on. To start anew, use a new EMPCallback"
+            )
+        return self.pruner.state_dict()
 
     def _restore(self, trainer: Any, pruner: EMPPruner, continued: dict[str, Any] | None) -> None:
         state = self._restored or continued
         if not state:
-            pruner.start_at(trainer.global_step, trainer.current_epoch, _epoch_length(trainer))
-        elif state == _IN_FILES:
+            pruner.start_at(steps_so_far(trainer), trainer.current_epoch, _epoch_length(trainer))
+        elif state == IN_FILES:
             pruner.load(masks_folder(trainer.ckpt_path))
         elif pruner.sharded and self._restored:
             raise ValueError(
@@ -125,60 +182,63 @@ class EMPCallback(*_callback_classes()):  # type: ignore[misc]
         else:
             pruner.load_state_dict(state)
 
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002
+        assert self.pruner is not None
+        self._epoch_is_counted = False
+        self.pruner.start_epoch(_epoch_length(trainer))
+
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:  # noqa: ARG002
         if self.pruner is not None and self.pruner.sharded:
             self.pruner.mask_gradients()  # before Lightning clips; unsharded gradients are masked as they arrive
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         assert self.pruner is not None
-        events = self.pruner.step(end_of_epoch=trainer.is_last_batch)
+        self._epoch_is_counted = bool(trainer.is_last_batch)
+        events = self.pruner.step(end_of_epoch=self._epoch_is_counted)
         if not events and self.pruner.needs_closing_refresh and _is_last_step(trainer):
             events = self.pruner.close()
         if events:
-            for logger in trainer.loggers:
-                logger.log_metrics(log_values(events), step=trainer.global_step)
+            log(trainer, events, self._own_name)
         if (last := self.pruner.last_events) and trainer.progress_bar_callback is not None:
             # Every batch: the bar shows only what the current step logged.
-            pl_module.log("emp/density", _density(last), prog_bar=True, logger=False, on_step=True, batch_size=1)
+            pl_module.log(self._density_name, density(last), prog_bar=True, logger=False, on_step=True, batch_size=1)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002
+        self._end_epoch(trainer)
+
+    def _end_epoch(self, trainer: Any) -> None:
+        """Count an epoch whose last batch did not say so: skipped batches, a source that does not know its length."""
+        if self.pruner is not None and not self._epoch_is_counted:
+            self._epoch_is_counted = True
+            if events := self.pruner.end_epoch():
+                log(trainer, events, self._own_name)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002
         assert self.pruner is not None
+        self._end_fit()
+        events = self.pruner.last_events
+        if self.summary and trainer.is_global_zero and events:
+            Console().print(layer_table(events))
+            if told := self.pruner.left_out_line:
+                Console().print(told, markup=False, highlight=False)
+        if "MultiProcessing" in type(trainer.strategy.launcher).__name__ and trainer.is_global_zero:
+            warn_the_user(
+                "this fit ran in processes of its own, so the callback of the main process stays empty: the rows are "
+                f"in {self.pruner.trajectory.path}, the masks in the checkpoints' callback state"
+            )
+
+    def _end_fit(self) -> None:
+        self._fits = False
+        assert self.pruner is not None
         self.pruner.finalize()
-        if self.summary and trainer.is_global_zero and self.pruner.last_events:
-            Console().print(layer_table(self.pruner.last_events))
-
-    # DeepSpeed's strategy clears module hooks for every evaluation; after a fit, features are masked by hooks alone.
-
-    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002
-        self._evaluation_begins(pl_module)
-
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002
-        self._evaluation_ends()
-
-    def on_test_start(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002
-        self._evaluation_begins(pl_module)
-
-    def on_test_end(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002
-        self._evaluation_ends()
-
-    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002
-        self._evaluation_begins(pl_module)
-
-    def on_predict_end(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002
-        self._evaluation_ends()
-
-    def _evaluation_begins(self, pl_module: Any) -> None:
-        if self.pruner is not None and self._module is pl_module:
-            self._evaluation = self.pruner.masked_forward()
-            self._evaluation.__enter__()
-
-    def _evaluation_ends(self) -> None:
-        if self._evaluation is not None:
-            self._evaluation.__exit__(None, None, None)
-            self._evaluation = None
+        if self._averages is not None:
+            self._averages.detach()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:  # noqa: ARG002
+        self._fits = False
         self._evaluation_ends()
+        if self._averages is not None:
+            self._averages.detach()
         if self.pruner is not None:
             self.pruner.detach()
 
@@ -186,79 +246,67 @@ class EMPCallback(*_callback_classes()):  # type: ignore[misc]
 
     def state_dict(self) -> dict[str, Any]:
         if self.pruner is not None:
+            if not self._fits and (names := self.pruner.replaced_weights()):
+                warn_the_user(
+                    f"a checkpoint is made whose weights ({names[0]!r}, ...) are not those that EMP's masks in it were "
+                    "made for: a test with ckpt_path, or load_state_dict, replaced them since the fit"
+                )
             self.pruner.share_evidence()  # Lightning asks every rank and keeps the answer of rank 0
-            return dict(_IN_FILES) if self.pruner.sharded else self.pruner.state_dict()
+            return dict(IN_FILES) if self.pruner.sharded else self.pruner.state_dict()
         return self._restored or {}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # Weights and optimizer come back after this hook; the pruner takes its state in on_train_start.
-        self._restored = state_dict
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002
+        """Take the state of an EMPCallback with other settings, where it can only be meant for this one.
 
-    def _path(self, trainer: Any) -> Path | None:
+        Whether the settings fit is then checked, and said, as the state is put back; Lightning would just leave it.
+        """
+        states = checkpoint.get("callbacks") or {}
+        ours = [other for other in trainer.callbacks if isinstance(other, EMPCallback)]
+        without = [other for other in ours if other.state_key not in states]
+        keys = {other.state_key for other in ours}
+        left = [key for key in states if key.startswith("EMPCallback") and key not in keys]
+        if self in without and left:
+            if len(left) != 1 or len(without) != 1:
+                raise ValueError(
+                    f"the checkpoint holds the states of {len(left)} EMPCallbacks with other settings than the "
+                    f"{len(without)} of this Trainer, so which belongs to which is not known: give them the settings "
+                    f"that they were trained with: {'; '.join(left)}"
+                )
+            self.load_state_dict(states[left[0]])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._fits and self.pruner is not None and state_dict != IN_FILES:
+            self.pruner.load_state_dict(state_dict)  # a restore in the middle of a fit, as a learning-rate finder's
+        else:
+            # Weights and optimizer may come back after this hook; the pruner takes its state in as the stage starts.
+            self._restored = state_dict
+
+    # ---- inside ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _density_name(self) -> str:
+        return f"emp/{self._own_name}/density" if self._own_name else "emp/density"
+
+    def _values(self) -> dict[str, float]:
+        events: list[PruneEvent] = [] if self.pruner is None else self.pruner.last_events
+        return log_values(events, self._own_name) if events else {}
+
+    def _path(self, trainer: Any) -> str | os.PathLike[str] | None:
         folder = trainer.log_dir or trainer.default_root_dir  # collective: on every rank
         if trainer.fast_dev_run:
             return None
-        return Path(folder) / TRAJECTORY_FILE if self.trajectory_path is None else Path(self.trajectory_path)
-
-
-def log_values(events: list[PruneEvent]) -> dict[str, float]:
-    """Return what loggers get of one refresh: `emp/density`, `emp/n_eff`, ... and per group `emp/density/NAME`."""
-    n, n_eff = sum(e.n for e in events), sum(e.n_eff for e in events)
-    values = {
-        "emp/density": _density(events),
-        "emp/n_eff": n_eff,
-        "emp/n_eff_fraction": n_eff / n,
-        "emp/keep": float(sum(e.keep for e in events)),
-        "emp/churn": sum(e.churn * e.n for e in events) / n,
-        "emp/regrown": float(sum(e.regrown for e in events)),
-        "emp/seconds": events[0].seconds,
-    }
-    for e in events:
-        suffix = "" if e.group == "global" else f"/{e.group}"
-        measured = {
-            "preserved_mass": e.preserved_mass,
-            "threshold": e.threshold,
-            "beta": e.beta,
-            "mass_bound": e.mass_bound,
-            "tight_mass_bound": e.tight_mass_bound,
-            "certified_loss_change": e.certificate.bound if e.certificate else None,
-        }
-        if suffix:
-            measured |= {"density": e.density, "n_eff_fraction": e.n_eff_fraction}
-        values |= {f"emp/{name}{suffix}": value for name, value in measured.items() if value is not None}
-        values |= {f"emp/first_token/{x.name}": x.first_token for x in e.layers if x.first_token is not None}
-        for layer in e.layers:
-            if layer.certificate is not None and layer.certificate.scale:
-                certified, found = layer.certificate.relative
-                values |= {
-                    f"emp/certified_error/{layer.name}": certified,
-                    f"emp/measured_error/{layer.name}": found or 0.0,
-                }
-    return values
-
-
-def _density(events: list[PruneEvent]) -> float:
-    return sum(e.keep for e in events) / sum(e.n for e in events)
+        return self.trajectory_path or Path(folder) / file_name(self._own_name)
 
 
 def _epoch_length(trainer: Any) -> int | None:
-    """Return the optimizer steps of an epoch; None where the data do not say."""
+    """Return the optimizer steps of an epoch; None where the data do not say, or the module steps by itself."""
     batches = trainer.num_training_batches
-    return math.ceil(batches / trainer.accumulate_grad_batches) if math.isfinite(batches) else None
+    if not math.isfinite(batches) or not trainer.lightning_module.automatic_optimization:
+        return None
+    return math.ceil(batches / int(trainer.accumulate_grad_batches))
 
 
 def _is_last_step(trainer: Any) -> bool:
-    if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
+    if trainer.should_stop or (trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps):
         return True
     return bool(trainer.is_last_batch and trainer.max_epochs == trainer.current_epoch + 1)
-
-
-def _sharding_model(trainer: Any, pl_module: Any) -> Any:
-    name = type(trainer.strategy).__name__
-    return trainer.strategy.model if any(kind in name for kind in _WRAPPING) else pl_module
-
-
-def _check_strategy(trainer: Any) -> None:
-    name = type(trainer.strategy).__name__
-    if "XLA" in name:
-        raise NotImplementedError(f"EMPCallback does not support {name}; use one device, DDP, FSDP or DeepSpeed")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = "emp"
+IN_FILES = {"saved": "in files"}  # what a checkpoint's callback state says where the masks lie in files of their own
 
 
 def masks_folder(checkpoint: str | os.PathLike[str]) -> Path:

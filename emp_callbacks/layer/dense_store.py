@@ -147,7 +147,7 @@ def out_of_use(segment: Segment, store: DenseStore) -> None:
 
 
 def _in_use(segment: Segment) -> list[tuple[tuple[str, int], DenseStore]]:
-    return _IN_USE[segment.owner] if segment.owner in _IN_USE else []
+    return _IN_USE.get(segment.owner, [])  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _place(segment: Segment) -> tuple[str, int]:

@@ -234,7 +234,11 @@ class Freeze(MaskMode):
 
     def mask_gradient(self, weight: MaskedWeight) -> None:
         gradient = weight.segment.gradient
-        if weight.mask is not None and gradient is not None:
+        if weight.mask is None or gradient is None:
+            return
+        if gradient.is_sparse:  # of an embedding: only the rows that were looked up
+            gradient._values().masked_fill_(~weight.mask[tuple(gradient._indices())], 0)
+        else:
             zero_pruned(gradient, weight.mask)
 
 

@@ -129,8 +129,8 @@ def _unit_layers(config: EMPConfig, criterion: Criterion, backend: Backend) -> l
     targets = [target for target in targets if config.include or _is_updated(target, updates)]
     if not targets:
         raise ValueError(
-            f"no optimizer updates the {config.target} of {type(backend.module).__name__}: make the optimizer from this "
-            "model's parameters, of a DeepSpeed engine pass the engine itself, or name modules in include"
+            f"no optimizer updates the {config.target} of {type(backend.module).__name__}: make the optimizer from "
+            "this model's parameters, of a DeepSpeed engine pass the engine itself, or name modules in include"
         )
     parameters = {id(m.weight.parameter): m.weight for target in targets for m in target.members}
     segments = dict(zip(parameters, backend.segments(list(parameters.values())), strict=True))

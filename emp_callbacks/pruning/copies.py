@@ -35,6 +35,7 @@ class Average:
         model: An AveragedModel, a timm ModelEmaV3, or any module with such an update method.
         weights: The pruner's masked weights.
         dense: Inside it the pruned model's own weights are dense.
+        updates: Objects and the names of their methods that update the average, where it has none itself.
 
     Raises:
         ValueError: It has no update method, or none of the weights.
@@ -42,23 +43,27 @@ class Average:
     """
 
     def __init__(
-        self, model: nn.Module, weights: Sequence[MaskedWeight], dense: Callable[[], AbstractContextManager[None]]
+        self,
+        model: nn.Module,
+        weights: Sequence[MaskedWeight],
+        dense: Callable[[], AbstractContextManager[None]],
+        updates: Sequence[tuple[Any, str]] = (),
     ) -> None:
-        if not is_average(model):
+        if not updates and not is_average(model):
             raise ValueError(
-                f"{type(model).__name__} is no model average (torch's AveragedModel, timm's ModelEmaV3): it has none of "
-                f"the methods {', '.join(_UPDATES)}; to mask a copy once, call pruner.mask(copy)"
+                f"{type(model).__name__} is no model average (torch's AveragedModel, timm's ModelEmaV3): it has none "
+                f"of the methods {', '.join(_UPDATES)}; to mask a copy once, call pruner.mask(copy)"
             )
         self.model, self._dense = model, dense
         self._copies = [
             (source, MaskedWeight(_whole(own))) for source, own in pair_up(weights, model, all_of_them=False)
         ]
-        self._wrapped = [
-            Wrapped(model, name, self._update) for name in _UPDATES if callable(getattr(model, name, None))
-        ]
+        own_updates = [(model, name) for name in _UPDATES if callable(getattr(model, name, None))]
+        self._wrapped = [Wrapped(owner, name, self.update) for owner, name in updates or own_updates]
         self.refreshed()
 
-    def _update(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def update(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call `inner` while the average and the pruned model hold their dense values."""
         with self._dense():
             self.unhide()
             try:

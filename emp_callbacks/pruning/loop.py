@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import final
+from typing import Any, final
 
 from torch import Tensor, nn
 
@@ -103,7 +103,7 @@ class PruningLoop:
         self.keeper.attach()
         self._evidence.attach()
         self._observe_if_near()
-        for module in averages_in(self._backend.module):
+        for module in averages_in(self._backend.module) if self._mode.name != "observe" else ():
             with suppress(ValueError, NotImplementedError):  # of something else than the pruned weights
                 self.add_average(module)
 
@@ -145,13 +145,16 @@ class PruningLoop:
 
     # ---- averages -------------------------------------------------------------------------------------------------
 
-    def add_average(self, model: nn.Module) -> None:
+    def add_average(self, model: nn.Module, updates: Sequence[tuple[Any, str]] = ()) -> Average:
         """Keep a model that averages this one masked; see `EMPPruner.add_average`."""
-        if all(average.model is not model for average in self._averages) and self._mode.name != "observe":
-            average = Average(model, self.keeper.weights, partial(self.keeper.dense_owners, by_values=False))
-            self._averages.append(average)
-            if self._hidden:
-                average.restore(self._hidden.pop(0))
+        for average in self._averages:
+            if average.model is model:
+                return average
+        average = Average(model, self.keeper.weights, partial(self.keeper.dense_owners, by_values=False), updates)
+        self._averages.append(average)
+        if self._hidden:
+            average.restore(self._hidden.pop(0))
+        return average
 
     def averaged_names(self) -> set[str]:
         """Return the names of the parameters that are in averages inside the model."""
@@ -171,9 +174,7 @@ class PruningLoop:
 
     @property
     def _is_due(self) -> bool:
-        # An epoch without a single optimizer step leaves its refresh to the next: late, not lost.
-        stepped = self.clock.steps > self.clock.steps_at_refresh
-        return stepped and self._schedule.is_due(self.clock.last_position, self._position)
+        return self._schedule.is_due(self.clock.last_position, self._position)
 
     def _count(self, applied: bool, *, called: bool = True) -> None:
         """Count an optimizer step, if there was one; say once that there never is, where a schedule waits for it."""
@@ -181,8 +182,8 @@ class PruningLoop:
         self._calls = -1 if applied or self._calls < 0 else self._calls + called
         if self._calls == _CALLS_WITHOUT_A_STEP and self._schedule.unit is not None and not self._backend.rank:
             warn_the_user(
-                f"step() was called {self._calls} times and no optimizer that updates the pruned weights has made a step: "
-                "nothing is refreshed. Give the pruner the optimizer whose step() runs, or call step() only after one"
+                f"step() was called {self._calls} times and no optimizer that updates the pruned weights has made a "
+                "step, so nothing is refreshed. Give the pruner the optimizer whose step() runs"
             )
 
     def _refresh(self, epoch: int, *, due: bool) -> list[PruneEvent]:

@@ -14,7 +14,7 @@ from torch import nn
 from emp_callbacks.backends import detect_backend
 from emp_callbacks.config import EMPConfig, check_names
 from emp_callbacks.layer.mask_mode import MASK_MODES, MaskMode, Observe
-from emp_callbacks.pruning.copies import MaskedCopy
+from emp_callbacks.pruning.copies import Average, MaskedCopy
 from emp_callbacks.pruning.loop import PruningLoop
 from emp_callbacks.pruning.persistence import Persistence
 from emp_callbacks.pruning.readings import Readings, surprising
@@ -30,8 +30,8 @@ class EMPPruner(Readings):
     watched, so accumulated micro-batches and steps that a GradScaler skipped are not counted; a step is an iteration
     of the loop in which at least one of them made a step.
 
-    By default what the given optimizers update is pruned (and, by name, what `include` says); `left_out` lists the rest.
-    That is looked up again at each refresh: layers that were thawed, or given to the optimizer later, are followed.
+    By default what the given optimizers update is pruned, else what `include` names; `left_out` lists the rest. That is
+    looked up again at each refresh: layers that were thawed, or given to the optimizer later, are followed.
 
     Args:
         model: The module to prune: plain, compiled, wrapped in DistributedDataParallel or FullyShardedDataParallel,
@@ -146,6 +146,19 @@ class EMPPruner(Readings):
         """
         self._loop.finish()
 
+    @property
+    def remedy(self) -> str:
+        """What helps where the schedule asked for no refresh, in the words of whoever drives the loop."""
+        return self._loop.remedy
+
+    @remedy.setter
+    def remedy(self, remedy: str) -> None:
+        self._loop.remedy = remedy
+
+    def replaced_weights(self) -> list[str]:
+        """Return the weights that something else replaced since `finalize()`; they become the dense values."""
+        return self._keeper.replaced()
+
     def detach(self) -> None:
         """Take every hook off the optimizer, the parameters and the modules; the state stays."""
         self._loop.detach()
@@ -159,10 +172,15 @@ class EMPPruner(Readings):
 
     @contextmanager
     def masked_forward(self) -> Iterator[None]:
-        """Inside the block, features and attention edges are masked also after `finalize()`."""
+        """Inside the block the model is the masked one: for an evaluation.
+
+        Features and attention edges are masked also after `finalize()`. Weights that something else wrote since the
+        last step (averages swapped in for the evaluation) are masked inside the block, and kept.
+        """
         self._refresher.evidence.attach()
         try:
-            yield
+            with self._keeper.masked():
+                yield
         finally:
             if not self._keeper.attached:
                 self._refresher.evidence.detach()
@@ -188,17 +206,21 @@ class EMPPruner(Readings):
         """
         return MaskedCopy(model, self._weights, self._refresher.masking_sites())
 
-    def add_average(self, model: nn.Module) -> None:
+    def add_average(self, model: nn.Module, updates: Sequence[tuple[Any, str]] = ()) -> Average:
         """Keep a model that averages this one masked, and its average one of dense values, in every mode.
 
         Before its first update: `ema = AveragedModel(model); pruner.add_average(ema)`, or timm's ModelEmaV3. Averages
         that are modules inside the model are found without being named.
 
+        Args:
+            model: The average.
+            updates: Objects and names of their methods that update it, where it has no such method itself.
+
         Raises:
             ValueError: It is no average, or has none of the masked weights.
             NotImplementedError: The weights are sharded.
         """
-        self._loop.add_average(model)
+        return self._loop.add_average(model, updates)
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -251,7 +273,7 @@ class EMPPruner(Readings):
         self._loop.take_up(self._persistence.load(folder))
 
     def start_epoch(self, length: int | None) -> None:
-        """Say how many optimizer steps the epoch that begins will have, where the loop knows; None: as many as the last.
+        """Say how many optimizer steps the epoch that begins will have; None, where it is not known: as the last.
 
         Criteria that gather evidence do so in an epoch's last steps; without this call they go by the last epoch's.
         """

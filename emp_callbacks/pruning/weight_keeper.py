@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from emp_callbacks.backends import Backend
+from emp_callbacks.core.masked_values import put_pruned, take_pruned, zero_pruned
 from emp_callbacks.layer.mask_mode import MaskedWeight, MaskMode
 from emp_callbacks.pruning.load_hook import LoadHook
 from emp_callbacks.pruning.signatures import warn_the_user
@@ -176,6 +177,41 @@ class WeightKeeper:
         if self.attached:
             self._obey(self._applied)
             self._seal(self._applied)
+
+    @contextmanager
+    def masked(self) -> Iterator[None]:
+        """Inside the block the weights obey the masks, for an evaluation, whoever wrote them.
+
+        Values that are there for the evaluation only, as averages are, come back after it unless they were replaced; if
+        they stay, they are taken over at the next update.
+        """
+        shown = []
+        if self.attached and self._mode.name in ("feedback", "freeze"):
+            with torch.no_grad():
+                for weight in self._applied:
+                    if weight.mask is not None and bool((taken := take_pruned(weight.weight, weight.mask)).any()):
+                        zero_pruned(weight.weight, weight.mask)
+                        shown.append((weight, taken, weight.weight._version))
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for weight, taken, version in shown:
+                    if weight.weight._version == version and weight.mask is not None:
+                        put_pruned(weight.weight, weight.mask, taken)
+
+    @torch.no_grad()
+    def replaced(self) -> list[str]:
+        """Return the weights whose pruned entries are not 0, so that they are others than were masked; take them over.
+
+        For a pruner that is through, before its state is used again.
+        """
+        found = []
+        for weight in self.weights if self._mode.name in ("feedback", "freeze") else ():
+            if weight.mask is not None and bool(take_pruned(weight.weight, weight.mask).any()):
+                found.append(weight.name)
+                weight.store.take_over(weight.weight)
+        return found
 
     def _obey(self, weights: Iterable[MaskedWeight]) -> None:
         lost = {weight.name: count for weight in weights if (count := self._notice_one(weight))}

@@ -21,7 +21,8 @@ from torch import Tensor
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.cost.training_loss import show_batches
 from emp_callbacks.criteria import make_criterion
-from emp_callbacks.integrations.lightning import TRAJECTORY_FILE, EMPCallback
+from emp_callbacks.integrations.lightning import EMPCallback
+from emp_callbacks.integrations.lightning_record import TRAJECTORY_FILE
 from emp_callbacks.pruning.pruner import EMPPruner
 from emp_callbacks.study.measure import measure
 from emp_callbacks.study.recipe.recipe import Recipe

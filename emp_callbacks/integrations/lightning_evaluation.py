@@ -1,0 +1,87 @@
+"""What EMPCallback does around a Trainer's validation, test and prediction."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+from emp_callbacks.config import EMPConfig
+from emp_callbacks.integrations.lightning_checkpoint import IN_FILES, masks_folder
+from emp_callbacks.integrations.lightning_strategy import sharding_model
+from emp_callbacks.pruning.pruner import EMPPruner
+
+_MASKED_BY_HOOKS = ("features", "attention_edges")
+
+
+class EvaluationHooks:
+    """The evaluation half of EMPCallback: after a fit, inside one, or with what a checkpoint brought.
+
+    Attributes:
+        config: The settings.
+        pruner: The EMPPruner of the current or last fit; None before the first.
+    """
+
+    config: EMPConfig
+    pruner: EMPPruner | None
+    _restored: dict[str, Any] | None
+    _module: Any
+    _fits: bool
+    _evaluation: ExitStack | None = None
+
+    def _end_epoch(self, trainer: Any) -> None:
+        raise NotImplementedError
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        if self._fits and not trainer.sanity_checking and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            self._end_epoch(trainer)
+        self._evaluation_begins(trainer, pl_module)
+
+    def on_validation_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, *_: Any) -> None:  # noqa: ARG002
+        self._first_batch(batch_idx)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002
+        self._evaluation_ends()
+
+    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
+        self._evaluation_begins(trainer, pl_module)
+
+    def on_test_end(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002
+        self._evaluation_ends()
+
+    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
+        self._evaluation_begins(trainer, pl_module)
+
+    def on_predict_end(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002
+        self._evaluation_ends()
+
+    def _evaluation_begins(self, trainer: Any, pl_module: Any) -> None:
+        self._evaluation = ExitStack()
+        if not self._fits and self._restored is not None:
+            state, self._restored = self._restored, None
+            if self.config.target in _MASKED_BY_HOOKS:
+                self._evaluate_with(trainer, pl_module, state)
+        elif self.pruner is not None and self._module is pl_module:
+            # DeepSpeed's strategy clears module hooks for every evaluation; after a fit, hooks alone mask features.
+            self._evaluation.enter_context(self.pruner.masked_forward())
+
+    def _evaluate_with(self, trainer: Any, pl_module: Any, state: dict[str, Any]) -> None:
+        """Mask as the checkpoint says that this evaluation loaded; weights came masked."""
+        assert self._evaluation is not None
+        config = replace(self.config, every_n_epochs=None, every_n_steps=None, start=None, stop=None)
+        pruner = EMPPruner(sharding_model(trainer, pl_module), None, config)
+        self._evaluation.callback(pruner.detach)
+        if state == IN_FILES:
+            pruner.load(masks_folder(trainer.ckpt_path))
+        else:
+            pruner.load_state_dict(state)
+
+    def _first_batch(self, batch_idx: int) -> None:
+        # Once more: other callbacks swap weights between the start of a validation and its first batch.
+        if batch_idx == 0 and self._fits and self._evaluation is not None and self.pruner is not None:
+            self._evaluation.enter_context(self.pruner.masked_forward())
+
+    def _evaluation_ends(self) -> None:
+        if self._evaluation is not None:
+            self._evaluation.close()
+            self._evaluation = None
