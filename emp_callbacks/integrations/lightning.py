@@ -300,10 +300,10 @@ class EMPCallback(EvaluationHooks, *_callback_classes()):  # type: ignore[misc]
 
 def _epoch_length(trainer: Any) -> int | None:
     """Return the optimizer steps of an epoch; None where the data do not say, or the module steps by itself."""
-    batches = trainer.num_training_batches
+    batches: float = trainer.num_training_batches
     if not math.isfinite(batches) or not trainer.lightning_module.automatic_optimization:
         return None
-    return math.ceil(batches / int(trainer.accumulate_grad_batches))
+    return math.ceil(batches / trainer.accumulate_grad_batches)
 
 
 def _is_last_step(trainer: Any) -> bool:
