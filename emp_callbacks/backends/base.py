@@ -25,6 +25,7 @@ class Backend(ABC):
     """
 
     name: str
+    can_follow = False  # whether weights may be added and dropped while training runs
 
     def __init__(self, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         self.module = module

@@ -19,6 +19,7 @@ class LocalBackend(Backend):
     """
 
     name = "local"
+    can_follow = True
 
     def segments(self, targets: Sequence[WeightTarget]) -> list[Segment]:
         return [

@@ -303,7 +303,8 @@ def _epoch_length(trainer: Any) -> int | None:
     batches: float = trainer.num_training_batches
     if not math.isfinite(batches) or not trainer.lightning_module.automatic_optimization:
         return None
-    return math.ceil(batches / trainer.accumulate_grad_batches)
+    steps: int = math.ceil(batches / trainer.accumulate_grad_batches)
+    return steps
 
 
 def _is_last_step(trainer: Any) -> bool:

@@ -68,7 +68,7 @@ class DenseStore:
         """Move it back; twice is once."""
         if self.stash is not None and self.hidden_by is not None:
             put_pruned(values, self.hidden_by, self.stash)
-            self.stash = self.hidden_by = None
+            self.stash = self.hidden_by = self._seal = None
 
     def behind(self, values: Tensor, mask: Tensor) -> Tensor | None:
         """Return the dense values behind one member's mask; None while the part itself holds them."""
@@ -94,7 +94,7 @@ class DenseStore:
         return self._seal != (values.data_ptr(), _version(values)) or self._sample_is_not_zero(values)
 
     def _sample_is_not_zero(self, values: Tensor) -> bool:
-        mask = self.hidden_by
+        mask = self.mask if self.hidden_by is None else self.hidden_by
         if mask is None or values.device.type != "cpu" or not values.is_contiguous() or not mask.is_contiguous():
             return False
         if self._sampled[0] is not mask:

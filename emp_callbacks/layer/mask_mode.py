@@ -104,6 +104,7 @@ class MaskMode(ABC):
     name: str
     masks_gradient = False
     clears_states = False
+    keeps_zero = False  # whether pruned entries are 0 between two updates
 
     def reveal(self, weight: MaskedWeight) -> None:
         """Put the dense values in place."""
@@ -150,6 +151,7 @@ class Feedback(MaskMode):
     """
 
     name = "feedback"
+    keeps_zero = True
 
     def reveal(self, weight: MaskedWeight) -> None:
         weight.unhide()
@@ -204,6 +206,7 @@ class Freeze(MaskMode):
     name = "freeze"
     masks_gradient = True
     clears_states = True
+    keeps_zero = True
 
     def merge(self, old: Tensor | None, new: Tensor) -> Tensor:
         # All-zero scores keep everything, but must not bring back what was frozen.

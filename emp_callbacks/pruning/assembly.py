@@ -64,6 +64,19 @@ def find_dynamic_sites(config: EMPConfig, criterion: Criterion, backend: Backend
     return [*edge_sites(backend.module, config.include, config.exclude, EDGE_SCORES[type(criterion)], rule)]
 
 
+def chosen_parameters(config: EMPConfig, backend: Backend) -> list[nn.Parameter]:
+    """Return the parameters that masks are for, as model and optimizers are now; [] where outputs are masked.
+
+    Raises:
+        ValueError: There are none.
+    """
+    if config.target == "weights":
+        return [target.parameter for target in prunable_weights(*_rules(config, backend), backend.updates())]
+    if config.target not in UNIT_TARGETS:
+        return []
+    return [m.weight.parameter for target in _unit_targets(config, backend) for m in target.members if m.masked]
+
+
 def find_left_out(config: EMPConfig, backend: Backend, weights: Sequence[MaskedWeight]) -> list[LeftOut]:
     """Return the parameters of the model that no mask reaches, and why; [] where modules' outputs are masked."""
     if config.target == "weights":
@@ -123,6 +136,13 @@ def _no_rule(n_eff: Tensor, size: int, nonzero: Tensor) -> Tensor:
 
 
 def _unit_layers(config: EMPConfig, criterion: Criterion, backend: Backend) -> list[Layer]:
+    targets = _unit_targets(config, backend)
+    parameters = {id(m.weight.parameter): m.weight for target in targets for m in target.members}
+    segments = dict(zip(parameters, backend.segments(list(parameters.values())), strict=True))
+    return [_unit_layer(target, segments, criterion, backend) for target in targets]
+
+
+def _unit_targets(config: EMPConfig, backend: Backend) -> list[UnitTarget]:
     targets = UNIT_TARGETS[config.target](*_rules(config, backend))
     _check_masked_once(targets)
     updates = backend.updates()
@@ -132,9 +152,7 @@ def _unit_layers(config: EMPConfig, criterion: Criterion, backend: Backend) -> l
             f"no optimizer updates the {config.target} of {type(backend.module).__name__}: make the optimizer from "
             "this model's parameters, of a DeepSpeed engine pass the engine itself, or name modules in include"
         )
-    parameters = {id(m.weight.parameter): m.weight for target in targets for m in target.members}
-    segments = dict(zip(parameters, backend.segments(list(parameters.values())), strict=True))
-    return [_unit_layer(target, segments, criterion, backend) for target in targets]
+    return targets
 
 
 def _unit_layer(target: UnitTarget, segments: dict[int, Segment], criterion: Criterion, backend: Backend) -> UnitLayer:

@@ -53,7 +53,9 @@ def audit_masks(weights: Sequence[MaskedWeight], mode: MaskMode, backend: Backen
         states = backend.optimizer_states(weight.segment) if mode.clears_states else []
         for k, copies in enumerate(([weight.weight], backend.forward_copies(weight.segment))):
             counts[i, k] = sum(_contradictions(weight, values, 0.0) for values in copies)
-        counts[i, -1] = sum(_contradictions(weight, values, neutral) for values, neutral in states)
+        # Codes of 8-bit optimizers are cleared like the rest, but their own rounding turns a 0 into a near code.
+        exact = [(values, neutral) for values, neutral in states if values.is_floating_point()]
+        counts[i, -1] = sum(_contradictions(weight, values, neutral) for values, neutral in exact)
     counts = backend.all_sum(counts)
     owner, forward, optimizer = counts.sum(0).tolist()
     worst = int(counts.sum(1).argmax())

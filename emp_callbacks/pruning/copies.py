@@ -55,12 +55,17 @@ class Average:
                 f"of the methods {', '.join(_UPDATES)}; to mask a copy once, call pruner.mask(copy)"
             )
         self.model, self._dense = model, dense
-        self._copies = [
-            (source, MaskedWeight(_whole(own))) for source, own in pair_up(weights, model, all_of_them=False)
-        ]
+        self._copies: list[tuple[MaskedWeight, MaskedWeight]] = []
+        self.pair(weights)
         own_updates = [(model, name) for name in _UPDATES if callable(getattr(model, name, None))]
         self._wrapped = [Wrapped(owner, name, self.update) for owner, name in updates or own_updates]
         self.refreshed()
+
+    def pair(self, weights: Sequence[MaskedWeight]) -> None:
+        """Follow these weights of the pruned model."""
+        known = {id(own.segment.owner): own for _, own in self._copies}
+        pairs = pair_up(weights, self.model, all_of_them=False)
+        self._copies = [(source, known.get(id(own)) or MaskedWeight(_whole(own))) for source, own in pairs]
 
     def update(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call `inner` while the average and the pruned model hold their dense values."""

@@ -47,6 +47,14 @@ class Evidence:
         for site in self._sites:
             site.detach()
 
+    def replace_sites(self, sites: Sequence[ForwardSite]) -> None:
+        """Gather at these modules from now on; those that stay keep what they have gathered."""
+        for site in self._sites:
+            if site not in sites:
+                site.detach()
+        self._sites = list(sites)
+        self.attach()
+
     def observe(self, near: bool, *, in_eval: bool) -> None:
         """Gather from now on, or no more.
 

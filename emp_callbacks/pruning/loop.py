@@ -21,6 +21,7 @@ from emp_callbacks.targets import canonical_name
 from emp_callbacks.trajectory import PruneEvent, Trajectory
 
 _CALLS_WITHOUT_A_STEP = 100
+_SPARSE_ALREADY = 0.05
 _REMEDY = (
     "Call pruner.step() after every optimizer step, and step(end_of_epoch=True) or end_epoch() at an epoch's end; or "
     "refresh earlier (start, every_n_steps, every_n_epochs)"
@@ -52,6 +53,8 @@ class PruningLoop:
         self._evidence = refresher.evidence
         self._averages: list[Average] = []
         self._hidden: list[dict[str, Tensor]] = []  # of averages that a checkpoint held and nobody added yet
+        self._began = False
+        self._told: set[str] = set()
         self._calls = 0  # of step() before the first optimizer step that was seen; -1 after it
         self.remedy = _REMEDY
         self.clock = Clock()
@@ -189,6 +192,7 @@ class PruningLoop:
     def _refresh(self, epoch: int, *, due: bool) -> list[PruneEvent]:
         events: list[PruneEvent] = []
         if due:
+            self._follow()
             dense = self.keeper.dense_owners()
             events = self._refresher.run(self.clock.steps, epoch, self._position, dense)
             for average in self._averages:
@@ -200,10 +204,35 @@ class PruningLoop:
         self._refresher.warn_once(events)  # last: where warnings are errors, the refresh is done all the same
         return events
 
+    def _follow(self) -> None:
+        """Take in weights that are to be pruned since the last refresh, and leave out those that are not any more."""
+        told = self._refresher.follow()
+        if self.keeper.weights != self._refresher.weights:
+            self.keeper.replace(self._refresher.weights)
+            for average in self._averages:
+                average.pair(self._refresher.weights)
+        if told and told not in self._told and not self._backend.rank:
+            self._told.add(told)
+            warn_the_user(told)
+
     def _observe_if_near(self) -> None:
         """Gather evidence from now on if a refresh is near, else gather none."""
         near = self.keeper.attached and self.clock.is_near_refresh(self._schedule, self._window)
         self._evidence.observe(near, in_eval=self._schedule.unit is None)
 
     def _gradients_ready(self, owners: Collection[int], scale: Tensor | None) -> None:
+        if not self._began:
+            self._began = True
+            self._say_if_sparse_already()
         self._evidence.gradients_ready(owners, self.clock.steps, scale)
+
+    def _say_if_sparse_already(self) -> None:
+        """Warn where a model with zeros begins to train: nothing keeps them before the first refresh."""
+        if self._trajectory or self._mode.name == "observe" or self._backend.rank:
+            return
+        zeros, total = self.keeper.count_zeros()
+        if zeros >= _SPARSE_ALREADY * total > 0:
+            warn_the_user(
+                f"{zeros / total:.0%} of the weights to prune are 0 already and will train until the first refresh: "
+                "to keep a sparse model's zeros, call pruner.refresh() before the first step, with mode='freeze'"
+            )

@@ -58,6 +58,11 @@ def refresh_masks(
 
     check_ranks_agree(decisions, new_mask, layers, backend, common["step"])
     certificates = certify(decisions, scored, new_mask, layers, criterion) if certified else Certificates({}, {})
+    states = {
+        id(weight): backend.optimizer_states(weight.segment) if mode.clears_states else []
+        for layer in layers
+        for weight in layer.weights
+    }
     # From here on nothing can fail. One layer after the other, so that no second mask of the whole model is held.
     rows = {}
     for decision in decisions:
@@ -65,7 +70,7 @@ def refresh_masks(
             mask = new_mask(decision, i)
             rows[i] = count_mask(layers[i], scored[i], mask)
             for weight, part in zip(layers[i].weights, layers[i].put_mask(mask), strict=True):
-                mode.install(weight, part, backend.optimizer_states(weight.segment))
+                mode.install(weight, part, states[id(weight)])
     sums = backend.all_sum(gather_rows([rows[i] for i in range(len(layers))]))
     counts = [MaskCounts(*row) for row in sums.tolist()]
     return [prune_event(decision, scored, counts, certificates, common) for decision in decisions]

@@ -17,7 +17,13 @@ from emp_callbacks.config import EMPConfig
 from emp_callbacks.criteria import make_criterion
 from emp_callbacks.layer import FeatureLayer, Layer
 from emp_callbacks.layer.mask_mode import MaskMode
-from emp_callbacks.pruning.assembly import DynamicSite, find_dynamic_sites, find_layers, find_left_out
+from emp_callbacks.pruning.assembly import (
+    DynamicSite,
+    chosen_parameters,
+    find_dynamic_sites,
+    find_layers,
+    find_left_out,
+)
 from emp_callbacks.pruning.decision import KeepRule
 from emp_callbacks.pruning.evidence import Evidence
 from emp_callbacks.pruning.refresh import refresh_dynamic, refresh_masks
@@ -58,10 +64,42 @@ class Refresher:
         else:
             self.layers = find_layers(config, self.criterion, backend)
         self.weights = masked_weights(self.layers)
+        self._chosen = [id(parameter) for parameter in chosen_parameters(config, backend)]
         self.left_out = find_left_out(config, backend, self.weights)
         sites = [*(site for layer in self.layers for site in layer.sites), *self.dynamic]
         self.evidence = Evidence(self.layers, sites, self.criterion, backend)
         self._warned: set[str] = set()
+
+    def follow(self) -> str:
+        """Look up again what is to be pruned, as model and optimizers are now; return what is to be told of changes.
+
+        Layers that stay are the same objects, with their masks; `weights`, `layers` and `left_out` are brought up to
+        date.
+        """
+        config, backend = self._config, self._backend
+        try:
+            chosen = [id(parameter) for parameter in chosen_parameters(config, backend)]
+            if chosen == self._chosen:
+                return ""
+            if not backend.can_follow:
+                self._chosen = chosen
+                return (
+                    f"the weights that the optimizer updates have changed; sharded ({backend.name}), EMP goes on with "
+                    "those that it began with: make the pruner anew, and load() its saved state, to follow"
+                )
+            layers = find_layers(config, self.criterion, backend)
+        except ValueError as error:
+            return f"what is to be pruned has changed, and EMP does not follow: {error}"
+        known = {_identity(layer): layer for layer in self.layers}
+        added = [layer.name for layer in layers if _identity(layer) not in known]
+        self._chosen = chosen
+        self.layers[:] = [known.get(_identity(layer), layer) for layer in layers]
+        self.weights[:] = masked_weights(self.layers)
+        self.left_out = find_left_out(config, backend, self.weights)
+        self.evidence.replace_sites([site for layer in self.layers for site in layer.sites])
+        gone = [name for (name, *_), layer in known.items() if layer not in self.layers]
+        told = [f"pruned from here on, too: {_few(added)}"] * bool(added) + [f"no more: {_few(gone)}"] * bool(gone)
+        return "; ".join(told)
 
     @torch.no_grad()
     def run(self, step: int, epoch: int, position: int, dense_owners: AbstractContextManager[None]) -> list[PruneEvent]:
@@ -161,6 +199,14 @@ class Refresher:
     def _count(self, n_eff: Tensor, size: int, nonzero: Tensor) -> Tensor:
         # Looked up at every call: a dynamic site must see the beta of the last refresh.
         return self._rule.counts(n_eff, size, nonzero)
+
+
+def _identity(layer: Layer) -> tuple[str, tuple[int, ...]]:
+    return layer.name, tuple(id(weight.segment.owner) for weight in layer.weights)
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + f" and {len(names) - 4} more" * (len(names) > 4)
 
 
 def _rule_at(position: int, config: EMPConfig) -> KeepRule:

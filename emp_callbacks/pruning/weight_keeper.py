@@ -186,7 +186,7 @@ class WeightKeeper:
         they stay, they are taken over at the next update.
         """
         shown = []
-        if self.attached and self._mode.name in ("feedback", "freeze"):
+        if self.attached and self._mode.keeps_zero:
             with torch.no_grad():
                 for weight in self._applied:
                     if weight.mask is not None and bool((taken := take_pruned(weight.weight, weight.mask)).any()):
@@ -207,7 +207,7 @@ class WeightKeeper:
         For a pruner that is through, before its state is used again.
         """
         found = []
-        for weight in self.weights if self._mode.name in ("feedback", "freeze") else ():
+        for weight in self.weights if self._mode.keeps_zero else ():
             if weight.mask is not None and bool(take_pruned(weight.weight, weight.mask).any()):
                 found.append(weight.name)
                 weight.store.take_over(weight.weight)
@@ -225,7 +225,7 @@ class WeightKeeper:
             )
 
     def _touched(self, weights: Iterable[MaskedWeight]) -> list[MaskedWeight]:
-        return [weight for weight in weights if weight.store.is_touched(weight.weight)]
+        return [w for w in weights if w.store.is_touched(w.weight)] if self._mode.keeps_zero else []
 
     def _notice_one(self, weight: MaskedWeight) -> int:
         if weight.mask is not None and weight.mask.device != weight.weight.device:  # the model was moved
@@ -243,6 +243,16 @@ class WeightKeeper:
         for weight in self.weights:
             self._mode.mask_gradient(weight)
 
+    @torch.no_grad()
+    def count_zeros(self) -> tuple[int, int]:
+        """Return how many of this rank's weights are 0, and of how many; parameters that start at 0 left out."""
+        zeros = total = 0
+        for weight in self.weights:
+            size, nonzero = weight.weight.numel(), int(weight.weight.count_nonzero())
+            if nonzero:
+                zeros, total = zeros + size - nonzero, total + size
+        return zeros, total
+
     def settle(self) -> None:
         """Bring every weight to what forward sees, also after an optimizer step that raised half-way."""
         for weight in self.weights:
@@ -257,8 +267,10 @@ class WeightKeeper:
     @torch.no_grad()
     def install_again(self) -> None:
         """Put the masks as they are in place again, also where weights have grown back. Collective."""
-        for weight in self.weights:
-            self._mode.install(weight, weight.mask_or_ones, self._backend.optimizer_states(weight.segment))
+        clears = self._mode.clears_states
+        states = [self._backend.optimizer_states(weight.segment) if clears else [] for weight in self.weights]
+        for weight, of_weight in zip(self.weights, states, strict=True):
+            self._mode.install(weight, weight.mask_or_ones, of_weight)
         self._backend.refresh_copies()
 
     @contextmanager

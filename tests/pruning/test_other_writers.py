@@ -1,0 +1,182 @@
+"""Who else writes weights between two steps: seen before old dense values overwrite the new ones."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from emp_callbacks import EMPPruner
+
+
+def net_of(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 4))
+
+
+def masked(mode, **settings):
+    net = net_of()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    pruner = EMPPruner(net, optimizer, mode=mode, **settings)
+    pruner.refresh()
+    return net, optimizer, pruner
+
+
+def step(net, optimizer, pruner):
+    optimizer.zero_grad()
+    net(torch.randn(8, 6)).square().mean().backward()
+    optimizer.step()
+    return pruner.step()
+
+
+def copied(net, values):
+    with torch.no_grad():
+        for p, value in zip(net.parameters(), values, strict=True):
+            p.copy_(value)
+
+
+def through_data(net, values):
+    for p, value in zip(net.parameters(), values, strict=True):
+        p.data.copy_(value)
+
+
+def replaced(net, values):
+    for p, value in zip(net.parameters(), values, strict=True):
+        p.data = value.clone()
+
+
+def loaded(net, values):
+    net.load_state_dict(dict(zip(net.state_dict(), values, strict=True)))
+
+
+def from_vector(net, values):
+    vector_to_parameters(parameters_to_vector(values), net.parameters())
+
+
+WAYS = [copied, through_data, replaced, loaded, from_vector]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_in_feedback_new_values_become_the_dense_ones(way):
+    net, optimizer, pruner = masked("feedback")
+    new = [p.detach().clone() for p in net_of(1).parameters()]
+    way(net, new)
+    step(net, optimizer, pruner)
+    assert torch.equal(net[0].weight == 0, ~pruner.masks["0.weight"])
+    with pruner.dense_weights():
+        assert all(torch.equal(p, value) for p, value in zip(net.parameters(), new, strict=True))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_in_freeze_they_are_masked_and_the_loss_is_said_once(way):
+    net, optimizer, pruner = masked("freeze")
+    new = [p.detach().clone() for p in net_of(1).parameters()]
+    name, mask = max(pruner.masks.items(), key=lambda item: int((~item[1]).sum()))
+    lost = int((~mask).sum())
+
+    def twice():
+        for _ in range(2):
+            way(net, new)
+            step(net, optimizer, pruner)
+
+    with pytest.warns(UserWarning, match=rf"wrote {lost} pruned entries of '{name}'.*mode='feedback'") as told:
+        twice()
+    assert len(told) == 1
+    mask = pruner.masks["0.weight"]
+    assert torch.equal(net[0].weight, new[0] * mask)
+
+
+def test_load_state_dict_is_masked_at_once():
+    net, _, pruner = masked("feedback")
+    new = net_of(1).state_dict()
+    net.load_state_dict(new)
+    mask = pruner.masks["0.weight"]
+    assert torch.equal(net[0].weight, new["0.weight"] * mask)
+
+
+def test_a_masked_state_of_the_same_masks_leaves_the_dense_values_behind_them():
+    net, _, pruner = masked("feedback")
+    with pruner.dense_weights():
+        dense = net[0].weight.detach().clone()
+    net.load_state_dict(copy.deepcopy(net.state_dict()))
+    with pruner.dense_weights():
+        assert torch.equal(net[0].weight, dense)
+
+
+@pytest.mark.parametrize("mode", ["feedback", "freeze"])
+def test_the_model_may_change_its_dtype(mode):
+    net, optimizer, pruner = masked(mode)
+    with pruner.dense_weights():
+        dense = net[0].weight.detach().double()
+    net.double()
+    step_input = torch.randn(8, 6, dtype=torch.float64)
+    net(step_input).square().mean().backward()
+    optimizer.step()
+    pruner.step()
+    assert torch.equal(net[0].weight == 0, ~pruner.masks["0.weight"])
+    with pruner.dense_weights():
+        assert torch.equal(net[0].weight, dense)
+
+
+@pytest.mark.parametrize("mode", ["feedback", "freeze"])
+def test_values_that_are_there_for_an_evaluation_are_masked_in_it_and_come_back(mode):
+    net, optimizer, pruner = masked(mode)
+    with pruner.dense_weights():
+        dense = net[0].weight.detach().clone()
+    own, average = [p.detach().clone() for p in net.parameters()], [p.detach().clone() for p in net_of(1).parameters()]
+    copied(net, average)
+    with pruner.masked_forward():
+        assert torch.equal(net[0].weight, average[0] * pruner.masks["0.weight"])
+    assert torch.equal(net[0].weight, average[0])
+    copied(net, own)  # swapped back
+    step(net, optimizer, pruner)
+    with pruner.dense_weights():
+        assert torch.equal(net[0].weight, dense)
+
+
+def test_quiet_steps_read_no_values(monkeypatch):
+    net, optimizer, pruner = masked("feedback")
+    looked = []
+    monkeypatch.setattr(type(pruner._weights[0].store), "take_over", lambda *_: looked.append(1))
+    step(net, optimizer, pruner)
+    step(net, optimizer, pruner)
+    assert not looked
+    copied(net, [p * 2 for p in net.parameters()])
+    step(net, optimizer, pruner)
+    assert looked
+
+
+def test_copies_of_an_attached_model_are_plain():
+    net, _, pruner = masked("feedback")
+    for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        other.load_state_dict(net_of(1).state_dict())
+        assert torch.equal(other[0].weight, net_of(1)[0].weight)
+    pruner.finalize()
+    net.load_state_dict(net_of(1).state_dict())
+    assert torch.equal(net[0].weight, net_of(1)[0].weight), "the model is the user's again"
+
+
+def test_a_sparse_model_that_begins_to_train_is_said():
+    net = net_of()
+    with torch.no_grad():
+        net[0].weight[:, ::2] = 0
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    pruner = EMPPruner(net, optimizer, every_n_steps=5, mode="freeze", density=1.0)
+    with pytest.warns(UserWarning, match=r"30% of the weights to prune are 0 already.*refresh\(\) before the first"):
+        step(net, optimizer, pruner)
+    assert not (net[0].weight[:, ::2] == 0).all()
+
+
+def test_a_refresh_before_the_first_step_keeps_them():
+    net = net_of()
+    with torch.no_grad():
+        net[0].weight[:, ::2] = 0
+    zeros = net[0].weight == 0
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    pruner = EMPPruner(net, optimizer, mode="freeze", density=1.0)
+    pruner.refresh()
+    for _ in range(3):
+        step(net, optimizer, pruner)
+    assert torch.equal(net[0].weight == 0, zeros)
