@@ -23,14 +23,16 @@ class Wrapped:
     """
 
     def __init__(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
-        self._owner, self._name, self._around = owner, name, around
-        self._was_on_instance = name in vars(owner)
-        self._inner = inner = getattr(owner, name)
-        self._removed = False
-        functools.update_wrapper(self, inner)  # also the mark by which an LR scheduler knows its own wrapper
+        inner = getattr(owner, name)
+        # First, as it copies all attributes of what it wraps, another Wrapped's too: among them the mark by which an
+        # LR scheduler knows its own wrapper.
+        functools.update_wrapper(self, inner)
         del self.__dict__["__wrapped__"]
         with suppress(TypeError, ValueError):  # of a method in C
             self.__signature__ = inspect.signature(inner)
+        self._owner, self._name, self._around = owner, name, around
+        self._was_on_instance = name in vars(owner)
+        self._inner, self._removed = inner, False
         setattr(owner, name, self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

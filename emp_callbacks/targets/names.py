@@ -29,11 +29,11 @@ def match_names(ours: Sequence[str], theirs: Sequence[str]) -> dict[str, str]:
     Wrappers do not count, among them averages, DistributedDataParallel and PEFT; and the other model may be a part of
     ours, whose names then lack a prefix.
     """
-    known = set(ours)
+    known = {_unwrapped(name): name for name in ours} | {name: name for name in ours}
     plain = {name: own if (own := canonical_name(name)) in known else _unwrapped(own) for name in theirs}
-    prefixes = {own.removesuffix(name): None for name in plain.values() for own in ours if own.endswith(f".{name}")}
+    prefixes = {own.removesuffix(name): None for name in plain.values() for own in known if own.endswith(f".{name}")}
     best = max(["", *prefixes], key=lambda prefix: sum(f"{prefix}{name}" in known for name in plain.values()))
-    return {name: f"{best}{own}" for name, own in plain.items() if f"{best}{own}" in known}
+    return {name: known[f"{best}{own}"] for name, own in plain.items() if f"{best}{own}" in known}
 
 
 def _unwrapped(name: str) -> str:

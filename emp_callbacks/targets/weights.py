@@ -87,6 +87,8 @@ def prunable_weights(
     owners = _owners(model)
     every_name = [name for owned in owners.values() for name, _ in owned]
     check_patterns([*(include or ()), *(exclude or ())], every_name, "parameter", "blocks.*.weight")
+    for owned in owners.values():
+        _check_not_pruned_by_torch(owned, include, exclude)
     reasons = {p: _why_not(p, owned, include, exclude, full_shape, updates) for p, owned in owners.items()}
     targets = [
         WeightTarget(owned[0][0], parameter, _output_dim(owned[0][1]))
@@ -102,6 +104,22 @@ def prunable_weights(
         )
     _check_targets(targets, model, full_shape)
     return targets
+
+
+def _check_not_pruned_by_torch(
+    owned: list[tuple[str, nn.Module]], include: Sequence[str] | None, exclude: Sequence[str] | None
+) -> None:
+    for name, module in owned:
+        own = name.removesuffix("_orig")
+        hidden = f"{own.rpartition('.')[2]}_mask"
+        names = [name, own]
+        if own == name or hidden not in module._buffers or matches(names, exclude or ()):
+            continue
+        if include is None or matches(names, include):
+            raise ValueError(
+                f"{own!r} is pruned by torch.nn.utils.prune: make that final with prune.remove(module, "
+                f"{own.rpartition('.')[2]!r}) first, or exclude {name!r}"
+            )
 
 
 def left_out(

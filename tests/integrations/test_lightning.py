@@ -299,11 +299,11 @@ def test_every_logger_gets_every_refresh(pl, tmp_path):
     densities = [sum(e.keep for e in callback.trajectory[i : i + 2]) / 90 for i in (0, 2, 4)]
     with open(tmp_path / "csv/version_0/metrics.csv") as file:
         rows = [row for row in csv.DictReader(file) if row["emp/density"]]
-    assert [int(row["step"]) for row in rows] == [5, 10, 15]
+    assert [int(row["step"]) for row in rows] == [4, 9, 14], "where Lightning puts val_loss of the same moment"
     assert [float(row["emp/density"]) for row in rows] == pytest.approx(densities)
     assert float(rows[-1]["emp/density/net.2.weight"]) == pytest.approx(callback.trajectory[-1].density)
     seen = [(step, metrics) for step, metrics in logged if "emp/density" in metrics]
-    assert [step for step, _ in seen] == [5, 10, 15]
+    assert [step for step, _ in seen] == [4, 9, 14]
     assert [metrics["emp/density"] for _, metrics in seen] == pytest.approx(densities)
     assert all("emp/n_eff" in metrics for _, metrics in seen)
     assert (tmp_path / "csv/version_0/emp_trajectory.jsonl").exists()
@@ -379,11 +379,11 @@ def test_a_folder_that_is_a_file_stops_the_fit_before_training(pl, tmp_path):
 def test_an_unknown_way_of_sharding_is_refused(pl):
     from types import SimpleNamespace
 
-    from emp_callbacks.integrations.lightning import _check_strategy
+    from emp_callbacks.integrations.lightning_strategy import check_strategy
 
     with pytest.raises(NotImplementedError, match="EMPCallback does not support XLAStrategy"):
-        _check_strategy(SimpleNamespace(strategy=type("XLAStrategy", (), {})()))
-    _check_strategy(SimpleNamespace(strategy=type("FSDPStrategy", (), {})()))
+        check_strategy(SimpleNamespace(strategy=type("XLAStrategy", (), {})()))
+    check_strategy(SimpleNamespace(strategy=type("FSDPStrategy", (), {})()))
 
 
 @pytest.mark.processes
@@ -392,7 +392,7 @@ def test_works_where_only_the_package_lightning_is_installed():
         "import importlib.util as u; real = u.find_spec\n"
         "u.find_spec = lambda name, *a: None if name.startswith('pytorch_lightning') else real(name, *a)\n"
         "from emp_callbacks import EMPCallback\n"
-        "print([c.__module__.split('.')[0] for c in EMPCallback.__bases__])"
+        "print([c.__module__.split('.')[0] for c in EMPCallback.__bases__[1:]])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "['lightning']", done.stderr

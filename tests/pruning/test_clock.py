@@ -1,0 +1,88 @@
+"""What moves the clock, and what is said where nothing does."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from emp_callbacks import EMPPruner
+
+
+def begin(**settings):
+    torch.manual_seed(0)
+    net = nn.Linear(6, 4)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    return net, optimizer, EMPPruner(net, optimizer, **settings)
+
+
+def step(net, optimizer):
+    optimizer.zero_grad()
+    net(torch.randn(8, 6)).square().mean().backward()
+    optimizer.step()
+
+
+def test_an_epoch_without_a_step_at_its_end_is_refreshed_at_its_end():
+    net, optimizer, pruner = begin(every_n_epochs=1)
+    for epoch in range(3):
+        for batch in range(5):
+            if batch in (1, 3):
+                step(net, optimizer)
+            pruner.step(end_of_epoch=batch == 4)
+        assert pruner.epochs == epoch + 1
+    assert [(e.step, e.epoch) for e in pruner.trajectory] == [(2, 0), (4, 1), (6, 2)]
+
+
+def test_a_step_before_end_epoch_counts():
+    net, optimizer, pruner = begin(every_n_epochs=1)
+    step(net, optimizer)
+    (event,) = pruner.end_epoch()
+    assert (event.step, event.epoch) == (1, 0)
+
+
+def test_the_length_of_the_epoch_that_begins_places_the_window():
+    net, optimizer, pruner = begin(every_n_epochs=1, criterion="taylor", evidence_steps=2)
+    for length in (6, 2, 4):
+        pruner.start_epoch(length)
+        for batch in range(length):
+            step(net, optimizer)
+            if batch == length - 2:
+                assert len(pruner._refresher.evidence.batches) == 1
+            pruner.step(end_of_epoch=batch == length - 1)
+    assert [e.step for e in pruner.trajectory] == [6, 8, 12]
+
+
+def test_steps_that_are_never_seen_are_said_within_a_hundred_calls():
+    net, _, pruner = begin(every_n_steps=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(99):
+            pruner.step()
+    with pytest.warns(UserWarning, match=r"step\(\) was called 100 times and no optimizer .* has made a step"):
+        pruner.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(200):
+            pruner.step()
+    del net
+
+
+def test_a_schedule_that_asked_for_nothing_is_said_also_without_a_step():
+    _, _, pruner = begin(every_n_epochs=3)
+    pruner.step()
+    with pytest.warns(UserWarning, match=r"schedule \(every_n_epochs=3\) asked for no refresh in 0 steps"):
+        pruner.finalize()
+
+
+def test_and_where_step_was_forgotten():
+    net, optimizer, pruner = begin(every_n_steps=1)
+    step(net, optimizer)
+    with pytest.warns(UserWarning, match=r"nothing was pruned. Call pruner.step\(\) after every optimizer step"):
+        pruner.finalize()
+
+
+def test_but_not_where_nothing_trained():
+    _, _, pruner = begin(every_n_steps=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pruner.finalize()
