@@ -187,6 +187,11 @@ class EMPCallback(EvaluationHooks, *_callback_classes()):  # type: ignore[misc]
         self._epoch_is_counted = False
         self.pruner.start_epoch(_epoch_length(trainer))
 
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
+        if batch_idx == 0 and self.pruner is not None:
+            # Once more: another callback may accumulate other numbers of batches from this epoch on.
+            self.pruner.start_epoch(_epoch_length(trainer))
+
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:  # noqa: ARG002
         if self.pruner is not None and self.pruner.sharded:
             self.pruner.mask_gradients()  # before Lightning clips; unsharded gradients are masked as they arrive

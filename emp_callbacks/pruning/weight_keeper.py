@@ -191,13 +191,14 @@ class WeightKeeper:
                 for weight in self._applied:
                     if weight.mask is not None and bool((taken := take_pruned(weight.weight, weight.mask)).any()):
                         zero_pruned(weight.weight, weight.mask)
-                        shown.append((weight, taken, weight.weight._version))
+                        shown.append((weight, taken, weight.weight.clone()))
         try:
             yield
         finally:
             with torch.no_grad():
-                for weight, taken, version in shown:
-                    if weight.weight._version == version and weight.mask is not None:
+                for weight, taken, seen in shown:
+                    # By value: a write through .data leaves no other trace.
+                    if torch.equal(weight.weight, seen) and weight.mask is not None:
                         put_pruned(weight.weight, weight.mask, taken)
 
     @torch.no_grad()

@@ -1,0 +1,388 @@
+"""Checkpoints in every stage of a Trainer, several fits, epochs that end in odd ways, several callbacks."""
+
+import copy
+import csv
+import json
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import EarlyStopping, LearningRateFinder, ModelCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from emp_callbacks import EMPCallback
+from tests.integrations.test_lightning import data, make_module, make_trainer, zeros
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*isinstance.treespec"),
+    pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists and is not empty"),
+]
+FEATURES = {"target": "features", "beta": 0.5, "evidence_steps": 3}
+
+
+def evaluated(lr=0.02):
+    module = make_module(pl, lr)
+    module.losses = []
+
+    def evaluate(batch, batch_idx):
+        module.losses.append(float(nn.functional.cross_entropy(module.net(batch[0]), batch[1])))
+
+    module.validation_step = module.test_step = evaluate
+    module.predict_step = lambda batch, batch_idx: module.net(batch[0])
+    return module
+
+
+def fit(folder, emp, epochs=3, module=None, **settings):
+    module = evaluated() if module is None else module
+    saver = ModelCheckpoint(dirpath=folder, filename="{epoch}", save_top_k=-1)
+    trainer = make_trainer(pl, folder, [emp, saver], max_epochs=epochs, **settings)
+    trainer.fit(module, data(), data(1))
+    return module, trainer
+
+
+# ---- what test, validate and predict load -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [FEATURES, {**FEATURES, "dynamic": True}])
+@pytest.mark.parametrize("stage", ["test", "validate"])
+def test_a_new_process_evaluates_behind_the_masks_of_the_checkpoint(stage, settings, tmp_path):
+    emp = EMPCallback(**settings, summary=False)
+    module, trainer = fit(tmp_path, emp)
+    getattr(trainer, stage)(module, data(2), verbose=False)
+    wanted = module.losses[-2:]
+    other, fresh = evaluated(), EMPCallback(**settings, summary=False)
+    getattr(make_trainer(pl, tmp_path, [fresh]), stage)(
+        other, data(2), ckpt_path=tmp_path / "epoch=2.ckpt", verbose=False
+    )
+    assert other.losses == wanted
+    dense = evaluated()
+    dense.load_state_dict(torch.load(tmp_path / "epoch=2.ckpt", weights_only=False)["state_dict"])
+    getattr(make_trainer(pl, tmp_path, []), stage)(dense, data(2), verbose=False)
+    assert dense.losses != wanted
+    assert not other.net[1]._forward_hooks
+
+
+def test_predictions_too(tmp_path):
+    emp = EMPCallback(**FEATURES, summary=False)
+    module, trainer = fit(tmp_path, emp)
+    wanted = trainer.predict(module, data(1))
+    got = make_trainer(pl, tmp_path, [EMPCallback(**FEATURES)]).predict(
+        evaluated(), data(1), ckpt_path=tmp_path / "epoch=2.ckpt"
+    )
+    assert torch.equal(got[0], wanted[0])
+
+
+def test_an_earlier_checkpoint_is_tested_behind_its_own_masks(tmp_path):
+    emp = EMPCallback(**FEATURES, summary=False)
+    module, trainer = fit(tmp_path, emp, epochs=4)
+    trainer.test(module, data(2), ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False)
+    got = module.losses[-2:]
+    other = evaluated()
+    make_trainer(pl, tmp_path, [EMPCallback(**FEATURES)]).test(
+        other, data(2), ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False
+    )
+    assert other.losses == got
+
+
+def test_what_an_evaluation_restored_never_leaks_into_a_fit(tmp_path):
+    fit(tmp_path / "old", EMPCallback(summary=False), epochs=4)
+    emp, module = EMPCallback(summary=False), evaluated()
+    trainer = make_trainer(pl, tmp_path, [emp], max_epochs=2)
+    trainer.validate(module, data(1), ckpt_path=tmp_path / "old/epoch=3.ckpt", verbose=False)
+    with torch.no_grad():
+        module.net[0].weight.fill_(0.5)
+    trainer.fit(module, data())
+    assert [(e.step, e.epoch) for e in emp.trajectory] == [(5, 0), (10, 1)]
+
+
+def test_folds_start_clean(tmp_path):
+    alone, together = [], EMPCallback(summary=False)
+    for fold in range(2):
+        emp = EMPCallback(summary=False)
+        module, _ = fit(tmp_path / f"a{fold}", emp)
+        alone.append((emp.masks, [(e.step, e.keep) for e in emp.trajectory]))
+        module, trainer = fit(tmp_path / f"b{fold}", together)
+        trainer.test(module, data(1), ckpt_path=tmp_path / f"b{fold}/epoch=1.ckpt", verbose=False)
+        masks, rows = alone[-1]
+        assert [(e.step, e.keep) for e in together.trajectory] == rows
+        assert all(torch.equal(together.masks[name], mask) for name, mask in masks.items())
+
+
+def test_weights_replaced_between_two_fits_are_said_and_are_the_dense_values(tmp_path):
+    emp = EMPCallback(summary=False)
+    module, _ = fit(tmp_path, emp, module=evaluated(lr=0.0))
+    new = torch.randn(9, 6)
+    with torch.no_grad():
+        module.net[0].weight.copy_(new)
+    trainer = make_trainer(pl, tmp_path, [emp], max_epochs=1)
+    with pytest.warns(UserWarning, match=r"others than the last fit left \('net.0.weight'.*use a new EMPCallback"):
+        trainer.fit(module, data())
+    with emp.pruner.dense_weights():
+        assert torch.equal(module.net[0].weight, new)
+    assert emp.pruner.steps == 20, "the clock goes on"
+
+
+def test_a_checkpoint_of_weights_that_are_not_the_masks_is_said(tmp_path):
+    emp = EMPCallback(summary=False)
+    module, trainer = fit(tmp_path, emp, epochs=4)
+    trainer.test(module, data(1), ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False)
+    with pytest.warns(UserWarning, match=r"a checkpoint is made whose weights \('net.*are not those"):
+        trainer.save_checkpoint(tmp_path / "mixed.ckpt")
+
+
+@pytest.mark.parametrize("mode", ["feedback", "freeze"])
+def test_a_restore_in_the_middle_of_a_fit_takes_effect_at_once(mode, tmp_path):
+    class Finder(LearningRateFinder):
+        def on_fit_start(self, *_):
+            return
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                self.lr_find(trainer, pl_module)
+
+    def run(find):
+        module = evaluated()
+        module.lr = 0.02
+        module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=module.lr)
+        emp = EMPCallback(mode=mode, summary=False)
+        finder = [Finder(num_training_steps=8, update_attr=False)] if find else []
+        make_trainer(pl, tmp_path, [emp, *finder], max_epochs=3).fit(module, data(), data(1))
+        with emp.pruner.dense_weights():
+            return emp, [p.detach().clone() for p in module.parameters()]
+
+    (plain, dense), (found, after) = run(False), run(True)
+    assert [(e.step, e.keep) for e in found.trajectory] == [(e.step, e.keep) for e in plain.trajectory]
+    assert all(torch.equal(a, b) for a, b in zip(dense, after, strict=True))
+
+
+# ---- which state is whose -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "include", [["net.2.weight", "net.0.weight"], ("net.0.weight", "net.2.weight"), ["net.*.weight"]]
+)
+def test_the_same_choice_in_other_words_finds_its_state(include, tmp_path):
+    fit(tmp_path, EMPCallback(include=["net.0.weight", "net.2.weight"], summary=False))
+    emp = EMPCallback(include=include, summary=False)
+    make_trainer(pl, tmp_path, [emp], max_epochs=4).fit(evaluated(), data(), ckpt_path=tmp_path / "epoch=2.ckpt")
+    assert [e.step for e in emp.trajectory] == [5, 10, 15, 20]
+
+
+def test_another_choice_is_an_error_not_a_new_beginning(tmp_path):
+    fit(tmp_path, EMPCallback(summary=False))
+    emp = EMPCallback(include=["net.0.weight"], summary=False)
+    with pytest.raises(ValueError, match="the same model, include and exclude"):
+        make_trainer(pl, tmp_path, [emp], max_epochs=4).fit(evaluated(), data(), ckpt_path=tmp_path / "epoch=2.ckpt")
+
+
+def test_callbacks_side_by_side_have_names_files_and_states_of_their_own(tmp_path):
+    def both():
+        return [EMPCallback(target="neurons", density=0.5, summary=False), EMPCallback(summary=False)]
+
+    module, pair, logger = evaluated(), both(), pl.loggers.CSVLogger(tmp_path, version=0)
+    saver = ModelCheckpoint(dirpath=tmp_path, save_last=True)
+    make_trainer(pl, tmp_path, [*pair, saver], logger=logger, log_every_n_steps=1).fit(module, data(), data(1))
+    kept = pair[0].pruner.weight_masks["net.0.weight"] & pair[1].masks["net.0.weight"]
+    assert torch.equal(module.net[0].weight != 0, kept)
+    folder = tmp_path / "lightning_logs/version_0"
+    for callback, name in zip(pair, ("neurons", "weights"), strict=True):
+        lines = (folder / f"emp_trajectory_{name}.jsonl").read_text().splitlines()
+        assert [json.loads(line)["keep"] for line in lines] == [e.keep for e in callback.trajectory]
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    assert [float(r["emp/weights/keep"]) for r in rows if r["emp/weights/keep"]] == [
+        float(e.keep) for e in pair[1].trajectory
+    ]
+    again = both()
+    make_trainer(pl, tmp_path, again, max_epochs=4).fit(evaluated(), data(), ckpt_path=tmp_path / "last.ckpt")
+    for before, after in zip(pair, again, strict=True):
+        assert [*after.trajectory[:3]] == [*before.trajectory]
+        assert [e.step for e in after.trajectory] == [5, 10, 15, 20]
+
+
+def test_callbacks_that_differ_in_the_criterion_alone_may_stand_side_by_side(tmp_path):
+    pair = [EMPCallback(observe_only=True, criterion=c, summary=False) for c in ("magnitude", "random")]
+    make_trainer(pl, tmp_path, pair, max_epochs=1).fit(evaluated(), data())
+    assert [len(c.trajectory) for c in pair] == [1, 1]
+    assert {path.name for path in tmp_path.glob("*.jsonl")} == {
+        "emp_trajectory_weights.jsonl",
+        "emp_trajectory_weights-2.jsonl",
+    }
+
+
+# ---- epochs and steps ---------------------------------------------------------------------------------------------
+
+
+class Stream(IterableDataset):
+    def __init__(self):
+        self.epoch = -1
+
+    def __iter__(self):
+        self.epoch += 1
+        yield from (batch for batch in data(0 if self.epoch == 1 else 4) or ())
+
+
+def skips(module):
+    module.on_train_batch_start = lambda batch, batch_idx: -1 if batch_idx >= 3 else None
+    return module, data(10), [3, 6, 9]
+
+
+def streams(module):
+    return module, DataLoader(Stream(), batch_size=None), [4, 4, 8]
+
+
+def iterates(module):
+    cls = type(module)
+
+    class Iterates(cls):
+        def training_step(self, dataloader_iter):
+            batch, _, _ = next(dataloader_iter)
+            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    module.__class__ = Iterates
+    return module, data(5), [5, 10, 15]
+
+
+@pytest.mark.filterwarnings("ignore:.*was reported")
+@pytest.mark.filterwarnings("ignore:.*`batch_size`")
+@pytest.mark.parametrize("make", [skips, iterates])
+def test_epochs_end_when_the_trainer_says_so(make, tmp_path):
+    module, loader, steps = make(make_module(pl))
+    emp = EMPCallback(summary=False)
+    trainer = make_trainer(pl, tmp_path, [emp])
+    trainer.fit(module, loader, data(1))
+    assert [(e.step, e.epoch) for e in emp.trajectory] == [(s, i) for i, s in enumerate(steps)]
+    assert emp.pruner.epochs == trainer.current_epoch == 3
+
+
+def test_manual_accumulation_refreshes_before_each_validation(tmp_path):
+    module = make_module(pl, manual=True)
+
+    def training_step(batch, batch_idx):
+        optimizer = module.optimizers()
+        module.manual_backward(nn.functional.cross_entropy(module.net(batch[0]), batch[1]))
+        if batch_idx % 4 == 3:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    module.training_step = training_step
+    emp = EMPCallback(summary=False)
+    make_trainer(pl, tmp_path, [emp]).fit(module, data(10), data(1))
+    assert [(e.step, e.epoch) for e in emp.trajectory] == [(2, 0), (4, 1), (6, 2)]
+    assert module.zeros_at_validation[0] == emp.trajectory[0].layers[0].n - emp.trajectory[0].layers[0].keep > 0
+
+
+@pytest.mark.parametrize("batches", [{0: 1, 3: 4}])
+def test_evidence_is_gathered_in_epochs_of_any_length(batches, tmp_path):
+    emp = EMPCallback(criterion="taylor", evidence_steps=3, summary=False)
+    scheduler = pl.callbacks.GradientAccumulationScheduler(batches)
+    make_trainer(pl, tmp_path, [emp, scheduler], max_epochs=5).fit(make_module(pl), data(8))
+    assert [e.step for e in emp.trajectory] == [8, 16, 24, 26, 28]
+
+
+def test_two_optimizers_share_one_axis_with_the_trainers_own_metrics(tmp_path):
+    module = make_module(pl, manual=True)
+    module.other = nn.Linear(6, 4)
+
+    def training_step(batch, batch_idx):
+        for optimizer, net in zip(module.optimizers(), (module.net, module.other), strict=True):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(net(batch[0]), batch[1])
+            module.manual_backward(loss)
+            optimizer.step()
+        module.log("train_loss", loss)
+
+    module.training_step = training_step
+    module.configure_optimizers = lambda: [torch.optim.SGD(m.parameters(), lr=0.01) for m in (module.net, module.other)]
+    logger = pl.loggers.CSVLogger(tmp_path, version=0)
+    emp = EMPCallback(every_n_steps=5, summary=False)
+    trainer = make_trainer(pl, tmp_path, [emp], logger=logger, log_every_n_steps=1, max_epochs=2)
+    trainer.fit(module, data(10))
+    rows = list(csv.DictReader((tmp_path / "lightning_logs/version_0/metrics.csv").open()))
+    axis = {key: [int(r["step"]) for r in rows if r[key]] for key in ("train_loss", "emp/density")}
+    assert axis["train_loss"] == list(range(20))
+    assert axis["emp/density"] == [4, 9, 14, 19]
+    assert [e.step for e in emp.trajectory] == [5, 10, 15, 20]
+    assert (emp.pruner.steps, trainer.global_step) == (20, 40)
+
+
+def test_a_schedule_that_asked_for_nothing_is_told_in_the_trainers_words(tmp_path):
+    emp = EMPCallback(every_n_epochs=5, summary=False)
+    with pytest.warns(UserWarning, match=r"Trainer stopped before the first refresh \(max_epochs=2, max_steps=-1\)"):
+        make_trainer(pl, tmp_path, [emp], max_epochs=2).fit(make_module(pl), data())
+
+
+# ---- what others see ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bar", [True, False])
+def test_values_can_be_monitored_whatever_bars_there_are(bar, tmp_path, capsys):
+    emp = EMPCallback(summary=False)
+    others = [
+        EarlyStopping(monitor="emp/n_eff", patience=5),
+        ModelCheckpoint(
+            dirpath=tmp_path,
+            monitor="emp/density",
+            filename="{emp/density:.3f}",
+            auto_insert_metric_name=False,
+            save_top_k=-1,
+        ),
+    ]
+    make_trainer(pl, tmp_path, [*others, emp], enable_progress_bar=bar).fit(make_module(pl), data(), data(1))
+    assert {path.stem for path in tmp_path.glob("*.ckpt")} == {f"{e.density:.3f}" for e in emp.trajectory}
+    capsys.readouterr()
+
+
+def test_early_stopping_ends_with_projected_weights(tmp_path):
+    module = make_module(pl)
+    emp = EMPCallback(mode="project", every_n_steps=4, summary=False)
+    stopper = EarlyStopping(monitor="val/loss", mode="max", patience=1)
+    saver = ModelCheckpoint(dirpath=tmp_path, save_last=True)
+    make_trainer(pl, tmp_path, [emp, stopper, saver], max_epochs=9).fit(module, data(), data(1))
+    assert zeros(module) == int((~emp.masks["net.0.weight"]).sum()) > 0
+
+
+def test_the_table_says_what_is_left_out(tmp_path, capsys):
+    module = make_module(pl)
+    make_trainer(pl, tmp_path, [EMPCallback()], max_epochs=1).fit(module, data())
+    assert "not pruned: 12.6% of all weights (a vector: bias, norm or scale: 100%)" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:left out of pruning")
+def test_a_backbone_that_is_thawed_is_pruned(tmp_path):
+    class Finetuning(pl.callbacks.BaseFinetuning):
+        def freeze_before_training(self, pl_module):
+            self.freeze(pl_module.net[0])
+
+        def finetune_function(self, pl_module, epoch, optimizer):
+            if epoch == 1:
+                self.unfreeze_and_add_param_group(pl_module.net[0], optimizer, initial_denom_lr=1)
+
+    module = make_module(pl)
+    module.configure_optimizers = lambda: torch.optim.AdamW(
+        [p for p in module.parameters() if p.requires_grad], lr=0.02
+    )
+    emp = EMPCallback(summary=False)
+    make_trainer(pl, tmp_path, [emp, Finetuning()]).fit(module, data(), data(1))
+    assert [e.n for e in emp.trajectory] == [36, 90, 90]
+    assert zeros(module) == int((~emp.masks["net.0.weight"]).sum()) > 0
+
+
+def test_optimizers_made_anew_in_the_middle_are_followed(tmp_path):
+    class Anew(pl.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                trainer.strategy.setup_optimizers(trainer)
+
+    module, emp = make_module(pl), EMPCallback(summary=False)
+    make_trainer(pl, tmp_path, [emp, Anew()]).fit(module, data(), data(1))
+    assert [e.step for e in emp.trajectory] == [5, 10, 15]
+    assert module.zeros_at_validation[-1] == zeros(module) == int((~emp.masks["net.0.weight"]).sum())
+
+
+def test_copies_of_the_callback_are_its_settings_only():
+    emp = EMPCallback(beta=1.5)
+    assert copy.deepcopy(emp).state_key == emp.state_key
+    with pytest.raises(IndexError, match="this callback has no rows"):
+        emp.trajectory[-1]
