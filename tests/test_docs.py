@@ -588,3 +588,9 @@ def check_all(page, folder):
     check_commands(page)
     check_links(page)
     run_page(page, folder)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_tests_that_pages_name_exist(page):
+    for path, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page.read_text(encoding="utf-8")):
+        assert f"def {name}(" in (ROOT / path).read_text(encoding="utf-8"), f"{page.name}: {path} has no {name}"

@@ -66,7 +66,14 @@ class Backend(ABC):
         if self.world_size == 1:
             return value
         on_wire = value.cuda() if dist.get_backend() == "nccl" else value.clone()
-        dist.all_reduce(on_wire)
+        try:
+            dist.all_reduce(on_wire)
+        except RuntimeError as error:  # a rank waited for others that never came
+            raise RuntimeError(
+                f"a sum over all ranks did not come about ({str(error).splitlines()[0]}). Collective: making a pruner, "
+                "refresh(), save(), load(), scores(), audit() must be called on all ranks; masks, density and trajectory "
+                "may be read on one"
+            ) from error
         return on_wire.to(value.device)
 
     def from_all(self, value: Tensor) -> Tensor:

@@ -58,6 +58,10 @@ class EMPHook:
     ) -> None:
         self._engine = engine
         self.pruner = EMPPruner(engine, None, config, trajectory_path=trajectory_path, **settings)
+        self.pruner.remedy = (
+            "Say hook.end_epoch() after an epoch's last engine.step(), or refresh earlier (start, every_n_steps, "
+            "every_n_epochs)"
+        )
         self._wrapped = [
             Wrapped(engine, "step", self._step),
             Wrapped(engine, "save_checkpoint", self._save_checkpoint),
@@ -76,7 +80,7 @@ class EMPHook:
 
     @property
     def density(self) -> float:
-        """Kept share of all scored components, in [0, 1]. Collective."""
+        """Kept share of all scored components, in [0, 1]."""
         return self.pruner.density
 
     def end_epoch(self) -> list[PruneEvent]:

@@ -70,7 +70,7 @@ class Readings:
 
     @property
     def density(self) -> float:
-        """Kept share of all scored components, in [0, 1]. Collective. Where each sample has its own: the last mean."""
+        """Kept share of all scored components, in [0, 1]. Where each sample has its own: the last mean."""
         return self._refresher.density(self.trajectory)
 
     @property

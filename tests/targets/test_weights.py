@@ -112,3 +112,20 @@ def test_gpt2_head_tied_to_the_embedding_is_left_alone():
     assert chosen == [
         f"transformer.h.0.{part}.weight" for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     ]
+
+
+def test_names_that_fabric_adds_do_not_show():
+    from lightning_fabric import Fabric
+    from pytorch_lightning import LightningModule
+
+    class Module(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+
+    fabric = Fabric(accelerator="cpu", devices=1)
+    plain = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    for module, names in ((plain, ["0.weight", "1.weight"]), (Module(), ["net.0.weight", "net.1.weight"])):
+        wrapped, _ = fabric.setup(module, torch.optim.SGD(module.parameters(), lr=0.1))
+        assert [target.name for target in prunable_weights(wrapped)] == names
+        assert [target.name for target in prunable_weights(wrapped, include=[names[0]])] == names[:1]
