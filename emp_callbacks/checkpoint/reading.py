@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from emp_callbacks.checkpoint.safe_unpickling import load_inert
 from emp_callbacks.targets.names import canonical_name
 
 __all__ = [
@@ -33,8 +34,12 @@ _EMBEDDING = re.compile(r"(emb|embed\w*|\w*_emb|\w*_?embeddings?|wte|wpe)", re.I
 _NORM = re.compile(r"(\w*norm\w*|ln_?\w*|bn\d*)", re.IGNORECASE)
 
 
-def read_checkpoint(path: Path) -> Any:
-    """Return what a file or a Hugging Face folder holds: tensors and plain values only.
+def read_checkpoint(path: Path, *, mapped: bool = False) -> Any:
+    """Return what a file or a Hugging Face folder holds: tensors, plain values, and placeholders of other objects.
+
+    Args:
+        path: The file or folder.
+        mapped: Leave tensors of a PyTorch file on disk until they are used.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -47,7 +52,7 @@ def read_checkpoint(path: Path) -> Any:
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return load_inert(path, mapped=mapped)
     except pickle.UnpicklingError as error:
         if "Unsupported" not in str(error):
             raise _damaged(path, error) from error

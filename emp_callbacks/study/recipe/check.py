@@ -8,15 +8,13 @@ import pkgutil
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-import yaml
 from jsonargparse import ArgumentParser
 
-__all__ = ["RecipeError", "check_options", "check_recipe", "explain_parse_error", "nearest", "read_recipe"]
+__all__ = ["RecipeError", "check_options", "check_recipe", "explain_parse_error", "nearest"]
 
 _CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 # jsonargparse's words for what it expected, and ours.
@@ -43,27 +41,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {match[0]!r}?" if match else ""
-
-
-def read_recipe(path: str | Path) -> Mapping[str, Any]:
-    """Return the mapping in a YAML file.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        RecipeError: If the file is not YAML, or not a mapping.
-    """
-    file = Path(path)
-    if not file.is_file():
-        siblings = [str(other) for other in file.parent.glob("*.y*ml")]
-        raise FileNotFoundError(f"recipe {file} does not exist{nearest(str(file), siblings)}")
-    try:
-        with file.open(encoding="utf-8") as stream:  # a stream, for the file's name in the message
-            recipe = yaml.safe_load(stream)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"recipe {file} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(recipe, Mapping):
-        raise RecipeError(f"recipe {file} must be a mapping of keys to values, got {type(recipe).__name__}")
-    return recipe
 
 
 def check_recipe(recipe: Mapping[str, Any], parser: ArgumentParser) -> None:
@@ -137,6 +114,9 @@ def _check_mapping(mapping: Mapping[str, Any], keys: set[str], prefix: str, show
         key = f"{prefix}{name}"
         if key not in keys and key not in groups:
             raise RecipeError(f"unknown key '{shown}{name}' in recipe{_suggestion(key, prefix, keys, shown)}")
+        if key in groups and not isinstance(value, (Mapping, str)):  # a text may name a file
+            kind = "nothing" if value is None else f"{value!r:.60}"
+            raise RecipeError(f"'{shown}{name}' in recipe must be a mapping of keys to values, got {kind}")
         if key in groups and isinstance(value, Mapping) and "class_path" not in value:
             _check_mapping(value, keys, f"{key}.", f"{shown}{name}.")
         else:
@@ -184,6 +164,10 @@ def _resolve(path: str, shown: str) -> Any:
     """Return the object behind a class path; a short name must be a known recipe class."""
     if "." not in path:
         return _resolve_short(path, shown)
+    if not all(part.isidentifier() for part in path.split(".")):
+        raise RecipeError(
+            f"unknown class {path!r} at '{shown}' in recipe: write the module and the class, module.Class"
+        )
     module, names = _import_longest(path.split("."), path, shown)
     found: Any = module
     for done, name in enumerate(names):

@@ -18,13 +18,15 @@ from jsonargparse import DefaultHelpFormatter
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from emp_callbacks.study.arms import ARMS, check_arms
+from emp_callbacks.study.recipe.building import building
 from emp_callbacks.study.recipe.check import (
     RecipeError,
     check_options,
     check_recipe,
     explain_parse_error,
-    read_recipe,
 )
+from emp_callbacks.study.recipe.reading import check_yaml, read_recipe
+from emp_callbacks.study.recipe.seeds import check_seed, check_seeds
 
 _USAGE = "emp %s --config recipe.yaml [--KEY VALUE ...]"
 CallbackEdit = Callable[[list[pl.Callback]], list[pl.Callback]]
@@ -42,7 +44,7 @@ class StudyConfig:
         out: Folder of the results; the default is runs/ plus the recipe's name.
 
     Raises:
-        ValueError: If seeds or arms are empty, repeated, negative or unknown.
+        ValueError: If seeds or arms are empty, repeated, out of range or unknown.
     """
 
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
@@ -52,10 +54,7 @@ class StudyConfig:
     out: str | None = None
 
     def __post_init__(self) -> None:
-        if not self.seeds:
-            raise ValueError("study.seeds is empty; name at least one seed, such as [0, 1, 2]")
-        if len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
-            raise ValueError(f"study.seeds must be different numbers >= 0, got {self.seeds}")
+        check_seeds("study.seeds", self.seeds)
         check_arms(self.arms)
 
 
@@ -128,10 +127,29 @@ class _EmpCLI(LightningCLI):
         for file in files:
             check_recipe(read_recipe(file), known)
         check_options(options, known)
+        for word in args:
+            check_yaml(word, "the command line")
         try:
             self.config = parser.parse_args(args)
         except argparse.ArgumentError as error:
             raise RecipeError(explain_parse_error(str(error))) from error
+        self._check_values()
+
+    def _check_values(self) -> None:
+        """Check what no class of the recipe looks at before work begins."""
+        seed = self._given.seed_everything
+        if isinstance(seed, int) and not isinstance(seed, bool):
+            check_seed("seed_everything", seed)
+
+    @property
+    def _given(self) -> Any:
+        """The values of the command, from the recipe and from options."""
+        return self.config[self._command] if self._runs else self.config
+
+    def instantiate_classes(self) -> None:
+        """Make model, data module and trainer; what goes wrong names its entry of the recipe."""
+        with building(self._given):
+            super().instantiate_classes()
 
 
 class Recipe(_EmpCLI):

@@ -1,0 +1,71 @@
+"""Reads what `torch.save` wrote without running code from it: objects of other classes become inert placeholders."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+__all__ = ["Placeholder", "load_inert"]
+
+
+class Placeholder(list[Any]):
+    """Stands for an object of a file whose class is not imported, such as a hyper-parameter; does nothing.
+
+    A list, as what a file appends to must be one.
+    """
+
+    __hash__ = object.__hash__  # type: ignore[assignment]  (objects can be keys)
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        """Take what the class would have been given, and drop it."""
+
+    def __setstate__(self, state: object) -> None:
+        """Drop what the object was made of."""
+
+
+def load_inert(path: Path, *, mapped: bool = False) -> Any:
+    """Return what a file holds, on the CPU.
+
+    PyTorch's restricted unpickler reads it. To that, each name that it does not know is declared as a class of ours:
+    it imports and calls nothing by the names in the file, whatever they are.
+
+    Args:
+        path: The file.
+        mapped: Leave the tensors on disk until they are used, where the format allows it.
+
+    Raises:
+        pickle.UnpicklingError: The file is a Python object as a whole, or holds one that has no placeholder
+            ("Unsupported"); or it is damaged.
+        Exception: The file is damaged: whatever `torch.load` raises then.
+    """
+    mmap = mapped and zipfile.is_zipfile(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        if "Unsupported" not in str(error) or not zipfile.is_zipfile(path):
+            raise
+        names = _unknown_names(path)
+        if not names:
+            raise
+    # One class for each name: the unpickler tells them apart by class.
+    stand_ins = [(type("Placeholder", (Placeholder,), {}), name) for name in names]
+    with safe_globals(stand_ins):  # type: ignore[arg-type]  (pairs are documented, and not in its annotation)
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        except pickle.UnpicklingError as error:
+            raise pickle.UnpicklingError("Unsupported object") from error
+    if isinstance(found, Placeholder):
+        raise pickle.UnpicklingError("Unsupported: the file is an object as a whole")
+    return found
+
+
+def _unknown_names(path: Path) -> list[str]:
+    try:
+        return get_unsafe_globals_in_checkpoint(path)
+    except ValueError:  # TorchScript is a program
+        return []
