@@ -19,7 +19,7 @@ class Placeholder(list[Any]):
     A list, as what a file appends to must be one.
     """
 
-    __hash__ = object.__hash__  # type: ignore[assignment]  (objects can be keys)
+    __hash__ = object.__hash__  # type: ignore[assignment]  # objects can be keys
 
     def __init__(self, *_: Any, **__: Any) -> None:
         """Take what the class would have been given, and drop it."""
@@ -47,25 +47,26 @@ def load_inert(path: Path, *, mapped: bool = False) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
-        if "Unsupported" not in str(error) or not zipfile.is_zipfile(path):
+        if "unsupported" not in str(error).lower():
             raise
-        names = _unknown_names(path)
-        if not names:
-            raise
+        unsupported = pickle.UnpicklingError("Unsupported object")
+        unsupported.__cause__ = error
     # One class for each name: the unpickler tells them apart by class.
-    stand_ins = [(type("Placeholder", (Placeholder,), {}), name) for name in names]
-    with safe_globals(stand_ins):  # type: ignore[arg-type]  (pairs are documented, and not in its annotation)
+    stand_ins: list[Any] = [(type("Placeholder", (Placeholder,), {}), name) for name in _unknown_names(path)]
+    if not stand_ins:
+        raise unsupported
+    with safe_globals(stand_ins):
         try:
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         except pickle.UnpicklingError as error:
-            raise pickle.UnpicklingError("Unsupported object") from error
+            raise unsupported from error
     if isinstance(found, Placeholder):
-        raise pickle.UnpicklingError("Unsupported: the file is an object as a whole")
+        raise unsupported
     return found
 
 
 def _unknown_names(path: Path) -> list[str]:
     try:
-        return get_unsafe_globals_in_checkpoint(path)
-    except ValueError:  # TorchScript is a program
+        return list(get_unsafe_globals_in_checkpoint(path))
+    except ValueError:  # of the old format, or TorchScript, which is a program
         return []

@@ -51,25 +51,37 @@ def check_yaml(text: str, source: str) -> None:
 
     Looks at the stream of events, which needs no recursion and expands nothing. What is no YAML is left to the reader.
     """
-    sizes: dict[str, int] = {}
-    open_: list[tuple[str | None, int]] = []  # anchor, and values in all before it
-    total = 0
+    values = _Values()
     try:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            if isinstance(event, (yaml.CollectionEndEvent)):
-                anchor, before = open_.pop()
-                sizes[anchor or ""] = total - before
-            elif isinstance(event, yaml.AliasEvent):
-                total += sizes.get(event.anchor, _MOST_VALUES)  # an alias to what it stands in never ends
-            elif isinstance(event, yaml.NodeEvent):
-                total += 1
-                if isinstance(event, yaml.CollectionStartEvent):
-                    open_.append((event.anchor, total - 1))
-                elif event.anchor:
-                    sizes[event.anchor] = 1
-            if len(open_) > _MOST_LEVELS:
+            values.count(event)
+            if len(values.opened) > _MOST_LEVELS:
                 raise RecipeError(f"{source} nests more than {_MOST_LEVELS} levels of values; no recipe needs that")
-            if total > _MOST_VALUES:
+            if values.total > _MOST_VALUES:
                 raise RecipeError(f"{source} holds more than {_MOST_VALUES:,} values (aliases count); no recipe does")
     except yaml.YAMLError:
         return
+
+
+class _Values:
+    """Counts the values of a YAML text, those behind an alias each time it stands there."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self.opened: list[tuple[str | None, int]] = []  # lists and mappings: anchor, and values before it
+        self._behind: dict[str | None, int] = {}  # anchor -> values
+
+    def count(self, event: yaml.Event) -> None:
+        """Count what begins or ends with an event."""
+        if isinstance(event, yaml.AliasEvent):
+            # Unknown inside of what it stands for: written out, that would never end.
+            self.total += self._behind.get(event.anchor, _MOST_VALUES)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = self.opened.pop()
+            self._behind[anchor] = self.total - before
+        elif isinstance(event, yaml.CollectionStartEvent):
+            self.opened.append((event.anchor, self.total))
+            self.total += 1
+        elif isinstance(event, yaml.ScalarEvent):
+            self._behind[event.anchor] = 1
+            self.total += 1
