@@ -21,7 +21,7 @@ from emp_callbacks.study.recipe.check import nearest
 from emp_callbacks.study.recipe.recipe import Recipe, StudyConfig
 from emp_callbacks.study.report.convergence import convergence
 from emp_callbacks.study.run_store import RunStore, digest, write_atomically
-from emp_callbacks.study.training import Training, recipe_config
+from emp_callbacks.study.training import Training, check_metric, recipe_config
 
 __all__ = ["StudyInterrupted", "environment", "run_study", "study_cells", "what_trains"]
 
@@ -117,9 +117,16 @@ class _Study:
         self.records: dict[tuple[str, int], Record] = {}
 
     def run(self, overwrite: bool, only: Sequence[str] | None) -> dict[str, Any] | None:
-        total = len(self.config.arms) * len(self.config.seeds)
         jobs = self._chosen(only) if only else plan_jobs(self.config.arms, self.config.seeds)
-        if moved := self.store.open(self.resolved, overwrite):
+        try:
+            return self._run(jobs, overwrite, alone=bool(only))
+        finally:
+            self.store.close()
+
+    def _run(self, jobs: Sequence[TrainingJob], overwrite: bool, *, alone: bool) -> dict[str, Any] | None:
+        total = len(self.config.arms) * len(self.config.seeds)
+        trained = [(job.fit_arm, job.seed) for job in jobs] if alone else ()
+        if moved := self.store.open(self.resolved, overwrite, trained):
             self.console.print(f"moved the earlier contents to {moved}", highlight=False)
         self._collect_finished()
         with StudyProgress(self.console, total, self.config.metric) as progress:
@@ -191,12 +198,7 @@ class _Study:
         return digest([self.recipe_digest, arm, leader, parts, seed])
 
     def _keep(self, record: Record) -> None:
-        metrics = record["metrics"]
-        if self.config.metric not in metrics:
-            raise ValueError(
-                f"study.metric {self.config.metric!r} is not logged by the test of {record['arm']};"
-                f" logged: {', '.join(metrics) or 'nothing'}{nearest(self.config.metric, metrics)}"
-            )
+        check_metric(self.config.metric, record["metrics"], record["arm"])
         self.records[record["arm"], record["seed"]] = record
 
     def _results(self) -> dict[str, Any]:

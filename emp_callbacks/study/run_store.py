@@ -6,16 +6,20 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from emp_callbacks.study.folder_lock import FileLock
+
 __all__ = ["RunStore", "digest", "read_results", "write_atomically"]
 
 # The first line of OUT/config.yaml begins like this: how a folder of ours is told from somebody else's.
 _OURS = "# written by emp"
+_LOCK = ".lock"
+_DIGEST = "content_digest"
 
 
 def digest(data: Any) -> str:
@@ -54,32 +58,61 @@ class RunStore:
         self.out = out
         self.recipe_digest = recipe_digest
         self.runs = out / "runs"
+        self._locks: list[FileLock] = []
 
-    def open(self, recipe: Mapping[str, Any], overwrite: bool = False) -> Path | None:
-        """Make the folder ready and write config.yaml into it.
+    def open(
+        self, recipe: Mapping[str, Any], overwrite: bool = False, only: Sequence[tuple[str, int]] = ()
+    ) -> Path | None:
+        """Make the folder ready, write config.yaml into it, and keep other commands out until `close`.
+
+        Args:
+            recipe: For config.yaml.
+            overwrite: Move what is there aside.
+            only: (arm, seed) of the trainings that this command does alone: others may do others at the same time.
 
         Returns:
             Where `overwrite` moved the earlier contents, or None.
 
         Raises:
+            BusyError: Another command works in the folder.
             FileExistsError: The folder holds other things than runs of this recipe.
             OSError: The folder cannot be made or written.
         """
-        moved = self._move_aside() if overwrite and _has_content(self.out) else None
+        moved = None
         if _has_content(self.out):
-            self._check_owner()
+            if not overwrite:
+                self._check_owner()
+            else:
+                if (self.out / _LOCK).exists():
+                    self._lock(_LOCK)
+                moved = self._move_aside()
+                self.close()
         self.runs.mkdir(parents=True, exist_ok=True)
+        self._lock(_LOCK, shared=bool(only))
+        for arm, seed in only:
+            self._lock(f"{_LOCK}-{arm}-seed{seed}")
         write_atomically(
             self.out / "config.yaml",
             f"{_OURS}: the recipe with every default filled in\n" + yaml.safe_dump(dict(recipe), sort_keys=False),
         )
         return moved
 
+    def close(self) -> None:
+        """Let other commands work in the folder."""
+        for lock in self._locks:
+            lock.release()
+        self._locks.clear()
+
+    def _lock(self, name: str, *, shared: bool = False) -> None:
+        busy = f"another emp command works in {self.out}; let it finish, or choose another folder with --out DIR"
+        self._locks.append(FileLock(self.out / name, busy, shared=shared))
+
     def finished(self, arm: str, seed: int, fingerprint: str) -> dict[str, Any] | None:
         """Return the record of a finished run, or None if it has yet to run.
 
         Raises:
             FileExistsError: The file comes from a run with other settings.
+            ValueError: The file is damaged, or was edited.
         """
         path = self._file(arm, seed)
         if not path.is_file():
@@ -91,9 +124,9 @@ class RunStore:
 
     def save(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Write the record of a finished run and return it as `finished` will read it."""
-        text = json.dumps({**record, "recipe_digest": self.recipe_digest}, indent=1)
+        saved: dict[str, Any] = json.loads(json.dumps({**record, "recipe_digest": self.recipe_digest}))
+        text = json.dumps({**saved, _DIGEST: digest(saved)}, indent=1)
         write_atomically(self._file(record["arm"], record["seed"]), text + "\n")
-        saved: dict[str, Any] = json.loads(text)
         return saved
 
     def fresh_folder(self, arm: str, seed: int) -> Path:
@@ -109,7 +142,7 @@ class RunStore:
 
     def _check_owner(self) -> None:
         config = self.out / "config.yaml"
-        if not config.is_file() or not config.read_text().startswith(_OURS):
+        if not config.is_file() or not config.read_bytes().startswith(_OURS.encode()):
             raise FileExistsError(
                 f"{self.out} is not empty and was not written by emp; choose another folder with"
                 " --out DIR, or add --overwrite to move what is there aside"
@@ -140,7 +173,16 @@ def _has_content(folder: Path) -> bool:
 
 
 def _read_record(path: Path) -> dict[str, Any]:
-    return _read_json(path, "remove it, and that run is done again")
+    """Return the record of a finished run, as it was saved: nobody has changed a figure since."""
+    remedy = "remove it, and that run is done again"
+    record = _read_json(path, remedy)
+    if (found := record.pop(_DIGEST, None)) is None:
+        raise ValueError(
+            f"{path} has no digest of its content: an earlier version wrote it, or it was edited; {remedy}"
+        )
+    if found != digest(record):
+        raise ValueError(f"{path} is damaged or was edited (its content has another digest); {remedy}")
+    return record
 
 
 def _read_json(path: Path, remedy: str) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from emp_callbacks.integrations.lightning import EMPCallback
 from emp_callbacks.integrations.lightning_record import TRAJECTORY_FILE
 from emp_callbacks.pruning.pruner import EMPPruner
 from emp_callbacks.study.measure import measure
+from emp_callbacks.study.recipe.check import nearest
 from emp_callbacks.study.recipe.recipe import Recipe
 from emp_callbacks.study.training_record import OnStep, TrainingRecord
 
@@ -193,6 +194,15 @@ def recipe_config(recipe: Recipe) -> EMPConfig:
     """
     with isolate_rng(), _quiet():
         return _config_of(recipe.build_bare(logger=False, enable_checkpointing=False))
+
+
+def check_metric(metric: str, logged: Mapping[str, float], name: str) -> None:
+    """Raise ValueError unless a test logged the metric that a study is about."""
+    if metric not in logged:
+        raise ValueError(
+            f"study.metric {metric!r} is not logged by the test of {name}; logged: {', '.join(logged) or 'nothing'}"
+            f"{nearest(metric, logged)}"
+        )
 
 
 def _config_of(callbacks: Sequence[pl.Callback]) -> EMPConfig:

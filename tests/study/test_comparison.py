@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import io
 import json
 import os
@@ -18,8 +20,10 @@ from emp_callbacks.config import EMPConfig
 from emp_callbacks.study import comparison
 from emp_callbacks.study.arms import ARMS, plan_jobs
 from emp_callbacks.study.comparison import StudyInterrupted, run_study
+from emp_callbacks.study.folder_lock import BusyError
 from emp_callbacks.study.measure import measure
 from emp_callbacks.study.recipe.recipe import Recipe
+from emp_callbacks.study.run_store import RunStore
 from emp_callbacks.study.training import _interrupts_raised
 
 
@@ -186,16 +190,65 @@ def test_a_file_in_place_of_the_folder_is_refused_before_training(tmp_path, caps
     assert fits == []
 
 
-def test_a_damaged_run_file_is_named(study, tmp_path):
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda text: text[:100], "is damaged"),
+        (lambda text: text.replace('"density": 1.0', '"density": 0.9'), "is damaged or was edited"),
+        (lambda text: text.replace('"steps"', '"step"'), "is damaged or was edited"),
+        (lambda text: text.replace('"content_digest"', '"digest"'), "has no digest of its content"),
+        (lambda text: "[]", "a list, not a mapping"),
+    ],
+    ids=["cut", "another figure", "another name", "no digest", "no mapping"],
+)
+def test_a_run_file_that_was_changed_is_named(damage, words, study, fits):
     folder, _ = study
     broken = folder / "out" / "runs" / "dense-seed0.json"
     whole = broken.read_text()
-    broken.write_text(whole[:100])
+    assert damage(whole) != whole
+    broken.write_text(damage(whole))
     try:
-        with pytest.raises(ValueError, match=r"dense-seed0.json is damaged"):
+        with pytest.raises(ValueError, match=rf"dense-seed0.json .*{words}.*remove it, and that run is done again"):
             run_study(Recipe(folder / "recipe.yaml"), folder / "out")
     finally:
         broken.write_text(whole)
+    assert fits == []
+
+
+def test_a_second_command_in_the_folder_ends_at_once(study, capsys, fits):
+    folder, results = study
+    words = ["compare", "--config", str(folder / "recipe.yaml"), "--out", str(folder / "out")]
+    first = RunStore(folder / "out", results["runs"][0]["recipe_digest"])
+    first.open({})
+    for more in ([], ["--only", "dense:0"], ["--overwrite"]):
+        assert main([*words, *more]) == 2
+        message = capsys.readouterr().err
+        assert "another emp command works in" in message
+        assert message.count("\n") == 1
+    first.close()
+    assert main(words) == 0
+    assert fits == []
+    assert not (folder / "out.old-1").exists()
+
+
+def test_cells_that_run_alone_run_side_by_side_each_once(tmp_path):
+    out = tmp_path / "out"
+    one, other, same = (RunStore(out, "digest") for _ in range(3))
+    one.open({}, only=[("dense", 0)])
+    other.open({}, only=[("dense", 1)])
+    with pytest.raises(BusyError):
+        same.open({}, only=[("dense", 0)])
+    same.close()
+    one.close()
+    same.open({}, only=[("dense", 0)])
+
+
+def test_a_file_system_without_locks_does_not_stop_a_study(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    RunStore(tmp_path / "out", "digest").open({})
 
 
 class StopAt(pl.Callback):

@@ -40,12 +40,17 @@ def beta_sweep(
         raise ValueError(f"tolerance must be > 0 (points of accuracy, or percent of another metric), got {tolerance}")
     settings = {"betas": sorted(set(betas)), "overrides": dict(overrides or {})}
     shown = {"tolerance": tolerance}
-    return OnceStudy(command="sweep-beta", settings=settings, measure=measure, page=page, shown=shown)
+    return OnceStudy(command="sweep-beta", settings=settings, measure=measure, page=page, check=_pruning, shown=shown)
+
+
+def _pruning(recipe: EMPConfig, settings: Mapping[str, Any]) -> EMPConfig:
+    """Return what is pruned of a recipe's model, at the recipe's own beta."""
+    return recipe.once(**settings["overrides"])
 
 
 def measure(dense: DenseModel, settings: Mapping[str, Any], on_case: OnCase) -> list[Row]:
     """Return one row per beta."""
-    config, metric = dense.training.recipe_config.once(**settings["overrides"]), dense.recipe.study.metric
+    config, metric = _pruning(dense.training.recipe_config, settings), dense.recipe.study.metric
     rows = []
     for done, beta in enumerate(settings["betas"]):
         on_case(done, len(settings["betas"]))

@@ -50,7 +50,13 @@ def criteria_comparison(
         if target in ("features", "attention_edges"):
             raise ValueError(f"target {target!r} is masked in the forward pass; compare weights, heads or neurons")
     settings = {"targets": list(targets) if targets else None, "density": density, "batches": batches, "scope": scope}
-    return OnceStudy(command="compare-criteria", settings=settings, measure=measure, page=page)
+    return OnceStudy(command="compare-criteria", settings=settings, measure=measure, page=page, check=check)
+
+
+def check(recipe: EMPConfig, settings: Mapping[str, Any]) -> None:
+    """Raise ValueError where a recipe does not go with the targets or the scope."""
+    for target in settings["targets"] or [recipe.target]:
+        _config(recipe, target, None, settings)
 
 
 def measure(dense: DenseModel, settings: Mapping[str, Any], on_case: OnCase) -> list[Row]:
@@ -74,7 +80,7 @@ def measure(dense: DenseModel, settings: Mapping[str, Any], on_case: OnCase) -> 
     return rows
 
 
-def _config(recipe: EMPConfig, target: str, criterion: str, settings: Mapping[str, Any]) -> EMPConfig:
+def _config(recipe: EMPConfig, target: str, criterion: str | None, settings: Mapping[str, Any]) -> EMPConfig:
     chosen = {"target": target, "criterion": criterion, "evidence_steps": settings["batches"], "beta": 1.0}
     scope = {} if settings["scope"] is None else {"scope": settings["scope"]}
     config = recipe.once(**chosen, **scope)

@@ -16,6 +16,7 @@ from emp_callbacks.config import EMPConfig
 from emp_callbacks.pruning.pruner import EMPPruner
 from emp_callbacks.study.arms import arm_config
 from emp_callbacks.study.comparison import what_trains
+from emp_callbacks.study.folder_lock import FileLock
 from emp_callbacks.study.recipe.recipe import Recipe
 from emp_callbacks.study.run_store import digest
 from emp_callbacks.study.training import Training
@@ -88,6 +89,7 @@ def dense_model(recipe: Recipe, seed: int, folder: Path, on_step: OnStep) -> Den
 
     Raises:
         OSError: The folder cannot be written.
+        BusyError: Another command trains this model.
         ValueError: A file in it is damaged.
     """
     name = f"{recipe.path.stem}-{_digest(recipe)[:10]}-seed{seed}"
@@ -97,16 +99,24 @@ def dense_model(recipe: Recipe, seed: int, folder: Path, on_step: OnStep) -> Den
         training = Training(recipe, seed, _as_dense, None, on_step)
         training.take_up(saved["weights"])
         return DenseModel(recipe, seed, training, saved, reused=True)
-    if logs.exists():
-        shutil.rmtree(logs)  # of a training that was interrupted
-    logs.mkdir(parents=True)
-    training = Training(recipe, seed, _as_dense, logs, on_step)
-    training.fit()
-    weights = {key: value.detach().clone() for key, value in training.model.state_dict().items()}
-    saved = {"weights": weights, "metrics": training.test(), "seconds": training.seconds}
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    torch.save(saved, partial)
-    os.replace(partial, path)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(
+        folder / f".lock-{name}",
+        f"another emp command trains {name} in {folder}; let it finish, or name other --models",
+    )
+    try:
+        if logs.exists():
+            shutil.rmtree(logs)  # of a training that was interrupted
+        logs.mkdir()
+        training = Training(recipe, seed, _as_dense, logs, on_step)
+        training.fit()
+        weights = {key: value.detach().clone() for key, value in training.model.state_dict().items()}
+        saved = {"weights": weights, "metrics": training.test(), "seconds": training.seconds}
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        torch.save(saved, partial)
+        os.replace(partial, path)
+    finally:
+        lock.release()
     return DenseModel(recipe, seed, training, saved, reused=False)
 
 
@@ -117,13 +127,17 @@ def _as_dense(config: EMPConfig) -> EMPConfig:
 def _digest(recipe: Recipe) -> str:
     """Return a hash of what trains the dense model: all of the recipe but what it prunes."""
     trained = what_trains(recipe.resolved())
-    callbacks = [c for c in trained["trainer"]["callbacks"] or [] if not str(c["class_path"]).endswith("EMPCallback")]
+    named = trained["trainer"].get("callbacks") or []
+    all_ = named if isinstance(named, list) else [named]
+    callbacks = [c for c in all_ if not str(c["class_path"]).endswith("EMPCallback")]
     return digest({**trained, "trainer": {**trained["trainer"], "callbacks": callbacks}})
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        saved: dict[str, Any] = read_checkpoint(path)
+        saved = read_checkpoint(path)
     except ValueError as error:
         raise ValueError(f"{error}, or remove it, and the model is trained again") from error
+    if not isinstance(saved, dict) or not {"weights", "metrics", "seconds"} <= saved.keys():
+        raise ValueError(f"{path} holds no model that emp trained; remove it, and the model is trained again")
     return saved

@@ -13,13 +13,16 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from emp_callbacks.config import EMPConfig
 from emp_callbacks.study.comparison import StudyInterrupted, environment, what_trains
 from emp_callbacks.study.once.dense_models import DenseModel, dense_model
 from emp_callbacks.study.once.results import Row
 from emp_callbacks.study.progress import StudyProgress
 from emp_callbacks.study.recipe.recipe import Recipe
+from emp_callbacks.study.recipe.seeds import check_seeds
 from emp_callbacks.study.report.page import Page
 from emp_callbacks.study.run_store import RunStore, digest, write_atomically
+from emp_callbacks.study.training import check_metric, recipe_config
 
 __all__ = ["SCHEMA", "OnCase", "OnceStudy", "run_once_study"]
 
@@ -36,6 +39,8 @@ class OnceStudy:
         settings: Whatever decides the rows, plain data.
         measure: Takes a dense model, the settings and a callback for progress (case, cases); returns its rows.
         page: Takes the results of all models; returns the findings.
+        check: Takes the EMP settings of a recipe and those of the study; raises ValueError where they do not go
+            together.
         shown: What the findings depend on and the rows do not, plain data.
     """
 
@@ -43,6 +48,7 @@ class OnceStudy:
     settings: Mapping[str, Any]
     measure: Callable[[DenseModel, Mapping[str, Any], OnCase], list[Row]]
     page: Callable[[Mapping[str, Any]], Page]
+    check: Callable[[EMPConfig, Mapping[str, Any]], object]
     shown: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -72,25 +78,40 @@ def run_once_study(
         words: The command line, for the report.
 
     Raises:
-        ValueError: Two recipes have one name, or a setting does not go with a recipe.
+        ValueError: Two recipes have one name, seeds repeat or are out of range, or a recipe cannot be built or does not
+            go with the settings; nothing was written then.
+        BusyError: Another command works in `out`.
         FileExistsError: The folder holds results of other settings, or other things.
         StudyInterrupted: The user pressed Ctrl-C; finished models stay.
     """
     names = [recipe.path.stem for recipe in recipes]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"two recipes are named {', '.join(sorted(twice))}: models go by file names; rename one")
+    if seeds is not None:
+        check_seeds("--seeds", seeds)
+    for recipe in recipes:  # before anything is written
+        study.check(recipe_config(recipe), study.settings)
     cells = [(recipe, seed) for recipe in recipes for seed in seeds or recipe.study.seeds]
     described = {"study": study.command, "settings": dict(study.settings)}
     store = RunStore(out, digest(described))
     shown = console or Console(quiet=True)
-    if moved := store.open({**described, "models": names}, overwrite):
-        shown.print(f"moved the earlier contents to {moved}", highlight=False)
     found: list[dict[str, Any]] = []
-    with StudyProgress(shown, len(cells), "") as progress:
-        try:
-            found = [_measured(study, recipe, seed, store, models, progress) for recipe, seed in cells]
-        except KeyboardInterrupt as error:
-            raise StudyInterrupted(progress.finished, len(cells)) from error
+    try:
+        if moved := store.open({**described, "models": names}, overwrite):
+            shown.print(f"moved the earlier contents to {moved}", highlight=False)
+        with StudyProgress(shown, len(cells), "") as progress:
+            try:
+                found = [_measured(study, recipe, seed, store, models, progress) for recipe, seed in cells]
+            except KeyboardInterrupt as error:
+                raise StudyInterrupted(progress.finished, len(cells)) from error
+        results = _results(study, found, words)
+        write_atomically(out / "results.json", _one_row_a_line(results))
+    finally:
+        store.close()
+    return results
+
+
+def _results(study: OnceStudy, found: Sequence[Mapping[str, Any]], words: Sequence[str]) -> dict[str, Any]:
     results = {
         "schema": SCHEMA,
         "study": study.command,
@@ -101,9 +122,7 @@ def run_once_study(
         "models": [{key: value for key, value in record.items() if key != "rows"} for record in found],
         "rows": [{"model": record["arm"], "seed": record["seed"], **row} for record in found for row in record["rows"]],
     }
-    results = dict(json.loads(json.dumps(results)))
-    write_atomically(out / "results.json", _one_row_a_line(results))
-    return results
+    return dict(json.loads(json.dumps(results)))
 
 
 def _measured(
@@ -117,6 +136,7 @@ def _measured(
         return record
     progress.begin(f"train {name} seed {seed}")
     dense = dense_model(recipe, seed, models, progress.on_step)
+    check_metric(recipe.study.metric, dense.metrics, name)
     progress.begin(f"prune {name} seed {seed}")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="N_eff is up to|nothing is kept of")  # the report has the figures

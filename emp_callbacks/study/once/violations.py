@@ -56,7 +56,15 @@ def violations(
     if probes < 2:
         raise ValueError(f"probes must be >= 2, for an interval, got {probes}")
     settings = {"criteria": list(criteria), "betas": sorted(set(betas)), "batches": batches, "probes": probes}
-    return OnceStudy(command="violations", settings={**settings, "scope": scope}, measure=measure, page=page)
+    return OnceStudy(
+        command="violations", settings={**settings, "scope": scope}, measure=measure, page=page, check=check
+    )
+
+
+def check(recipe: EMPConfig, settings: Mapping[str, Any]) -> None:
+    """Raise ValueError where a recipe does not go with the criteria or the scope."""
+    for criterion in settings["criteria"]:
+        _config(recipe, criterion, 1.0, settings)
 
 
 def measure(dense: DenseModel, settings: Mapping[str, Any], on_case: OnCase) -> list[Row]:
@@ -75,7 +83,7 @@ def measure(dense: DenseModel, settings: Mapping[str, Any], on_case: OnCase) -> 
 
         for done, (criterion, beta) in enumerate(pairs):
             on_case(done, len(pairs))
-            pruner = dense.pruner(_config(dense, criterion, beta, settings))
+            pruner = dense.pruner(_config(dense.training.recipe_config, criterion, beta, settings))
             if trace is None:
                 trace = hessian_trace(
                     losses, [*masked_parameters(pruner, module).values()], probes=settings["probes"], seed=dense.seed
@@ -87,9 +95,9 @@ def measure(dense: DenseModel, settings: Mapping[str, Any], on_case: OnCase) -> 
     return rows
 
 
-def _config(dense: DenseModel, criterion: str, beta: float, settings: Mapping[str, Any]) -> EMPConfig:
+def _config(recipe: EMPConfig, criterion: str, beta: float, settings: Mapping[str, Any]) -> EMPConfig:
     chosen = {"target": "weights", "criterion": criterion, "scope": settings["scope"], "beta": beta}
-    config = dense.training.recipe_config.once(evidence_steps=settings["batches"], **chosen)
+    config = recipe.once(evidence_steps=settings["batches"], **chosen)
     return config.once(certify=config.can_certify)
 
 

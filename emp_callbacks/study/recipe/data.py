@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from emp_callbacks.schedule import check_count
 from emp_callbacks.study.recipe.sources import read_idx, stdlib_text
 
 Batch = tuple[Tensor, Tensor]
@@ -98,8 +99,10 @@ class InMemoryData(pl.LightningDataModule):
 
     def __init__(self, batch_size: int, num_workers: int = 0, seed: int | None = None) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        check_count("batch_size", batch_size)
+        check_count("num_workers", num_workers, least=0)
+        if seed is not None:
+            check_count("seed", seed, least=0)
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self._parts: dict[str, Dataset[Batch]] = {}
 
@@ -185,13 +188,14 @@ class FashionMNISTData(InMemoryData):
         seed: int | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed)
-        if limit_train is not None and limit_train < 1:
-            raise ValueError(f"limit_train must be at least 1 (or null for all images), got {limit_train}")
+        if limit_train is not None:  # all images
+            check_count("limit_train", limit_train)
+        check_count("val_size", val_size)
         self.folder, self.limit_train, self.val_size = Path(folder).expanduser(), limit_train, val_size
 
     def load(self) -> dict[str, Dataset[Batch]]:
         images, labels = self._read("train")
-        if not 0 < self.val_size < len(labels):
+        if self.val_size >= len(labels):
             raise ValueError(f"val_size must lie in [1, {len(labels) - 1}], got {self.val_size}")
         kept = slice(0, len(labels) - self.val_size)
         train = slice(0, min(kept.stop, self.limit_train or kept.stop))
@@ -235,8 +239,8 @@ class TextData(InMemoryData):
         seed: int | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed)
-        if sequence_length < 1:
-            raise ValueError(f"sequence_length must be at least 1, got {sequence_length}")
+        check_count("sequence_length", sequence_length)
+        check_count("max_bytes", max_bytes)
         self.file, self.sequence_length, self.max_bytes = file, sequence_length, max_bytes
 
     def load(self) -> dict[str, Dataset[Batch]]:

@@ -2,12 +2,16 @@
 
 import ast
 import gzip
+import math
 import sysconfig
 import zlib
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+
+_DEFLATE_MOST = 1032  # bytes that one byte of gzip can unpack to
+_MOST = 2**31  # bytes of one array: sixty times those of Fashion-MNIST
 
 # Tests and test data are no documentation; the others are not part of every Python 3 or of this text's kind.
 _SKIPPED_FOLDERS = {
@@ -29,17 +33,26 @@ def read_idx(path: Path, dims: int) -> np.ndarray:
             f"dataset-fashion-mnist` (they are then in /usr/share/datasets/fashion-mnist), or download the "
             f"four files in data/fashion of github.com/zalandoresearch/fashion-mnist and pass --data.folder FOLDER"
         )
+    magic, header = 0x0800 + dims, 4 + 4 * dims
     try:
-        content = gzip.decompress(path.read_bytes())
+        with gzip.open(path) as stream:
+            start = stream.read(header)
+            if len(start) < header or int.from_bytes(start[:4], "big") != magic:
+                raise ValueError(f"{path} starts with {start[:4].hex()}, not with the idx magic number {magic:08x}")
+            shape = tuple(int.from_bytes(start[i : i + 4], "big") for i in range(4, header, 4))
+            promised, possible = math.prod(shape), min(_MOST, _DEFLATE_MOST * path.stat().st_size)
+            if promised > possible:
+                raise ValueError(
+                    f"{path} promises {promised:,} bytes in its header, and a file of its size may hold {possible:,}; "
+                    "get the file again"
+                )
+            content = stream.read(promised + 1)  # never more than promised: a small file can unpack to gigabytes
     except (EOFError, OSError, zlib.error) as error:
         raise ValueError(f"{path} is truncated or not a gzip file ({error}); get the file again") from error
-    magic, header = 0x0800 + dims, 4 + 4 * dims
-    if len(content) < header or int.from_bytes(content[:4], "big") != magic:
-        raise ValueError(f"{path} starts with {content[:4].hex()}, not with the idx magic number {magic:08x}")
-    shape = np.frombuffer(content, ">u4", dims, offset=4).astype(np.int64)
-    if len(content) - header != shape.prod():
-        raise ValueError(f"{path} holds {len(content) - header} bytes of data, its header says {shape.prod()}")
-    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+    if len(content) != promised:
+        held = f"{len(content)}" if len(content) < promised else f"more than {promised}"
+        raise ValueError(f"{path} holds {held} bytes of data, its header says {promised}; get the file again")
+    return np.frombuffer(content, np.uint8).reshape(shape)
 
 
 @lru_cache(maxsize=1)

@@ -12,6 +12,7 @@ from torch.nn import functional
 from emp_callbacks import emp_mask
 from emp_callbacks.cli.main import main
 from emp_callbacks.study.comparison import StudyInterrupted
+from emp_callbacks.study.folder_lock import BusyError
 from emp_callbacks.study.once import beta_sweep as sweeping
 from emp_callbacks.study.once.beta_sweep import beta_sweep
 from emp_callbacks.study.once.criteria_comparison import criteria_comparison, overlap
@@ -23,6 +24,7 @@ from emp_callbacks.study.once.violations import score_shape, violations
 from emp_callbacks.study.recipe.recipe import Recipe
 from emp_callbacks.study.report.page import print_page, write_page
 from emp_callbacks.study.run_store import read_results
+from emp_callbacks.study.training import Training
 
 VIT = {"img_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2}
 
@@ -365,6 +367,11 @@ def test_a_command_ends_with_its_report(folder, sweep, capsys):
         (["violations", "--probes", "1"], "probes must be >= 2"),
         (["violations", "--batches", "0"], "evidence_steps must be an integer >= 1"),
         (["sweep-beta", "--trainer.max_epoch", "1"], "trainer.max_epochs"),
+        (["sweep-beta", "--trainer.devices", "0"], "bad value for 'trainer': "),
+        (["compare-criteria", "--model.init_args.model", "resnet10tt"], "unknown timm model 'resnet10tt'"),
+        (["compare-criteria", "--targets", "heads", "--scope", "row"], "scope='row' lets the weights"),
+        (["violations", "--seeds", "0", "1", "0"], "--seeds must be different numbers, and 0 occurs twice"),
+        (["sweep-beta", "--seeds", "-1"], "--seeds must lie in [0, 4294967295], got -1"),
     ],
 )
 def test_mistakes_are_one_line_before_anything_runs(words, message, folder, tmp_path, capsys, fits):
@@ -381,6 +388,34 @@ def test_mistakes_are_one_line_before_anything_runs(words, message, folder, tmp_
     assert message in error
     assert error.count("\n") == 1
     assert fits == []
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_metric_that_is_not_logged_is_one_line(folder, sweep, tmp_path, capsys, fits):
+    words = ["--config", str(folder / "tiny.yaml"), "--out", str(tmp_path / "out"), "--models", str(folder / "models")]
+    assert main(["sweep-beta", *words, "--study.metric", "test/acuracy"]) == 2
+    error = capsys.readouterr().err
+    assert "study.metric 'test/acuracy' is not logged by the test of tiny" in error
+    assert "did you mean 'test/accuracy'?" in error
+    assert error.count("\n") == 1
+
+
+def test_a_recipe_needs_no_callbacks(folder, tmp_path):
+    recipe = yaml.safe_load((folder / "tiny.yaml").read_text())
+    del recipe["trainer"]["callbacks"]
+    (tmp_path / "bare.yaml").write_text(yaml.safe_dump(recipe))
+    study = beta_sweep(betas=[1.0])
+    found = run_once_study(study, [Recipe(tmp_path / "bare.yaml")], tmp_path / "out", models=tmp_path, seeds=[0])
+    assert [row["target"] for row in found["rows"]] == ["weights"]
+
+
+def test_two_commands_do_not_train_one_model_at_once(folder, tmp_path, monkeypatch):
+    def train(*_):
+        dense_model(Recipe(folder / "tiny.yaml"), 0, tmp_path, lambda *_: None)
+
+    monkeypatch.setattr(Training, "fit", train)
+    with pytest.raises(BusyError, match="another emp command trains tiny-"):
+        train()
 
 
 def test_two_recipes_of_one_name_are_refused(folder, tmp_path):

@@ -1,5 +1,6 @@
 import gzip
 import pickle
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from emp_callbacks.study.recipe.data import DigitsData, EpochSampler, FashionMNISTData, TextData
-from emp_callbacks.study.recipe.sources import stdlib_text
+from emp_callbacks.study.recipe.sources import read_idx, stdlib_text
 
 
 def ready(data):
@@ -81,8 +82,24 @@ def test_a_data_module_can_be_pickled():
 def test_a_batch_size_that_leaves_no_full_batch_is_an_error():
     with pytest.raises(ValueError, match=r"batch_size=2000.*1077"):
         ready(DigitsData(batch_size=2000)).train_dataloader()
-    with pytest.raises(ValueError, match="at least 1, got 0"):
-        DigitsData(batch_size=0)
+
+
+@pytest.mark.parametrize(
+    ("data", "name", "least"),
+    [
+        (DigitsData, "batch_size", 1),
+        (DigitsData, "num_workers", 0),
+        (DigitsData, "seed", 0),
+        (FashionMNISTData, "limit_train", 1),
+        (FashionMNISTData, "val_size", 1),
+        (TextData, "sequence_length", 1),
+        (TextData, "max_bytes", 1),
+    ],
+)
+def test_a_number_of_something_is_a_whole_number(data, name, least):
+    for value in (least - 1, 1.5, True, "x"):
+        with pytest.raises(ValueError, match=rf"{name} must be an integer >= {least}, got {value!r}"):
+            data(**{name: value})
 
 
 # --- batch order ---
@@ -169,6 +186,9 @@ def test_lightning_sets_the_epoch_and_a_resumed_run_continues_the_order(tmp_path
 # --- Fashion-MNIST ---
 
 
+HUGE_HEADER = (0x0803).to_bytes(4, "big") + b"\xff" * 12
+
+
 def idx(array):
     header = (0x0800 + array.ndim).to_bytes(4, "big") + b"".join(n.to_bytes(4, "big") for n in array.shape)
     return header + array.astype(np.uint8).tobytes()
@@ -217,6 +237,8 @@ def test_fashion_missing_files_name_the_folder_and_the_remedy(tmp_path):
         pytest.param(lambda raw: gzip.compress(gzip.decompress(raw)[:-5]), "header says 23520", id="cut-data"),
         pytest.param(lambda raw: gzip.compress(b"\0" * 16), "magic number 00000803", id="magic"),
         pytest.param(lambda raw: gzip.compress(b"\0\0\x08\x03\0"), "magic number", id="short-header"),
+        pytest.param(lambda raw: gzip.compress(gzip.decompress(raw) + b"0"), "more than 23520", id="long-data"),
+        pytest.param(lambda raw: gzip.compress(HUGE_HEADER), "promises 79,228,162,", id="huge-header"),
         pytest.param(lambda raw: gzip.compress(idx(np.zeros((29, 28, 28)))), "29 images.*30 labels", id="count"),
     ],
 )
@@ -228,11 +250,20 @@ def test_fashion_damaged_files_are_clear_errors(fashion, damage, message):
     assert str(path) in str(error.value)
 
 
+def test_a_file_is_unpacked_no_further_than_its_header_says(tmp_path):
+    path = tmp_path / "bomb.gz"
+    path.write_bytes(gzip.compress(idx(np.zeros((2, 3, 3))) + bytes(50_000_000)))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="holds more than 18 bytes of data, its header says 18"):
+        read_idx(path, dims=3)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1_000_000
+
+
 def test_fashion_sizes_are_checked(fashion):
     with pytest.raises(ValueError, match=r"val_size.*29.*got 30"):
         FashionMNISTData(str(fashion), val_size=30).setup()
-    with pytest.raises(ValueError, match=r"limit_train.*got 0"):
-        FashionMNISTData(limit_train=0)
 
 
 # --- text ---
@@ -274,8 +305,6 @@ def test_text_errors_say_what_to_do(tmp_path):
     with pytest.raises(ValueError, match=r"320 bytes.*sequence_length=16.*at least 360 bytes"):
         TextData(text_file(tmp_path, 320), sequence_length=16).setup()  # 16 bytes: no target for the last
     assert ready(TextData(text_file(tmp_path, 360), sequence_length=16, batch_size=1))._parts["val"]
-    with pytest.raises(ValueError, match="at least 1, got 0"):
-        TextData(sequence_length=0)
 
 
 def test_the_default_text_is_documentation_and_respects_the_cap():
