@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from emp_callbacks.cli import finished, recipes, study
+from emp_callbacks.cli.console import printable
 from emp_callbacks.cli.errors import for_the_user
 
 __all__ = ["COMMANDS", "main"]
@@ -93,5 +94,5 @@ def _run(command: str, words: list[str]) -> int:
 
 
 def _complain(message: str, code: int) -> int:
-    sys.stderr.write(f"emp: {message}\n")
+    sys.stderr.write(f"emp: {printable(' '.join(message.split()))}\n")  # on one line, whatever a library said
     return code

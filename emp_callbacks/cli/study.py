@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from emp_callbacks.cli.console import make_console
 from emp_callbacks.cli.options import (
@@ -154,31 +154,44 @@ def report(words: list[str]) -> None:
     if results.is_file():
         page = _report_of_study(results, console)
     elif rows.is_file():
+        from emp_callbacks.study.report.reading import read_rows, showing
         from emp_callbacks.study.report.report import write_trajectory_report
-        from emp_callbacks.trajectory import Trajectory
 
-        page = write_trajectory_report(Trajectory.read(rows).records(), folder, folder.name)
+        records = read_rows(rows)
+        with showing(rows, "remove the damaged row"):
+            page = write_trajectory_report(records, folder, folder.name)
     else:
         raise FileNotFoundError(_nothing_to_report(folder))
     console.print(f"report: {page}", highlight=False, soft_wrap=True)
 
 
 def _report_of_study(path: Path, console: Console) -> Path:
-    from emp_callbacks.study.run_store import read_results
+    from emp_callbacks.study.report.reading import check_runs, showing
+    from emp_callbacks.study.run_store import AGAIN, read_results
 
     results = read_results(path)
-    if isinstance(results["study"], str):
-        from emp_callbacks.study.once.studies import PAGES
-        from emp_callbacks.study.report.page import print_page, write_page
+    with showing(path, AGAIN):
+        if isinstance(results["study"], str):
+            return _report_of_once_study(results, path.parent, console)
+        from emp_callbacks.study.report.report import write_report
+        from emp_callbacks.study.report.terminal import comparison_table
 
-        found = PAGES[results["study"]](results)
-        print_page(found, console)
-        return write_page(found, path.parent, results)
-    from emp_callbacks.study.report.report import write_report
-    from emp_callbacks.study.report.terminal import comparison_table
+        check_runs(results, AGAIN)
+        table = comparison_table(results)
+        written = write_report(results, path.parent)
+    console.print(table)
+    return written
 
-    written = write_report(results, path.parent)
-    console.print(comparison_table(results))
+
+def _report_of_once_study(results: Mapping[str, Any], folder: Path, console: Console) -> Path:
+    from emp_callbacks.study.once.studies import PAGES
+    from emp_callbacks.study.report.page import print_page, write_page
+
+    if results["study"] not in PAGES:
+        raise ValueError(f"{folder / 'results.json'} is of study {results['study']!r}; known: {', '.join(PAGES)}")
+    found = PAGES[results["study"]](results)
+    written = write_page(found, folder, results)
+    print_page(found, console)
     return written
 
 

@@ -25,7 +25,7 @@ class StudyProgress:
         self._console, self._total, self._metric = console, total, metric
         self.finished = 0
         columns = (
-            TextColumn("{task.description:<28}"),
+            TextColumn("{task.description:<28}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),

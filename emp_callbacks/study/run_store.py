@@ -14,10 +14,13 @@ import yaml
 
 from emp_callbacks.study.folder_lock import FileLock
 
-__all__ = ["RunStore", "digest", "read_results", "write_atomically"]
+__all__ = ["AGAIN", "RunStore", "digest", "read_results", "write_atomically"]
 
 # The first line of OUT/config.yaml begins like this: how a folder of ours is told from somebody else's.
 _OURS = "# written by emp"
+AGAIN = "run the study again: it reuses the finished runs"
+"""What to do with a results.json that cannot be read."""
+
 _LOCK = ".lock"
 _DIGEST = "content_digest"
 
@@ -40,7 +43,7 @@ def read_results(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: The file is damaged or of another version.
     """
-    results = _read_json(path, "run emp compare again: it reuses the finished runs")
+    results = _read_json(path, AGAIN)
     if results.get("schema") != 1:
         raise ValueError(f"{path} has schema {results.get('schema')!r}, and this version reads schema 1")
     return results

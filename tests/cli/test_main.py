@@ -1,6 +1,7 @@
 import copy
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -55,7 +56,13 @@ TYPOS = [
     ((), {"max_epochs": 3}, "'max_epochs'", "'trainer.max_epochs'"),
     (("study",), {"seed": [1]}, "'study.seed'", "'study.seeds'"),
     (("study",), {"seeds": "a"}, "'study.seeds'", "expected list, got 'a'"),
-    (("study",), {"seeds": [1, 1]}, "study.seeds", "different numbers"),
+    (("study",), {"seeds": [1, 1]}, "study.seeds", "different numbers, and 1 occurs twice"),
+    (("study",), {"seeds": [2**32]}, "study.seeds must lie in [0, 4294967295]", "got 4294967296"),
+    (("study",), {"seeds": list(range(1001))}, "study.seeds holds 1,001 seeds", "at most 1,000"),
+    ((), {"seed_everything": -1}, "seed_everything must lie in [0, 4294967295]", "got -1"),
+    ((), {"trainer": [1]}, "'trainer' in recipe must be a mapping", "got [1]"),
+    ((), {"study": None}, "'study' in recipe must be a mapping", "got nothing"),
+    (("model",), {"class_path": ".."}, "unknown class '..' at 'model.class_path'", "module.Class"),
     (("study",), {"arms": ["dense", "trainig_freeze"]}, "'trainig_freeze'", "'training_freeze'"),
     (("study",), {"arms": ["dense", "random"]}, "'random'", "training_feedback"),
     (
@@ -77,7 +84,16 @@ TYPOS = [
     (("model",), {"class_path": TASK.removesuffix("sification")}, "model.class_path", "ImageClassification'"),
     (("model", "init_args"), {"weigth_decay": 1}, "'model.init_args.weigth_decay'", "'model.init_args.weight_decay'"),
     (("model", "init_args"), {"lr": "high"}, "'lr'", "expected float, got 'high'"),
-    (("model", "init_args"), {"model": "resnet10tt"}, "'resnet10tt'", "resnet10t"),
+    (("model", "init_args"), {"model": "resnet10tt"}, "bad value for 'model': unknown timm", "resnet10t"),
+    (("model", "init_args", "model_args"), {"global_poo": 1}, "bad value for 'model': TypeError: ", "'global_poo'"),
+    (("trainer",), {"accelerator": "abacus"}, "bad value for 'trainer': ValueError: ", "accelerator='abacus'"),
+    (("trainer",), {"devices": -5}, "bad value for 'trainer': TypeError: ", "should be an int > 0"),
+    (
+        (*EMP, "init_args"),
+        {"beta": {"first": 1.0, "last": 2.0, "until": 0}},
+        "bad value for 'trainer.callbacks': until must be",
+        "got 0",
+    ),
     (
         ("data",),
         {"class_path": "emp_callbacks.study.recipe.data.FashionMNISTData", "init_args": {"folder": "/no/such"}},
@@ -137,12 +153,38 @@ def test_a_missing_recipe_names_the_nearest_file(tmp_path, capsys):
     assert "does not exist; did you mean" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", ["a: [1,\nb: 2", "- 1"])
-def test_a_file_that_is_no_recipe_is_an_error(text, tmp_path, capsys):
+ALIASES = "a: &a [1, 1]\n" + "\n".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in pairwise("abcdefghijk"))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"a: [1,\nb: 2", "is not valid YAML"),
+        (b"a: \x01", "is not valid YAML"),
+        (b"a: 2020-13-45", "is not valid YAML"),
+        (b"- 1", "must be a mapping of keys to values, got list"),
+        ("# caf\xe9\na: 1".encode("latin-1"), "is not UTF-8 text: byte 0xe9 at position 5"),
+        (b"a: " + b"[" * 3000 + b"]" * 3000, "nests more than 50 levels"),
+        (ALIASES.encode(), "holds more than 10,000 values (aliases count)"),
+        (b"a: &a [*a]", "holds more than 10,000 values"),
+        (b"a: [" + b"1," * 200_000 + b"]", "holds more than 10,000 values"),
+        (b"a: '" + b" " * 1_000_000 + b"'", "has 1,000,005 bytes"),
+    ],
+    ids=["syntax", "control character", "date", "list", "latin-1", "deep", "aliases", "endless", "long", "large"],
+)
+def test_a_file_that_is_no_recipe_is_an_error(content, words, tmp_path, capsys):
     file = tmp_path / "broken.yaml"
-    file.write_text(text)
+    file.write_bytes(content)
     assert main(["fit", "--config", str(file)]) == 2
-    assert "broken.yaml" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert f"recipe {file} {words}" in message
+    assert message.count("\n") == 1
+
+
+def test_an_option_cannot_hold_what_a_recipe_cannot(tmp_path, capsys):
+    deep = "[" * 60 + "]" * 60
+    assert main(["fit", "--config", write_recipe(tmp_path), "--model.init_args.model_args", deep]) == 2
+    assert "the command line nests more than 50 levels" in capsys.readouterr().err
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
@@ -199,6 +241,48 @@ def test_what_fit_trained_is_exported_and_pruned(tmp_path, capsys):
         assert text in shown
     assert load_file(out)["blocks.0.mlp.fc1.weight"].shape == (16, 8)
     assert main(["inspect", out]) == 0
+
+
+def test_a_checkpoint_to_go_on_from_is_looked_at_first(tmp_path, capsys):
+    words = ["fit", "--config", write_recipe(tmp_path), "--trainer.default_root_dir", str(tmp_path / "fit")]
+    assert main([*words, "--ckpt_path", str(tmp_path / "none.ckpt")]) == 2
+    assert "none.ckpt does not exist" in capsys.readouterr().err
+    (tmp_path / "text.ckpt").write_text("hello")
+    assert main([*words, "--ckpt_path", str(tmp_path / "text.ckpt")]) == 2
+    assert "text.ckpt is damaged or not a PyTorch checkpoint" in capsys.readouterr().err
+    torch.save({"weight": torch.ones(2)}, tmp_path / "weights.pt")
+    assert main([*words, "--ckpt_path", str(tmp_path / "weights.pt")]) == 2
+    message = capsys.readouterr().err
+    assert "weights.pt is no checkpoint of Lightning" in message
+    assert message.count("\n") == 1
+    assert not (tmp_path / "fit").exists()
+
+
+def test_a_checkpoint_of_another_model_is_one_line(tmp_path, capsys):
+    words = ["test", "--config", write_recipe(tmp_path)]
+    other = {"state_dict": {"layer.weight": torch.ones(2)}, "pytorch-lightning_version": "2.5.2"}
+    torch.save({**other, "epoch": 0, "global_step": 0, "loops": {}}, tmp_path / "other.ckpt")
+    assert main([*words, "--ckpt_path", str(tmp_path / "other.ckpt")]) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("emp: the checkpoint does not fit the recipe's ImageClassification: ")
+    assert 'Missing key(s) in state_dict: "model.cls_token"' in message
+
+
+def test_names_in_a_file_are_shown_as_they_are(tmp_path, capsys):
+    names = ["[/x].weight", "[red].weight", "layer[0].weight", "a\x1b[31mb.weight"]
+    torch.save({name: torch.randn(3, 3) for name in names}, tmp_path / "odd.pt")
+    out = tmp_path / "m[lr=1].safetensors"
+    assert main(["inspect", str(tmp_path / "odd.pt")]) == 0
+    assert main(["prune", str(tmp_path / "odd.pt"), "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    for name in names[:3]:
+        assert shown.count(f" {name} ") == 2
+    assert shown.count(r" a\x1b[31mb.weight ") == 2
+    assert f"{out}: 4 tensors" in shown
+    assert main(["inspect", "a\x1b[31m\nb.pt"]) == 2
+    assert (
+        capsys.readouterr().err == "emp: checkpoint a\\x1b[31m b.pt does not exist; a timm model is written timm:NAME\n"
+    )
 
 
 def test_a_missing_torch_pruning_is_one_line(tmp_path, capsys, monkeypatch):

@@ -25,6 +25,7 @@ from emp_callbacks.study.recipe.check import (
     check_recipe,
     explain_parse_error,
 )
+from emp_callbacks.study.recipe.checkpoints import check_resumable, fitting_weights
 from emp_callbacks.study.recipe.reading import check_yaml, read_recipe
 from emp_callbacks.study.recipe.seeds import check_seed, check_seeds
 
@@ -140,6 +141,9 @@ class _EmpCLI(LightningCLI):
         seed = self._given.seed_everything
         if isinstance(seed, int) and not isinstance(seed, bool):
             check_seed("seed_everything", seed)
+        checkpoint = self._given.get("ckpt_path")
+        if isinstance(checkpoint, str):
+            check_resumable(checkpoint)
 
     @property
     def _given(self) -> Any:
@@ -222,9 +226,11 @@ def run_lightning(command: str, args: list[str], description: str) -> None:
     Raises:
         FileNotFoundError: If there is no such recipe.
         RecipeError: If a key or a value in it is not known.
+        ValueError: If a checkpoint is none, or does not fit the model.
         FileExistsError: If the results of an earlier fit would be overwritten.
     """
-    _EmpCLI(command, description, args, save_config_callback=_SaveConfig)
+    with fitting_weights():
+        _EmpCLI(command, description, args, save_config_callback=_SaveConfig)
 
 
 def _files_and_options(args: list[str]) -> tuple[list[str], list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -23,12 +24,13 @@ __all__ = [
     "Grid",
     "Page",
     "Section",
+    "embedded",
     "interval",
     "number",
+    "picture",
     "print_page",
-    "save_picture",
     "template",
-    "write_html",
+    "write_files",
     "write_page",
 ]
 
@@ -100,14 +102,14 @@ def write_page(page: Page, folder: Path, results: Mapping[str, Any]) -> Path:
         folder: Made if missing.
         results: Hold the "command" and the "environment" of the study.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    pictures = {section.file: picture(section.draw()) for section in page.sections if section.draw}
     sections = [
         {
             "heading": section.heading,
             "text": section.text,
             "grid": section.grid,
             "file": section.file,
-            "picture": save_picture(section.draw(), folder / section.file) if section.draw else "",
+            "picture": embedded(pictures[section.file]) if section.draw else "",
         }
         for section in page.sections
     ]
@@ -115,7 +117,7 @@ def write_page(page: Page, folder: Path, results: Mapping[str, Any]) -> Path:
     html = template("page.html.j2").render(
         page=shown, command=results["command"], environment=results.get("environment", {})
     )
-    return write_html(folder / "report.html", html)
+    return write_files(folder, html, pictures)
 
 
 def _split(warning: str) -> dict[str, str]:
@@ -163,14 +165,24 @@ def interval(found: Interval, decimals: int = 2) -> str:
     return f"{number(found.mean, decimals, True)}{ends}"
 
 
-def save_picture(figure: Figure, path: Path) -> str:
-    """Write a figure to a file and return it as base64 text for an HTML page."""
-    figure.savefig(path)
-    return base64.b64encode(path.read_bytes()).decode("ascii")
+def picture(figure: Figure) -> bytes:
+    """Return a figure as a PNG."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
+    return drawn.getvalue()
 
 
-def write_html(path: Path, html: str) -> Path:
-    """Write a page and return its path."""
+def embedded(png: bytes) -> str:
+    """Return a PNG as base64 text for an HTML page."""
+    return base64.b64encode(png).decode("ascii")
+
+
+def write_files(folder: Path, html: str, pictures: Mapping[str, bytes]) -> Path:
+    """Write `report.html` and its pictures, all of which are drawn by now, and return the path of the HTML file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, png in pictures.items():
+        (folder / name).write_bytes(png)
+    path = folder / "report.html"
     path.write_text(html, encoding="utf-8")
     return path
 

@@ -31,7 +31,7 @@ from emp_callbacks.study.report.cells import (
 from emp_callbacks.study.report.convergence import convergence
 from emp_callbacks.study.report.fairness import MATCHED_TOLERANCE, fairness_checks
 from emp_callbacks.study.report.metric_format import SPACE, MetricFormat, p_text, reference_arm, verdict_text
-from emp_callbacks.study.report.page import save_picture, template, write_html
+from emp_callbacks.study.report.page import embedded, picture, template, write_files
 
 ARMS = {
     "dense": "trained without pruning: what the model can do with everything kept.",
@@ -61,17 +61,15 @@ def write_report(results: Results, folder: Path) -> Path:
 
     The HTML holds the pictures and its style itself: it needs no network and no script.
 
+    All of it is made before the first file is written: results that cannot be shown leave no half report.
+
     Raises:
         ValueError: If `results` cannot be summarised (see `statistics.check_results`).
     """
-    folder = Path(folder)
-    summaries = summarise(results)  # before anything is written: refused results leave no half report
-    folder.mkdir(parents=True, exist_ok=True)
+    summaries = summarise(results)
     checks = fairness_checks(results)
-    images = [
-        {"name": name, "text": PLOT_TEXT[name], "data": save_picture(draw(results), folder / name)}
-        for name, draw in plots.STUDY_PLOTS.items()
-    ]
+    pictures = {name: picture(draw(results)) for name, draw in plots.STUDY_PLOTS.items()}
+    images = [{"name": name, "text": PLOT_TEXT[name], "data": embedded(png)} for name, png in pictures.items()]
     metric = MetricFormat.of(results)
     leader = first_training_arm(results)
     told = sorted(summaries, key=lambda row: row.arm != leader)  # the question first, the rest in study order
@@ -99,7 +97,7 @@ def write_report(results: Results, folder: Path) -> Path:
         environment=results.get("environment", {}),
         command=results["study"].get("command") or f"emp compare --config {results['study'].get('recipe', '?')}",
     )
-    return write_html(folder / "report.html", html)
+    return write_files(Path(folder), html, pictures)
 
 
 def write_trajectory_report(records: Sequence[Mapping[str, Any]], folder: Path, title: str) -> Path:
@@ -108,9 +106,7 @@ def write_trajectory_report(records: Sequence[Mapping[str, Any]], folder: Path, 
     Raises:
         ValueError: If `records` is empty.
     """
-    figure = plots.plot_trajectory(records)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    drawn = picture(plots.plot_trajectory(records))
     text = (
         "N_eff / N, density, preserved mass and its tight bound; churn (changed mask bits over all); the density of "
         "each layer."
@@ -118,13 +114,13 @@ def write_trajectory_report(records: Sequence[Mapping[str, Any]], folder: Path, 
     html = _template().render(
         kind="run",
         title=title,
-        images=[{"name": "trajectory.png", "text": text, "data": save_picture(figure, folder / "trajectory.png")}],
+        images=[{"name": "trajectory.png", "text": text, "data": embedded(drawn)}],
         records=[record_row(record) for record in records],
         signatures=_signatures([records]),
         layers=layer_tables(records),
         last=record_row(records[-1]),
     )
-    return write_html(folder / "report.html", html)
+    return write_files(Path(folder), html, {"trajectory.png": drawn})
 
 
 def headline(results: Results, summaries: Sequence[ArmSummary]) -> str:

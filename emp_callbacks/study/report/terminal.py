@@ -33,9 +33,11 @@ def _metric_table(results: Results) -> Table:
     unit = " (%)" if metric.percent else ""
     table = Table(
         title=Text(f"{study['metric']}{unit}, {direction} is better"),
-        caption="mean [95 % interval over seeds, per comparison]; verdicts by Holm-adjusted p < 0.05"
-        + f"\na difference without an interval is the same in all seeds, {NO_SPREAD}"
-        * any(row.difference is not None and row.difference.has_no_spread for row in summaries),
+        caption=Text(
+            "mean [95 % interval over seeds, per comparison]; verdicts by Holm-adjusted p < 0.05"
+            + f"\na difference without an interval is the same in all seeds, {NO_SPREAD}"
+            * any(row.difference is not None and row.difference.has_no_spread for row in summaries)
+        ),
     )
     table.add_column("arm", no_wrap=True)
     for name in (study["metric"], "density", f"difference to {reference_arm(results)}", "p (Holm)"):
@@ -46,8 +48,8 @@ def _metric_table(results: Results) -> Table:
     for row in summaries:
         for cells in table_rows(row, results, metric):
             table.add_row(
-                Text(cells["arm"]), f"{cells['mean']} {_plain(cells['interval'])}".strip(), cells["density"],
-                f"{cells['difference']} {_plain(cells['difference_interval'])}".strip(), cells["p_holm"],
+                Text(cells["arm"]), _text(cells["mean"], cells["interval"]), cells["density"],
+                _text(cells["difference"], cells["difference_interval"]), cells["p_holm"],
                 Text(cells["verdict"], style=VERDICT_STYLE.get(cells["verdict"], "")), cells["seeds"],
                 cells["seconds"],
             )  # fmt: skip
@@ -70,13 +72,15 @@ def _convergence_table(results: Results, found: Convergence) -> Table:
     for row in found.arms:
         cells = convergence_row(row, found, metric)
         table.add_row(
-            Text(row.arm), f"{cells['mean']} {_plain(cells['interval'])}",
-            f"{cells['difference']} {_plain(cells['difference_interval'])}".strip(), cells["p_holm"],
+            Text(row.arm), _text(cells["mean"], cells["interval"]),
+            _text(cells["difference"], cells["difference_interval"]), cells["p_holm"],
             Text(cells["verdict"], style=VERDICT_STYLE.get(row.verdict or "", "")),
             cells["step"], cells["reached"], cells["gap"],
         )  # fmt: skip
     return table
 
 
-def _plain(cell: str) -> str:
-    return "" if cell == DASH else cell.replace("[", r"\[")  # rich would read [..] as a style
+def _text(value: str, interval: str) -> Text:
+    return Text(
+        value if interval == DASH else f"{value} {interval}".strip()
+    )  # in a str, rich would read [..] as a style

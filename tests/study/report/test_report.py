@@ -1,6 +1,7 @@
 import base64
 import copy
 import io
+import json
 import math
 import re
 import struct
@@ -11,6 +12,7 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
+from emp_callbacks.cli.main import main
 from emp_callbacks.study.report import plots
 from emp_callbacks.study.report.arm_results import summarise
 from emp_callbacks.study.report.metric_format import MetricFormat
@@ -403,3 +405,70 @@ def test_a_criterion_that_does_not_discriminate_is_said_on_top(fraction, said, t
     assert ("does not discriminate here" in page) is said
     fixed = [{**record, "beta": None} for record in records]
     assert "does not discriminate here" not in write_trajectory_report(fixed, tmp_path, "a run").read_text()
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("study",), None),
+        (("study",), "nope"),
+        (("study", "higher_is_better"), None),
+        (("runs",), {}),
+        (("runs", 0), "x"),
+        (("runs", 0, "metrics"), [1]),
+        (("runs", 0, "metrics", "test/accuracy"), "x"),
+        (("runs", 0, "density"), None),
+        (("runs", 0, "trajectory", 0, "n"), "x"),
+        (("runs", 0, "trajectory", 0, "layers"), 3),
+    ],
+    ids=lambda value: ".".join(map(str, value)) if isinstance(value, tuple) else repr(value),
+)
+def test_results_of_another_shape_are_one_line_and_nothing_is_written(place, value, tmp_path, capsys):
+    results = make_results(arms=("one_shot", "training_feedback"))
+    held = results
+    for key in place[:-1]:
+        held = held[key]
+    if value is None:
+        del held[place[-1]]
+    else:
+        held[place[-1]] = value
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    assert main(["report", str(tmp_path)]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith("emp: ")
+    assert str(tmp_path / "results.json") in shown.err
+    assert shown.err.count("\n") == 1
+    assert shown.out == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"n": "x"}, "line 2: n must be a number, got 'x'"),
+        ({"group": 3}, "line 2: group must be a text, got 3"),
+        ({"note": None}, "line 2: note must be a text, got None"),
+        ({"layers": [{"name": "a"}]}, "line 2"),
+        ({"colour": "red"}, "line 2"),
+        ({"n": 0, "n_eff_fraction": True}, "line 2: n_eff_fraction must be a number, got True"),
+    ],
+)
+def test_a_row_of_another_shape_is_named(change, words, tmp_path, capsys):
+    rows = [refresh(1, 0.5), {**refresh(2, 0.5), **change}, refresh(3, 0.5)]
+    file = tmp_path / "emp_trajectory.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["report", str(tmp_path)]) == 2
+    message = capsys.readouterr().err
+    assert f"{file}, {words}" in message
+    assert message.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+@pytest.mark.parametrize("name", ["results.json", "emp_trajectory.jsonl"])
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"[]\n[]\n", b"{}\n{}\n"])
+def test_a_file_that_is_something_else_is_named(name, content, tmp_path, capsys):
+    (tmp_path / name).write_bytes(content)
+    assert main(["report", str(tmp_path)]) == 2
+    message = capsys.readouterr().err
+    assert str(tmp_path / name) in message
+    assert message.count("\n") == 1
