@@ -184,8 +184,14 @@ def _from_transformers(folder: str) -> nn.Module:
 
     if not list(Path(folder).glob("*.safetensors")):
         raise FileNotFoundError(f"{folder} holds config.json and no *.safetensors; name a folder with weights")
-    names = json.loads((Path(folder) / "config.json").read_text()).get("architectures") or ["AutoModel"]
-    architecture = getattr(transformers, names[0], transformers.AutoModel)
+    config = Path(folder) / "config.json"
+    try:
+        told = json.loads(config.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{config} is no JSON ({error}); copy the folder again") from error
+    names = told.get("architectures") if isinstance(told, dict) else None
+    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else "AutoModel"
+    architecture = getattr(transformers, name, transformers.AutoModel)
     try:
         model: nn.Module = architecture.from_pretrained(folder, local_files_only=True, use_safetensors=True)
     except (OSError, RuntimeError, ValueError) as error:

@@ -411,6 +411,9 @@ def test_a_hugging_face_folder(tmp_path):
     assert report.shrunk.parameters == (model.num_parameters(), model.num_parameters() - 16 * (8 + 1 + 8))
     _, plain = prune(source, tmp_path / "plain.safetensors", {"density": 0.5})
     assert 0.2 < plain.sparsity < 0.6
+    (tmp_path / "gpt2" / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config.json is no JSON"):
+        prune(source, tmp_path / "new.safetensors", {"target": "neurons"})
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,8 @@ def check_resumable(path: str) -> None:
         FileNotFoundError: There is no such file.
         ValueError: It is another file.
     """
-    if (
-        path in _WORDS or path.startswith("registry") or "://" in path or Path(path).is_dir()
-    ):  # a folder: shards, which the strategy reads
+    elsewhere = path in _WORDS or path.startswith("registry") or "://" in path
+    if elsewhere or Path(path).is_dir():  # a folder holds shards, which the strategy reads
         return
     held = read_checkpoint(Path(path), mapped=True)
     if not (isinstance(held, Mapping) and {"state_dict", "pytorch-lightning_version"} <= held.keys()):
