@@ -16,7 +16,8 @@ __all__ = ["Placeholder", "load_inert"]
 class Placeholder(list[Any]):
     """Stands for an object of a file whose class is not imported, such as a hyper-parameter; does nothing.
 
-    A list, as what a file appends to must be one.
+    A list, as what a file appends to must be one. What releases of torch let a file do with an object differs: the
+    oldest append to `list` alone, the newest set items of `dict` and its like alone.
     """
 
     __hash__ = object.__hash__  # type: ignore[assignment]  # objects can be keys
@@ -26,6 +27,9 @@ class Placeholder(list[Any]):
 
     def __setstate__(self, state: object) -> None:
         """Drop what the object was made of."""
+
+    def __setitem__(self, *_: Any) -> None:
+        """Drop an item of a mapping."""
 
 
 def load_inert(path: Path, *, mapped: bool = False) -> Any:
