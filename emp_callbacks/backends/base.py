@@ -71,8 +71,8 @@ class Backend(ABC):
         except RuntimeError as error:  # a rank waited for others that never came
             raise RuntimeError(
                 f"a sum over all ranks did not come about ({str(error).splitlines()[0]}). Collective: making a pruner, "
-                "refresh(), save(), load(), scores(), audit() must be called on all ranks; masks, density and trajectory "
-                "may be read on one"
+                "refresh(), save(), load(), scores(), audit() must be called on all ranks; masks, density and "
+                "trajectory may be read on one"
             ) from error
         return on_wire.to(value.device)
 

@@ -223,9 +223,10 @@ class EMPCallback(EvaluationHooks, *_callback_classes()):  # type: ignore[misc]
         self._end_fit()
         events = self.pruner.last_events
         if self.summary and trainer.is_global_zero and events:
-            Console().print(layer_table(events))
+            console = Console(markup=False, emoji=False)  # modules have any names
+            console.print(layer_table(events))
             if told := self.pruner.left_out_line:
-                Console().print(told, markup=False, highlight=False)
+                console.print(told, highlight=False)
         if "MultiProcessing" in type(trainer.strategy.launcher).__name__ and trainer.is_global_zero:
             warn_the_user(
                 "this fit ran in processes of its own, so the callback of the main process stays empty: the rows are "
