@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any, Protocol, final
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakMethod
 
 import torch
 from torch import Tensor
@@ -73,14 +73,21 @@ class StepWatch:
         self._listener = listener
         for optimizer in self._optimizers:
             self._wrap(optimizer)
-        self._handles.append(register_optimizer_step_pre_hook(self._before_real_step))
-        self._handles.append(register_optimizer_step_post_hook(self._after_real_step))
+        # Torch keeps its global hooks for ever: they must not keep a model that nobody else holds.
+        self._handles.append(register_optimizer_step_pre_hook(_Weakly(self._before_real_step)))
+        self._handles.append(register_optimizer_step_post_hook(_Weakly(self._after_real_step)))
 
     def detach(self) -> None:
         """Leave the optimizers as they were."""
         while self._handles:
             self._handles.pop().remove()
         self._listener = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_handles": [], "_strangers": None}  # a copy watches nothing
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({**state, "_strangers": WeakKeyDictionary()})
 
     def look_again(self) -> None:
         """Forget which optimizers update none of the listener's tensors: they have become others."""
@@ -186,6 +193,17 @@ class StepWatch:
             return True
         self._strangers[optimizer] = len(owners)
         return False
+
+
+class _Weakly:
+    """A bound method that does not keep its object, and is nothing without it."""
+
+    def __init__(self, method: Callable[..., Any]) -> None:
+        self._method = WeakMethod(method)
+
+    def __call__(self, *args: Any) -> Any:
+        method = self._method()
+        return None if method is None else method(*args)
 
 
 def _is_unseen(optimizer: torch.optim.Optimizer) -> bool:

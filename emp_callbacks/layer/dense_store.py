@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Protocol, final
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -127,8 +128,9 @@ def _version(values: Tensor) -> int:
     return -1 if values.is_inference() else values._version
 
 
-# Owner -> the stores of its parts that a pruner works with now.
+# Owner -> the stores of its parts that a pruner works with now; a pruner that nobody holds any more holds none.
 _IN_USE: WeakIdKeyDictionary = WeakIdKeyDictionary()
+Place = tuple[str, int]
 
 
 def find_store(segment: Segment) -> DenseStore | None:
@@ -138,19 +140,20 @@ def find_store(segment: Segment) -> DenseStore | None:
 
 def put_in_use(segment: Segment, store: DenseStore) -> None:
     """Let others that mask this part find the store."""
-    _IN_USE[segment.owner] = [*_in_use(segment), (_place(segment), store)]
+    _IN_USE[segment.owner] = [(at, ref(other)) for at, other in (*_in_use(segment), (_place(segment), store))]
 
 
 def out_of_use(segment: Segment, store: DenseStore) -> None:
     """Forget a store that nobody works with any more."""
-    _IN_USE[segment.owner] = [(at, other) for at, other in _in_use(segment) if other is not store]
+    _IN_USE[segment.owner] = [(at, ref(other)) for at, other in _in_use(segment) if other is not store]
 
 
-def _in_use(segment: Segment) -> list[tuple[tuple[str, int], DenseStore]]:
-    return _IN_USE.get(segment.owner, [])  # type: ignore[no-any-return, no-untyped-call]
+def _in_use(segment: Segment) -> list[tuple[Place, DenseStore]]:
+    held = _IN_USE.get(segment.owner, [])  # type: ignore[no-untyped-call]
+    return [(at, store) for at, reference in held if (store := reference()) is not None]
 
 
-def _place(segment: Segment) -> tuple[str, int]:
+def _place(segment: Segment) -> Place:
     # Of an owner that is no parameter but a flat buffer of many, the name says which part is meant.
     whole = segment.owner.numel() == segment.weight.numel()
     return ("" if whole else segment.name), segment.weight.numel()

@@ -1,8 +1,10 @@
 """Whatever way an optimizer rewrites weights: it finds the dense ones, and forward finds the masked ones after it."""
 
 import copy
+import gc
 import itertools
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -323,3 +325,36 @@ def test_several_optimizers_of_one_batch_are_one_step():
             optimizer.step()
         pruner.step()
     assert (pruner.steps, [event.step for event in pruner.trajectory]) == (4, [2, 4])
+
+
+def test_a_pruner_that_is_dropped_takes_model_and_optimizer_with_it():
+    net = net_of()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    pruner = EMPPruner(net, optimizer, every_n_steps=1)
+    backward(net)
+    optimizer.step()
+    pruner.step()
+    gone = [weakref.ref(thing) for thing in (net, optimizer, pruner)]
+    del net, optimizer, pruner
+    gc.collect()
+    assert [reference() for reference in gone] == [None, None, None]
+    other = net_of()
+    backward(other)
+    torch.optim.SGD(other.parameters(), lr=0.1).step()
+
+
+def test_a_pruner_can_be_copied_while_it_works():
+    net = net_of()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    pruner = EMPPruner(net, optimizer, every_n_steps=1)
+    for step in range(2):
+        backward(net, step)
+        optimizer.step()
+        pruner.step()
+    for other in (copy.deepcopy(pruner), pickle.loads(pickle.dumps(pruner))):
+        assert all(torch.equal(other.masks[name], mask) for name, mask in pruner.masks.items())
+        other.finalize()
+    backward(net)
+    optimizer.step()
+    pruner.step()
+    assert is_masked(net, pruner)
