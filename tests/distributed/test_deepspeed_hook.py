@@ -4,6 +4,7 @@ import importlib.util
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from tests.distributed.ranks import spawn
@@ -103,9 +104,15 @@ def refusals(deepspeed):
 
     engine = make_engine(deepspeed, 2, "fp32", 1, {})
     engine.module.extra = nn.Linear(3, 3)
+    if dist.get_rank() == 0:
+        with pytest.warns(UserWarning, match=r"no given optimizer updates it: extra.weight"):
+            hook = EMPHook(engine)
+    else:
+        hook = EMPHook(engine)
+    assert "extra.weight" not in hook.masks
+    hook.finalize()
     with pytest.raises(ValueError, match=r"does not update 'extra.weight'.*exclude it"):
-        EMPHook(engine)
-    EMPHook(engine, exclude=["extra.*"]).finalize()
+        EMPHook(engine, include=["extra.weight"])
     engine = make_engine(deepspeed, 3, "fp32", 1, {})
     for holder, name, value, message in [
         (engine.optimizer, "swap_optimizer", True, r"NVMe; offload to the CPU"),

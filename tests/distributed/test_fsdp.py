@@ -94,7 +94,7 @@ def clip(model, pruner):
 
 
 def states_of(pruner, weight):
-    states = pruner._backend.optimizer_states(weight.segment)
+    states = [state.values for state in pruner._backend.optimizer_states(weight.segment)]
     return states or [torch.zeros_like(weight.weight)]  # FSDP1 gives an empty shard no gradient, so AdamW no state
 
 
