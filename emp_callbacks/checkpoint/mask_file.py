@@ -7,6 +7,7 @@ checkpoint or the new one.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -21,13 +22,14 @@ import torch
 from torch import Tensor
 
 from emp_callbacks.backends.base import Backend
+from emp_callbacks.checkpoint.evidence import check_evidence
 from emp_callbacks.checkpoint.mask_part import read_evidence, read_parts, sha256, write_part
-from emp_callbacks.checkpoint.state import FoundMask, check_fits, fit_masks, masked_weights, put_back
+from emp_callbacks.checkpoint.state import Found, FoundMask, check_fits, check_format, fit_masks, masked_weights
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.layer import Layer
 from emp_callbacks.layer.mask_mode import MaskedWeight, MaskMode
 from emp_callbacks.schedule import Clock
-from emp_callbacks.trajectory import Trajectory
+from emp_callbacks.targets.forward_site import ForwardSite
 
 INDEX = "emp_masks.json"
 _PREFIX = "emp_masks-"
@@ -55,7 +57,7 @@ def save_masks(
     def undo() -> None:
         _remove(folder / names[rank])
 
-    size, digest = _on_all(backend, lambda: write_part(folder / names[rank], weights, evidence), undo)
+    size, digest = on_all(backend, lambda: write_part(folder / names[rank], weights, evidence), undo)
     words = [int.from_bytes(digest[i : i + 8], "big", signed=True) for i in range(0, 32, 8)]
     table = backend.from_all(torch.tensor([size, *words]))
     files = [
@@ -64,65 +66,60 @@ def save_masks(
     ]
     masked = any(weight.mask is not None for weight in weights)
     index = {**state, "masked": masked, "world_size": ranks, "files": files}
-    _on_all(backend, lambda: _write_index(folder, index) if rank == 0 else None, undo)
+    on_all(backend, lambda: _write_index(folder, index) if rank == 0 else None, undo)
     if rank == 0:
         for path in folder.glob(f"{_PREFIX}*.safetensors"):
             if path.name not in names:
                 _remove(path)
 
 
-def load_masks(
+def read_masks(
     folder: str | os.PathLike[str],
     config: EMPConfig,
     mode: MaskMode,
     layers: Sequence[Layer],
-    trajectory: Trajectory,
+    sites: Sequence[ForwardSite],
     backend: Backend,
-) -> Clock:
-    """Put back what `save_masks` wrote and return its clock. Collective.
+) -> Found:
+    """Return what `save_masks` wrote, all of it read and checked; changes nothing. Collective.
 
     Raises:
         FileNotFoundError: The folder holds no finished save, or a file of it is missing.
         ValueError: A file is damaged, or belongs to another mode, scope or model. On whichever rank it was found, all
-            ranks raise, and nothing was changed.
+            ranks raise.
     """
     folder = Path(folder)
-
     weights = masked_weights(layers)
 
-    def read() -> tuple[int, dict[str, Any], Clock, list[FoundMask]]:
+    def read() -> tuple[int, Found]:
         digest, index, clock = _read_index(folder, config, mode, layers)
         found: list[FoundMask] = [(None, None)] * len(weights)
         paths = _checked_files(folder, index, backend)
         try:
             if index["masked"]:
                 found = read_parts(paths, weights, dense=mode.name == "feedback")
-            return digest, index, clock, fit_masks(mode, weights, found)
+            fitting = fit_masks(mode, weights, found)
+            batches, evidence = check_evidence(index.get("batches"), read_evidence(paths, layers), layers, sites)
         except ValueError as error:
             raise ValueError(f"{folder / INDEX}: {error}") from error
+        return digest, Found(
+            clock=clock,
+            masks=fitting,
+            units=index["units"],
+            trajectory=index["trajectory"],
+            batches=batches,
+            evidence=evidence,
+        )
 
-    digest, index, clock, fitting = _on_all(backend, read)
+    digest, everything = on_all(backend, read)
     _check_same(folder / INDEX, digest, backend)
-    # Rank 0 first: it alone writes a file here, which can fail.
-    _on_all(backend, lambda: trajectory.restore(index["trajectory"]) if backend.rank == 0 else None)
-    if backend.rank:
-        trajectory.restore(index["trajectory"])
-    put_back(mode, layers, fitting, index["units"])
-    backend.refresh_copies()
-    return clock
-
-
-def load_evidence(folder: str | os.PathLike[str], layers: Sequence[Layer]) -> tuple[list[int], dict[str, Tensor]]:
-    """Return the batches and the evidence of a folder that `load_masks` has just read, and so checked."""
-    index = json.loads((Path(folder) / INDEX).read_bytes())
-    paths = [Path(folder) / Path(file["name"]).name for file in index["files"]]
-    return list(index.get("batches", [])), read_evidence(paths, layers)
+    return everything
 
 
 # ---- ranks --------------------------------------------------------------------------------------------------------
 
 
-def _on_all(backend: Backend, work: Callable[[], Result], undo: Callable[[], None] = lambda: None) -> Result:
+def on_all(backend: Backend, work: Callable[[], Result], undo: Callable[[], None] = lambda: None) -> Result:
     """Return what this rank's `work` returns; if it fails on one rank, undo and raise on all. Collective."""
     problem: Exception | None = None
     try:
@@ -159,11 +156,30 @@ def _check_same(path: Path, digest: int, backend: Backend) -> None:
 
 def _write_index(folder: Path, index: dict[str, Any]) -> None:
     partial = folder / f"{INDEX}.partial"
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(index, file)
+    with partial.open("wb") as file:
+        file.write(_signed(index))
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, folder / INDEX)
+
+
+def _signed(index: dict[str, Any]) -> bytes:
+    """Return the index as the bytes of its file, with the sha256 of everything else in it."""
+    digest = hashlib.sha256(_canonical(index)).hexdigest()
+    return _canonical({**index, "sha256": digest})
+
+
+def _canonical(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _check_signature(index: dict[str, Any], text: bytes) -> None:
+    unsigned = {key: value for key, value in index.items() if key != "sha256"}
+    if _signed(unsigned) != text:
+        raise ValueError(
+            "it is damaged or was edited (its sha256 is not the one of the save); copy the folder again, as a whole, "
+            "or go back to an older checkpoint"
+        )
 
 
 def _remove(path: Path) -> None:
@@ -183,13 +199,22 @@ def _read_index(
             "save(), as every rank sees it"
         ) from error
     try:
-        index = json.loads(text)
+        index = _parsed(text)
+        check_format(index)
+        _check_signature(index, text)
         clock = check_fits(index, config, mode, layers)
         if not isinstance(index.get("masked"), bool):
             raise ValueError("it does not say whether there are masks; go back to an older checkpoint")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return zlib.crc32(text), index, clock
+
+
+def _parsed(text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"it is damaged ({error}); go back to an older checkpoint") from error
 
 
 def _checked_files(folder: Path, index: dict[str, Any], backend: Backend) -> list[Path]:

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from emp_callbacks.checkpoint.state import FoundMask
+from emp_callbacks.checkpoint.tensor_file import write_tensors
 from emp_callbacks.core.packing import pack_bits, unpack_bits
 from emp_callbacks.layer import Layer
 from emp_callbacks.layer.mask_mode import MaskedWeight
@@ -51,7 +51,7 @@ def write_part(
     for weight in weights:
         tensors.update(_own_tensors(weight))
     try:
-        save_file(tensors, path)
+        write_tensors(tensors, path)
     except SafetensorError as error:
         raise OSError(f"{path} could not be written: {error}") from error
     with path.open("r+b") as file:
@@ -72,19 +72,29 @@ def evidence_part(gathered: Mapping[str, Tensor], layers: Sequence[Layer]) -> di
 
 
 def read_evidence(paths: Sequence[Path], layers: Sequence[Layer]) -> dict[str, Tensor]:
-    """Return what `Evidence.tensors` returned on the ranks that saved, as this rank's segments lie now."""
+    """Return what `Evidence.tensors` returned on the ranks that saved, as this rank's segments lie now.
+
+    Raises:
+        ValueError: A file is damaged, or holds evidence of weights that are not there.
+    """
     found: dict[str, Tensor] = {}
     for path in paths:
-        with safe_open(path, framework="pt") as file:
-            everything = list(file.keys())
-            names = [name.removeprefix(_EVIDENCE) for name in everything if name.startswith(_EVIDENCE)]
-            for name in names:
-                if not name.startswith(("weight:", "runs:")):
-                    found[name] = file.get_tensor(f"{_EVIDENCE}{name}")
-            for layer in layers:
-                if f"runs:{layer.name}" in names:
-                    _copy_ranges(file, layer, found)
+        try:
+            with safe_open(path, framework="pt") as file:
+                _read_evidence_of(file, layers, found)
+        except (SafetensorError, ValueError, RuntimeError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}); go back to an older checkpoint") from error
     return found
+
+
+def _read_evidence_of(file: Any, layers: Sequence[Layer], found: dict[str, Tensor]) -> None:
+    names = {name.removeprefix(_EVIDENCE) for name in file.keys() if name.startswith(_EVIDENCE)}  # noqa: SIM118
+    weights = [layer for layer in layers if f"runs:{layer.name}" in names]
+    for layer in weights:
+        _copy_ranges(file, layer, found)
+    # Of weights that this run does not score the name itself is kept, for whoever checks what was found.
+    for name in names - {f"{kind}:{layer.name}" for layer in weights for kind in ("weight", "runs")}:
+        found[name] = file.get_tensor(f"{_EVIDENCE}{name}")
 
 
 def _copy_ranges(file: Any, layer: Layer, found: dict[str, Tensor]) -> None:

@@ -2,23 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from emp_callbacks.checkpoint.evidence import check_evidence
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.core.packing import pack_bits, unpack_bits
 from emp_callbacks.layer import FeatureLayer, Layer, UnitLayer, WeightLayer
 from emp_callbacks.layer.mask_mode import MaskedWeight, MaskMode
 from emp_callbacks.schedule import Clock
-from emp_callbacks.trajectory import PruneEvent, Trajectory
+from emp_callbacks.targets.forward_site import ForwardSite
+from emp_callbacks.trajectory import Trajectory, check_state
 
-FORMAT = 2
+FORMAT = 3
 FoundMask = tuple[Tensor | None, Tensor | None]
 """Flat mask and dense values behind it, as a checkpoint holds them for one segment; None where it holds none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a checkpoint holds, read and checked as a whole before anything changes.
+
+    Attributes:
+        clock: Where the run stood.
+        masks: What `fit_masks` returned, for every masked parameter.
+        units: Layer name -> record of its mask, of layers that have one of their own.
+        trajectory: What `Trajectory.state()` returned.
+        batches: The optimizer steps whose gradients were gathered.
+        evidence: What `Evidence.tensors()` returned.
+    """
+
+    clock: Clock
+    masks: list[FoundMask]
+    units: dict[str, dict[str, Any]]
+    trajectory: Mapping[str, Any]
+    batches: list[int]
+    evidence: dict[str, Tensor]
 
 
 def masked_weights(layers: Sequence[Layer]) -> list[MaskedWeight]:
@@ -39,7 +62,7 @@ def describe(
         "clock": asdict(clock),
         "shapes": _shapes(layers),
         "units": {layer.name: _unit_record(layer) for layer in layers if _has_own_mask(layer)},
-        "trajectory": trajectory.records(),
+        "trajectory": trajectory.state(),
     }
 
 
@@ -59,18 +82,23 @@ def _unit_record(layer: Layer) -> dict[str, Any]:
     return {"units": layer.span.size, "pruned": pruned, "mean": None if mean is None else mean.tolist()}
 
 
-def check_fits(state: Any, config: EMPConfig, mode: MaskMode, layers: Sequence[Layer]) -> Clock:
-    """Check what `describe` returned against this run and return its clock.
-
-    Raises:
-        ValueError: It is of another mode, scope, criterion, target or model, or is not such a state.
-    """
+def check_format(state: Any) -> None:
+    """Raise ValueError unless this is a state that this version wrote."""
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         held = state.get("format") if isinstance(state, dict) else None
         raise ValueError(
             f"this is not the state of an EMP pruner of this version (format {held!r}, not {FORMAT}); pass what it "
             "saved, or load only the model's weights to start anew"
         )
+
+
+def check_fits(state: Any, config: EMPConfig, mode: MaskMode, layers: Sequence[Layer]) -> Clock:
+    """Check what `describe` returned against this run and return its clock.
+
+    Raises:
+        ValueError: It is of another mode, scope, criterion, target or model, or is not such a state.
+    """
+    check_format(state)
     now = {"mode": mode.name, "scope": config.scope, "criterion": config.criterion_name, "target": config.target}
     for key, value in now.items():
         if state.get(key) != value:
@@ -87,23 +115,42 @@ def check_fits(state: Any, config: EMPConfig, mode: MaskMode, layers: Sequence[L
             f"the checkpoint's masks belong to other parameters: {', '.join(differ[:5])} differ in name or shape "
             f"({len(differ)} in all); resume with the same model, include and exclude"
         )
-    return _progress(state)
-
-
-def _progress(state: dict[str, Any]) -> Clock:
     try:
-        for record in state["trajectory"]:
-            PruneEvent.from_record(record)
-        for record in state["units"].values():
-            _unit_mask(record)
-        clock = Clock(**state["clock"])
-        if not all(isinstance(number, int) for number in (clock.steps, clock.epochs, clock.last_position)):
-            raise ValueError(f"clock {state['clock']}")
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+        check_state(state["trajectory"])
+        _check_units(state["units"], layers)
+        return _clock(state["clock"])
+    except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
         raise ValueError(
-            f"the checkpoint is damaged: its position or trajectory cannot be read ({error}); go back to an older one"
+            f"the checkpoint is damaged: its position, units or trajectory cannot be read ({error}); go back to an "
+            "older one"
         ) from error
+
+
+def _clock(record: dict[str, Any]) -> Clock:
+    clock = Clock(**record)
+    counts = [value for value in asdict(clock).values() if value is not None or clock.epoch_length is not None]
+    if not all(type(value) is int and value >= 0 for value in counts):
+        raise ValueError(f"clock {record}")
+    latest = max(clock.steps, clock.epochs)
+    if clock.last_position > latest or max(clock.steps_at_refresh, clock.steps_at_epoch) > clock.steps:
+        raise ValueError(f"a clock that is ahead of itself, {record}")
     return clock
+
+
+def _check_units(units: dict[str, dict[str, Any]], layers: Sequence[Layer]) -> None:
+    """Check that all layers that have masks of their own find theirs, or none does."""
+    own = {layer.name: layer for layer in layers if not isinstance(layer, WeightLayer)}
+    if units and own.keys() != units.keys():
+        raise ValueError(f"units of {sorted(own.keys() ^ units.keys())[:5]}")
+    for name, record in units.items():
+        layer, size, pruned, mean = own[name], record["units"], record["pruned"], record["mean"]
+        if type(size) is not int or (layer.is_known and size != layer.mask_or_ones.numel()):
+            raise ValueError(f"{size} units of {name!r}")
+        if not all(type(unit) is int and 0 <= unit < size for unit in pruned) or len({*pruned}) != len(pruned):
+            raise ValueError(f"the pruned ones of {size} units of {name!r}")
+        centered = isinstance(layer, FeatureLayer) and layer.site.form.center == "mean"
+        if (mean is not None) != centered or (centered and torch.tensor(mean, dtype=torch.float64).shape != (size,)):
+            raise ValueError(f"the means of {size} units of {name!r}")
 
 
 def _unit_mask(record: dict[str, Any]) -> Tensor:
@@ -146,25 +193,45 @@ def pack_state(
     }
 
 
-def install_state(
-    state: dict[str, Any], config: EMPConfig, mode: MaskMode, layers: Sequence[Layer], trajectory: Trajectory
-) -> Clock:
-    """Put a state back and return its clock; see `EMPPruner.load_state_dict`.
+def read_state(
+    state: Any, config: EMPConfig, mode: MaskMode, layers: Sequence[Layer], sites: Sequence[ForwardSite]
+) -> Found:
+    """Read and check what `EMPPruner.state_dict` returned; changes nothing.
 
     Raises:
-        ValueError: The state does not fit; nothing was changed.
+        ValueError: The state does not fit.
     """
     clock = check_fits(state, config, mode, layers)
     weights = masked_weights(layers)
-    found = [(_unpacked(state, weight), state["stash"].get(weight.name)) for weight in weights]
+    masks, stash = (_tensors(state, key, weights) for key in ("masks", "stash"))
+    if masks and masks.keys() != {weight.name for weight in weights}:
+        raise ValueError("the checkpoint is damaged: it holds masks of some parameters only; go back to an older one")
+    found = [(_unpacked(masks, weight), stash.get(weight.name)) for weight in weights]
     fitting = fit_masks(mode, weights, found)
-    trajectory.restore(state["trajectory"])
-    put_back(mode, layers, fitting, state["units"])
-    return clock
+    evidence = state.get("evidence")
+    held = evidence if isinstance(evidence, dict) else {}
+    batches, tensors = check_evidence(held.get("batches"), held.get("tensors"), layers, sites)
+    return Found(
+        clock=clock,
+        masks=fitting,
+        units=state["units"],
+        trajectory=state["trajectory"],
+        batches=batches,
+        evidence=tensors,
+    )
 
 
-def _unpacked(state: dict[str, Any], weight: MaskedWeight) -> Tensor | None:
-    packed = state["masks"].get(weight.name)
+def _tensors(state: dict[str, Any], key: str, weights: Sequence[MaskedWeight]) -> dict[str, Tensor]:
+    held, names = state.get(key), {weight.name for weight in weights}
+    if not isinstance(held, dict) or not all(isinstance(value, Tensor) for value in held.values()):
+        raise ValueError(f"the checkpoint is damaged: its {key} are no tensors by name; go back to an older one")
+    if foreign := sorted(map(str, held.keys() - names)):
+        raise ValueError(f"the checkpoint's {key} belong to other parameters: {', '.join(foreign[:5])}")
+    return held
+
+
+def _unpacked(masks: Mapping[str, Tensor], weight: MaskedWeight) -> Tensor | None:
+    packed = masks.get(weight.name)
     return None if packed is None else unpack_bits(packed, weight.weight.numel())
 
 

@@ -14,6 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from emp_callbacks.checkpoint.reading import TIED_KEY
+from emp_callbacks.checkpoint.tensor_file import write_tensors
 from emp_callbacks.finished.finished_model import FinishedModel
 from emp_callbacks.shrinking import ShrinkReport
 
@@ -55,15 +56,13 @@ def write_weights(
     Safetensors holds no shared memory: a tied tensor is written under each of its names, so that the file loads with
     a plain `load_state_dict`. The metadata name the ties, and `emp` reads such tensors as one again.
     """
-    from safetensors.torch import save_file
-
     path = Path(out)
     state = model.tensors()
     tied = _ties(state)
     metadata = {**metadata, **(shrunk.metadata() if shrunk else {}), TIED_KEY: json.dumps(tied)}
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        save_file(_apart(state), partial, metadata)
+        write_tensors(_apart(state), partial, metadata)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -6,12 +6,13 @@ import os
 from typing import Any, final
 
 from emp_callbacks.backends import Backend
-from emp_callbacks.checkpoint.mask_file import load_evidence, load_masks, save_masks
+from emp_callbacks.checkpoint.mask_file import on_all, read_masks, save_masks
 from emp_callbacks.checkpoint.mask_part import evidence_part
-from emp_callbacks.checkpoint.state import describe, install_state, pack_state
+from emp_callbacks.checkpoint.state import Found, describe, pack_state, put_back, read_state
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.layer.mask_mode import MaskMode
 from emp_callbacks.pruning.refresher import Refresher
+from emp_callbacks.pruning.signatures import warn_the_user
 from emp_callbacks.schedule import Clock
 from emp_callbacks.trajectory import Trajectory
 
@@ -33,6 +34,7 @@ class Persistence:
     ) -> None:
         self._config, self._mode, self._trajectory, self._backend = config, mode, trajectory, backend
         self._layers, self._weights, self._evidence = refresher.layers, refresher.weights, refresher.evidence
+        self._sites = [*(site for layer in refresher.layers for site in layer.sites), *refresher.dynamic]
 
     def state(self, clock: Clock) -> dict[str, Any]:
         """Return this rank's state; see `EMPPruner.state_dict`."""
@@ -41,10 +43,8 @@ class Persistence:
 
     def install(self, state: dict[str, Any]) -> Clock:
         """Put a state back and return its clock; see `EMPPruner.load_state_dict`."""
-        clock = install_state(state, self._config, self._mode, self._layers, self._trajectory)
-        self._backend.refresh_copies()
-        self._evidence.restore(**state["evidence"])
-        return clock
+        found = read_state(state, self._config, self._mode, self._layers, self._sites)
+        return self._put_back(found, self._trajectory.restore(found.trajectory))
 
     def save(self, folder: str | os.PathLike[str], clock: Clock) -> None:
         """Write the state of all ranks; see `EMPPruner.save`. Collective."""
@@ -55,6 +55,19 @@ class Persistence:
 
     def load(self, folder: str | os.PathLike[str]) -> Clock:
         """Read what `save` wrote and return its clock; see `EMPPruner.load`. Collective."""
-        clock = load_masks(folder, self._config, self._mode, self._layers, self._trajectory, self._backend)
-        self._evidence.restore(*load_evidence(folder, self._layers))
-        return clock
+        found = read_masks(folder, self._config, self._mode, self._layers, self._sites, self._backend)
+        is_first = self._backend.rank == 0
+        # Rank 0 first: it alone writes a file here, which can fail.
+        lost = on_all(self._backend, lambda: self._trajectory.restore(found.trajectory) if is_first else "")
+        if not is_first:
+            self._trajectory.restore(found.trajectory)
+        return self._put_back(found, lost)
+
+    def _put_back(self, found: Found, lost: str) -> Clock:
+        """Put in place what was read and checked as a whole, and say what of the trajectory is lost."""
+        put_back(self._mode, self._layers, found.masks, found.units)
+        self._backend.refresh_copies()
+        self._evidence.restore(found.batches, found.evidence)
+        if lost and self._backend.rank == 0:
+            warn_the_user(lost)
+        return found.clock

@@ -1,19 +1,30 @@
 """Masks on disk: a resumed run is the run that was not stopped; damage is refused and a kill loses nothing."""
 
+import dataclasses
 import json
 import os
 import signal
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from emp_callbacks import EMPPruner
 from emp_callbacks.checkpoint import mask_file, mask_part
-from emp_callbacks.config import EMPConfig
-from emp_callbacks.layer.mask_mode import MASK_MODES
 from emp_callbacks.trajectory import Trajectory
-from tests.checkpoint.thread_ranks import flat, full_tensors, layers_of, load_to, on_ranks, save_from, weights_of, whole
+from tests.checkpoint.thread_ranks import (
+    CLOCK,
+    flat,
+    full_tensors,
+    layers_of,
+    load_to,
+    on_ranks,
+    persistence,
+    save_from,
+    weights_of,
+    whole,
+)
 from tests.pruning.test_resume import SETTINGS, STEPS, Run, assert_equal
 
 
@@ -117,13 +128,40 @@ def lose_index(folder):
     return FileNotFoundError, f"{mask_file.INDEX} is missing.*holds no finished save"
 
 
+def sign(folder, **changes):
+    """Change the index and sign it again: what only the checks behind the signature can find."""
+    index = index_of(folder) | changes
+    del index["sha256"]
+    (folder / mask_file.INDEX).write_bytes(mask_file._signed(index))
+
+
 def edit(**changes):
     def damage(folder):
-        index = index_of(folder) | {k: v for k, v in changes.items() if k != "message"}
-        (folder / mask_file.INDEX).write_text(json.dumps(index))
+        sign(folder, **{k: v for k, v in changes.items() if k != "message"})
         return ValueError, rf"{mask_file.INDEX}: .*{changes['message']}"
 
     return damage
+
+
+def clock(**changes):
+    return edit(
+        clock=dataclasses.asdict(CLOCK) | changes, message="position, units or trajectory cannot be read .*clock"
+    )
+
+
+def edit_unsigned(folder):
+    path = folder / mask_file.INDEX
+    path.write_text(path.read_text().replace('"last_position":4', '"last_position":3'))
+    return ValueError, rf"{mask_file.INDEX}: it is damaged or was edited"
+
+
+def evidence_of_another_shape(folder):
+    path = folder / parts_of(folder)[0]
+    save_file({**load_file(path), "evidence/site:a:total": torch.zeros(3, dtype=torch.float64)}, path)
+    files = index_of(folder)["files"]
+    files[0] |= {"bytes": path.stat().st_size, "sha256": mask_part.sha256(path).hex()}
+    sign(folder, files=files)
+    return ValueError, r"evidence 'site:a:total', \(3,\), torch.float64, is not of this model"
 
 
 def tear_index(folder):
@@ -134,15 +172,13 @@ def tear_index(folder):
 
 def uncover(folder):
     index = index_of(folder)
-    index |= {"files": index["files"][:1] + index["files"][2:], "world_size": 2}
-    (folder / mask_file.INDEX).write_text(json.dumps(index))
+    sign(folder, files=index["files"][:1] + index["files"][2:], world_size=2)
     return ValueError, r"no file covers the mask of 'a' at flat index \d+; .* older checkpoint"
 
 
 def cover_twice(folder):
     index = index_of(folder)
-    index |= {"files": [*index["files"], index["files"][1]], "world_size": 4}
-    (folder / mask_file.INDEX).write_text(json.dumps(index))
+    sign(folder, files=[*index["files"], index["files"][1]], world_size=4)
     return ValueError, r"two files cover the mask of 'a' at flat index \d+; .* older checkpoint"
 
 
@@ -159,8 +195,22 @@ DAMAGES = {
     "scope": edit(scope="row", message="scope='row', this run has scope='global'"),
     "shape": edit(shapes={"a": [7, 13]}, message="masks belong to other parameters: b"),
     "no-shapes": edit(shapes=None, message="no parameter shapes"),
-    "clock": edit(clock=[1], message="position or trajectory cannot be read"),
-    "rows": edit(trajectory=[{"step": 1}], message="position or trajectory cannot be read"),
+    "edited": edit_unsigned,
+    "no-clock": edit(clock=[1], message="position, units or trajectory cannot be read"),
+    "negative-clock": clock(steps=-5),
+    "true-clock": clock(epochs=True),
+    "clock-of-words": clock(steps_at_epoch="4"),
+    "epoch-of-nothing": clock(epoch_length=0.5),
+    "position-ahead": clock(last_position=4000),
+    "refresh-ahead": clock(steps_at_refresh=6),
+    "units": edit(units={"a": {"units": 3, "pruned": [], "mean": None}}, message="units of \\['a'\\]"),
+    "rows": edit(
+        trajectory={"rows": [{"step": 1}], "total": 1, "path": None},
+        message="position, units or trajectory cannot be read",
+    ),
+    "fewer-rows": edit(trajectory={"rows": [], "total": 3, "path": None}, message="0 rows of 3"),
+    "batches": edit(batches=None, message="the steps of its gradients are None"),
+    "evidence": evidence_of_another_shape,
     "files": edit(files=[{"name": "x"}], message="no valid list of files"),
     "few-files": edit(world_size=9, message="3 files of 9 ranks"),
     "masked": edit(masked=None, message="whether there are masks"),
@@ -179,6 +229,33 @@ def test_damage_is_refused_by_all_ranks_and_changes_nothing(damage, ranks, tmp_p
             raise error
 
 
+def test_every_flipped_bit_of_the_index_is_refused(tmp_path):
+    save_from(flat, 1, tmp_path, full_tensors())
+    path = tmp_path / mask_file.INDEX
+    content = path.read_bytes()
+    assert mask_file._signed({k: v for k, v in json.loads(content).items() if k != "sha256"}) == content
+    for position in range(0, len(content), 7):
+        for bit in range(8):
+            damaged = bytearray(content)
+            damaged[position] ^= 1 << bit
+            path.write_bytes(damaged)
+            [error] = load_to(flat, 1, tmp_path)
+            assert type(error) is ValueError
+            assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o002, 0o664)])
+def test_all_files_of_a_save_have_the_mode_that_the_umask_gives(umask, mode, tmp_path):
+    before = os.umask(umask)
+    try:
+        save_from(flat, 2, tmp_path, full_tensors())
+    finally:
+        os.umask(before)
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in tmp_path.iterdir()} == {
+        name: oct(mode) for name in [*parts_of(tmp_path), mask_file.INDEX]
+    }
+
+
 def test_damage_that_one_rank_sees_is_told_by_all(tmp_path):
     save_from(whole, 3, tmp_path, full_tensors())
     flip(tmp_path)  # of three ranks the second reads this file through
@@ -192,9 +269,8 @@ def test_ranks_that_see_different_folders_are_refused(tmp_path):
         save_from(whole, 1, tmp_path / str(i), full_tensors(i))
 
     def work(backend):
-        layers = layers_of(whole, backend)
         folder = tmp_path / str(backend.rank)
-        mask_file.load_masks(folder, EMPConfig(), MASK_MODES["feedback"](), layers, Trajectory(), backend)
+        persistence(layers_of(whole, backend), Trajectory(), backend).load(folder)
 
     for error in on_ranks(2, work):
         with pytest.raises(ValueError, match=r"ranks \[1\] see another file than rank 0"):
@@ -250,9 +326,8 @@ def half_a_part(tensors, path):
     die()
 
 
-def half_an_index(index, file):
-    file.write(json.dumps(index)[:40])
-    file.flush()
+def half_an_index(folder, index):
+    (folder / f"{mask_file.INDEX}.partial").write_bytes(mask_file._signed(index)[:40])
     die()
 
 
@@ -262,9 +337,9 @@ def replace_and_die(source, target):
 
 
 KILLS = {
-    "half-a-part": ((mask_part, "save_file"), half_a_part, "old"),
+    "half-a-part": ((mask_part, "write_tensors"), half_a_part, "old"),
     "before-the-index": ((mask_file, "_write_index"), die, "old"),
-    "half-an-index": ((mask_file.json, "dump"), half_an_index, "old"),
+    "half-an-index": ((mask_file, "_write_index"), half_an_index, "old"),
     "before-the-rename": ((mask_file.os, "replace"), die, "old"),
     "after-the-rename": ((mask_file.os, "replace"), replace_and_die, "new"),
     "while-tidying": ((mask_file, "_remove"), die, "new"),

@@ -1,18 +1,21 @@
 """Ranks as threads of one process: masks saved and loaded under any layout of parameters, without starting anything."""
 
 import threading
+from types import SimpleNamespace
 
 import torch
 from torch import nn
 
 from emp_callbacks import EMPPruner
 from emp_callbacks.backends import Backend
-from emp_callbacks.checkpoint import mask_file
-from emp_callbacks.checkpoint.state import describe, masked_weights
+from emp_callbacks.checkpoint.state import masked_weights
 from emp_callbacks.config import EMPConfig
+from emp_callbacks.criteria import make_criterion
 from emp_callbacks.layer import WeightLayer
 from emp_callbacks.layer.mask_mode import MASK_MODES
 from emp_callbacks.layer.segment import Segment
+from emp_callbacks.pruning.evidence import Evidence
+from emp_callbacks.pruning.persistence import Persistence
 from emp_callbacks.schedule import Clock
 from emp_callbacks.trajectory import Trajectory
 
@@ -136,13 +139,17 @@ def some_rows():
     return trajectory
 
 
+def persistence(layers, rows, backend):
+    evidence = Evidence(layers, [], make_criterion("magnitude", "weights"), backend)
+    parts = SimpleNamespace(layers=layers, weights=masked_weights(layers), dynamic=[], evidence=evidence)
+    return Persistence(EMPConfig(), MASK_MODES["feedback"](), parts, rows, backend)
+
+
 def save_from(layout, ranks, folder, full):
     rows = some_rows()
 
     def work(backend):
-        layers = layers_of(layout, backend, full)
-        state = describe(EMPConfig(), MASK_MODES["feedback"](), layers, rows, CLOCK)
-        mask_file.save_masks(folder, state, masked_weights(layers), backend)
+        persistence(layers_of(layout, backend, full), rows, backend).save(folder, CLOCK)
 
     assert on_ranks(ranks, work) == [None] * ranks
 
@@ -154,7 +161,7 @@ def load_to(layout, ranks, folder):
         untouched = [weight.weight.clone() for weight in weights]
         rows = Trajectory()
         try:
-            clock = mask_file.load_masks(folder, EMPConfig(), MASK_MODES["feedback"](), layers, rows, backend)
+            clock = persistence(layers, rows, backend).load(folder)
         except Exception:
             for weight, before in zip(weights, untouched, strict=True):
                 assert weight.mask is None

@@ -180,7 +180,7 @@ def killed_rank(rank, world_size, folder):
             path.write_bytes(b"half")
             os.kill(os.getpid(), signal.SIGKILL)
 
-        mask_part.save_file = half
+        mask_part.write_tensors = half
     try:
         pruner.save(f"{folder}/masks")
     except Exception:

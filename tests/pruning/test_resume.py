@@ -102,7 +102,7 @@ def test_rows_beyond_the_checkpoint_are_set_aside_not_doubled(tmp_path):
     path = tmp_path / "rows.jsonl"
     run = Run(SETTINGS["feedback"], path).train(0, 4)
     file = run.save()
-    run.train(4, 7)  # killed here: one more row than the checkpoint knows
+    run.train(4, 7).pruner.trajectory.close()  # killed here: one more row than the checkpoint knows
     assert len(path.read_text().splitlines()) == 2
     resumed = Run(SETTINGS["feedback"], path).load(file).train(4, STEPS)
     assert len(path.read_text().splitlines()) == len(resumed.pruner.trajectory) == 2
