@@ -23,6 +23,7 @@ __all__ = [
     "read_checkpoint",
     "scored_weights",
     "state_dict_in",
+    "trajectory_rows",
 ]
 
 TIED_KEY = "emp_tied"
@@ -31,6 +32,8 @@ TIED_KEY = "emp_tied"
 # A bare state dict has no module types: these names of a weight's owner stand for embeddings and norms
 # (the owner only: `patch_embed.proj.weight` is a convolution).
 _EMBEDDING = re.compile(r"(emb|embed\w*|\w*_emb|\w*_?embeddings?|wte|wpe)", re.IGNORECASE)
+_READ = {"step", "beta", "keep", "n"}  # of the rows of a trajectory
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _NORM = re.compile(r"(\w*norm\w*|ln_?\w*|bn\d*)", re.IGNORECASE)
 
 
@@ -42,7 +45,7 @@ def read_checkpoint(path: Path, *, mapped: bool = False) -> Any:
         mapped: Leave tensors of a PyTorch file on disk until they are used.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        OSError: There is no such file, or it cannot be read.
         ValueError: The file is damaged, or needs code.
     """
     if path.is_dir():
@@ -70,13 +73,26 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a file; those that were one when `emp` wrote them are one again."""
     from safetensors import SafetensorError, safe_open
 
+    path.open("rb").close()  # safetensors says of a file that it may not read that there is none
     try:
         with safe_open(path, framework="pt") as opened:
-            tied = json.loads((opened.metadata() or {}).get(TIED_KEY, "{}"))
+            tied = _ties((opened.metadata() or {}).get(TIED_KEY, "{}"), path)
             state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+    except (SafetensorError, OSError, RuntimeError) as error:
         raise _damaged(path, error) from error
     return {name: state.get(tied.get(name, name), value) for name, value in state.items()}
+
+
+def _ties(text: str, path: Path) -> dict[str, str]:
+    try:
+        tied = json.loads(text)
+    except (ValueError, RecursionError):
+        tied = None
+    if not isinstance(tied, dict) or not all(isinstance(name, str) for name in tied.values()):
+        raise ValueError(
+            f"{path} does not say which tensors are one: its {TIED_KEY!r} is {text[:60]!r}; export it again"
+        )
+    return tied
 
 
 def _read_folder(folder: Path) -> dict[str, Tensor]:
@@ -86,8 +102,24 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         raise FileNotFoundError(f"{folder} holds neither model.safetensors nor its index; name a checkpoint file")
-    shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    return {name: value for shard in shards for name, value in _read_safetensors(folder / shard).items()}
+    tensors: dict[str, Tensor] = {}
+    for shard in _shards(index):
+        if not (folder / shard).is_file():
+            raise FileNotFoundError(f"{folder / shard} is missing, which {index.name} names; copy the folder again")
+        tensors.update(_read_safetensors(folder / shard))
+    return tensors
+
+
+def _shards(index: Path) -> list[str]:
+    """Return the names of the files of a folder's weights."""
+    try:
+        files = {*json.loads(index.read_bytes())["weight_map"].values()}
+        if not files or not all(isinstance(file, str) and Path(file).name == file for file in files):
+            raise ValueError("weight_map names no files of this folder")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = "weight_map is missing" if isinstance(error, (KeyError, AttributeError)) else error
+        raise ValueError(f"{index} is no index of safetensors files ({reason}); copy the folder again") from error
+    return sorted(files)
 
 
 def _damaged(path: Path, error: Exception) -> ValueError:
@@ -99,7 +131,7 @@ def state_dict_in(checkpoint: Any, source: str) -> dict[str, Tensor]:
     """Return the tensors of a checkpoint by name.
 
     Raises:
-        ValueError: There are none.
+        ValueError: There are none, or one cannot be scored: float8, sparse, quantized, nested, or on no device.
     """
     held = checkpoint
     for key in ("state_dict", "model"):
@@ -108,17 +140,64 @@ def state_dict_in(checkpoint: Any, source: str) -> dict[str, Tensor]:
     tensors = {k: v for k, v in held.items() if isinstance(v, Tensor)} if isinstance(held, Mapping) else {}
     if not tensors:
         raise ValueError(f"{source} holds no state dict (name -> tensor), but a {type(checkpoint).__name__}")
+    for name, value in tensors.items():
+        if not isinstance(name, str):
+            raise ValueError(f"{source} names a tensor {name!r}; names of weights are words, such as 'head.weight'")
+        if odd := _oddity(value):
+            raise ValueError(
+                f"{source}: {name} is {odd}, which cannot be scored; save the weights as plain tensors (bfloat16)"
+            )
     return tensors
 
 
+def _oddity(value: Tensor) -> str:
+    """Return why a tensor is none that can be computed with as it is; empty if it is plain."""
+    if value.is_nested:
+        return "a nested tensor"
+    if value.is_quantized:
+        return f"quantized ({value.dtype})"
+    if value.layout != torch.strided:
+        return f"a sparse tensor ({value.layout})"
+    if value.is_meta:
+        return "a tensor without values (device meta)"
+    return f"of {value.dtype}" if value.is_floating_point() and value.dtype not in _FLOATS else ""
+
+
 def callback_states(checkpoint: Any) -> list[Mapping[str, Any]]:
-    """Return the state of every EMPCallback in a Lightning checkpoint."""
-    callbacks = checkpoint.get("callbacks") if isinstance(checkpoint, Mapping) else None
-    return [
-        state
-        for key, state in (callbacks or {}).items()
-        if str(key).startswith("EMPCallback") and isinstance(state, Mapping)
-    ]
+    """Return the state of every EMPCallback in a Lightning checkpoint.
+
+    Raises:
+        ValueError: What should be the callbacks' states is not that.
+    """
+    callbacks = (checkpoint.get("callbacks") if isinstance(checkpoint, Mapping) else None) or {}
+    if not isinstance(callbacks, Mapping):
+        raise ValueError(
+            f"the checkpoint's callbacks are {type(callbacks).__name__}, not states by name: it is not Lightning's; "
+            "give its state_dict alone"
+        )
+    states = {key: state for key, state in callbacks.items() if str(key).startswith("EMPCallback")}
+    for key, state in states.items():
+        if isinstance(state, Mapping):
+            _check_state(key, state)
+    return [state for state in states.values() if isinstance(state, Mapping)]
+
+
+def _check_state(key: str, state: Mapping[str, Any]) -> None:
+    masks, shapes = state.get("masks", {}), state.get("shapes", {})
+    fits = isinstance(masks, Mapping) and isinstance(shapes, Mapping)
+    if not fits or not all(isinstance(name, str) for name in (*masks, *shapes)):
+        raise ValueError(f"the state of {key} is damaged: masks or shapes are not by name; use an older checkpoint")
+    if not all(isinstance(mask, Tensor) and mask.dtype == torch.uint8 for mask in masks.values()):
+        raise ValueError(f"the state of {key} is damaged: a mask is no tensor of bits; use an older checkpoint")
+    rows = trajectory_rows(state)
+    if not isinstance(rows, list) or not all(isinstance(row, Mapping) and row.keys() >= _READ for row in rows):
+        raise ValueError(f"the state of {key} is damaged: its trajectory has no rows; use an older checkpoint")
+
+
+def trajectory_rows(state: Mapping[str, Any]) -> Any:
+    """Return the rows that the state of a run holds of its trajectory: the last ones, or in an old state all."""
+    held = state.get("trajectory", [])
+    return held.get("rows") if isinstance(held, Mapping) else held
 
 
 def scored_weights(state: Mapping[str, Tensor], runs: Iterable[Mapping[str, Any]]) -> list[str]:

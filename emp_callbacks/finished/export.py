@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
+from emp_callbacks.checkpoint.reading import trajectory_rows
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.cost.training_loss import show_batches
 from emp_callbacks.criteria import make_criterion
@@ -196,7 +197,7 @@ def _described(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     for key in ("target", "criterion", "scope", "mode"):
         if told := list(dict.fromkeys(str(run[key]) for run in runs if key in run)):
             described[key] = ", ".join(told)
-    rows = runs[0].get("trajectory") if len(runs) == 1 else None  # two runs have no density in common
+    rows = trajectory_rows(runs[0]) if len(runs) == 1 else None  # two runs have no density in common
     if rows:
         last = [row for row in rows if row["step"] == rows[-1]["step"]]
         density = sum(row["keep"] for row in last) / sum(row["n"] for row in last)

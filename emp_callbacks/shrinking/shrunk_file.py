@@ -38,16 +38,22 @@ def load_shrunk(model: nn.Module, file: str | os.PathLike[str]) -> nn.Module:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file does not say what was cut, or belongs to another architecture; the model may be cut
-            already then.
+        ValueError: The file is damaged, does not say what was cut, or belongs to another architecture; the model may
+            be cut already in the last case.
     """
-    from safetensors import safe_open
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
 
     if not os.path.isfile(file):
         raise FileNotFoundError(f"{os.fspath(file)} does not exist")
-    with safe_open(file, framework="pt") as opened:
-        metadata = opened.metadata() or {}
+    with open(file, "rb"):  # safetensors says of a file that it may not read that there is none
+        pass
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:400]
+        raise ValueError(f"{os.fspath(file)} is damaged ({reason}); copy or export it again") from error
     if _KEY not in metadata:
         raise ValueError(
             f"{os.fspath(file)} is not a shrunk model (no {_KEY!r} in its metadata); "
@@ -55,8 +61,8 @@ def load_shrunk(model: nn.Module, file: str | os.PathLike[str]) -> nn.Module:
         )
     try:
         perform(model, _surgery(metadata))
-        model.load_state_dict(load_file(file))
-    except (AttributeError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        model.load_state_dict(tensors)
+    except (AttributeError, RuntimeError, ValueError, LookupError, TypeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:400]
         raise ValueError(f"{os.fspath(file)} does not fit this {type(model).__name__}: {reason}") from error
     return model

@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,8 @@ def checkpoint(task, tmp_path):
     for parameter in task.model.blocks[0].mlp.fc1.parameters():
         parameter.data[7] = 0
     row = {"step": 3, "beta": 1.0, "keep": 6, "n": 8}
-    run = {"target": "heads", "criterion": "weight_norm", "scope": "global", "mode": "feedback", "trajectory": [row]}
+    rows = {"rows": [{**row, "step": 2, "keep": 8}, row], "total": 9, "path": None}
+    run = {"target": "heads", "criterion": "weight_norm", "scope": "global", "mode": "feedback", "trajectory": rows}
     path = tmp_path / "last.ckpt"
     state = {"state_dict": task.state_dict(), "callbacks": {"EMPCallback{target=heads}": run}}
     torch.save(state, path)
@@ -162,6 +164,17 @@ def test_an_existing_file_stays_unless_told(checkpoint, tmp_path):
     assert out.read_text() == "precious"
     assert export(Source(checkpoint), out, overwrite=True).tensors
     assert "head.weight" in load_file(out)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_the_file_has_the_mode_that_the_umask_gives(umask, mode, checkpoint, tmp_path):
+    before = os.umask(umask)
+    try:
+        written = [export(Source(checkpoint), tmp_path / "masked.safetensors").path]
+        written.append(export(Source(checkpoint), tmp_path / "again.safetensors", overwrite=True).path)
+    finally:
+        os.umask(before)
+    assert [oct(path.stat().st_mode & 0o777) for path in written] == [oct(mode)] * 2
 
 
 def test_a_write_that_fails_leaves_no_trace(checkpoint, tmp_path, monkeypatch):

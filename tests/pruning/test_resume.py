@@ -141,18 +141,90 @@ def test_a_state_of_another_kind_is_refused_and_changes_nothing(change, message)
         assert torch.equal(parameter, before)
 
 
-@pytest.mark.parametrize("damage", ["masks", "stash", "format", "foreign"])
+def shorter(tensors, name):
+    return {**tensors, name: tensors[name][:1]}
+
+
+def other_evidence(state, **tensors):
+    return {"evidence": {**state["evidence"], "tensors": {**state["evidence"]["tensors"], **tensors}}}
+
+
+# kind of run, what is changed in its state, what the error says
+DAMAGES = {
+    "masks": ("feedback", lambda s: {"masks": shorter(s["masks"], "2.weight")}, "36 mask bits need 5 bytes"),
+    "a mask less": ("feedback", lambda s: {"masks": {"0.weight": s["masks"]["0.weight"]}}, "masks of some parameters"),
+    "no masks": ("feedback", lambda s: {"masks": None}, "its masks are no tensors by name"),
+    "masks of lists": ("feedback", lambda s: {"masks": {"0.weight": [1]}}, "its masks are no tensors by name"),
+    "foreign stash": ("feedback", lambda s: {"stash": {"x": s["stash"]["0.weight"]}}, "stash belong to other.*: x"),
+    "stash": ("feedback", lambda s: {"stash": shorter(s["stash"], "2.weight")}, "dense values belong behind the mask"),
+    "format": ("feedback", lambda s: {"format": 2}, r"of this version \(format 2, not 3\)"),
+    "no format": ("feedback", lambda s: {"format": None}, "not the state of an EMP pruner"),
+    "clock": ("feedback", lambda s: {"clock": {**s["clock"], "last_position": 400}}, "a clock that is ahead of itself"),
+    "rows": ("feedback", lambda s: {"trajectory": {**s["trajectory"], "total": -1}}, "1 rows of -1"),
+    "row": ("feedback", lambda s: {"trajectory": {"rows": [{"step": 1}], "total": 1, "path": None}}, "'layers'"),
+    "no batches": (
+        "taylor",
+        lambda s: {"evidence": {**s["evidence"], "batches": None}},
+        "gradients are None",
+    ),
+    "no evidence": ("taylor", lambda s: {"evidence": None}, "gradients are None"),
+    "no tensors": ("taylor", lambda s: {"evidence": {"batches": [7], "tensors": None}}, "its evidence is NoneType"),
+    "list": ("taylor", lambda s: other_evidence(s, **{"weight:0.weight": [1.0]}), "no tensor of numbers"),
+    "shape": (
+        "taylor",
+        lambda s: other_evidence(s, **{"weight:0.weight": torch.ones(9, 5)}),
+        r"\(9, 5\).*of this model",
+    ),
+    "name": ("taylor", lambda s: other_evidence(s, **{"weight:1.weight": torch.ones(9, 6)}), "of this model"),
+    "kind": ("taylor", lambda s: other_evidence(s, **{"x": torch.ones(9, 6)}), "'x'.*of this model"),
+    "observer": ("wanda", lambda s: other_evidence(s, **{"site:0:total": torch.ones(6)}), "of this model"),
+    "observed": ("wanda", lambda s: other_evidence(s, **{"site:0:total": torch.ones(9).double()}), "of this model"),
+    "sum": ("wanda", lambda s: other_evidence(s, **{"site:0:sum": torch.ones(6).double()}), "of this model"),
+    "units": (
+        "neurons taylor",
+        lambda s: other_evidence(s, **{"units:0:7": torch.ones(8).double()}),
+        "of this model",
+    ),
+    "batch": (
+        "neurons taylor",
+        lambda s: other_evidence(s, **{"units:0:x": torch.ones(9).double()}),
+        "of this model",
+    ),
+    "unit": (
+        "neurons",
+        lambda s: {"units": {"0": {"units": 9, "pruned": [9], "mean": None}}},
+        "pruned ones of 9",
+    ),
+    "twice": ("neurons", lambda s: {"units": {"0": {"units": 9, "pruned": [1, 1], "mean": None}}}, "pruned ones of 9"),
+    "size": ("neurons", lambda s: {"units": {"0": {"units": 8, "pruned": [], "mean": None}}}, "8 units of '0'"),
+    "mean": ("features mean", lambda s: {"units": {"1": {**s["units"]["1"], "mean": [0.5]}}}, "the means of 9 units"),
+    "no mean": ("features mean", lambda s: {"units": {"1": {**s["units"]["1"], "mean": None}}}, "the means of 9 units"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_state_is_refused_and_changes_nothing(damage):
-    state = Run(SETTINGS["feedback"]).train(0, 4).pruner.state_dict()
-    if damage == "format":
-        state = {**state, "format": 99}
-    elif damage == "foreign":
-        state = {"hello": 1}
-    else:
-        state[damage]["2.weight"] = state[damage]["2.weight"][:1]
-    run = Run(SETTINGS["feedback"]).train(0, 7)
-    before = run.pruner.masks
-    with pytest.raises(ValueError, match=r"not the state of an EMP pruner|mask"):
-        run.pruner.load_state_dict(state)
-    for name, mask in run.pruner.masks.items():
-        assert torch.equal(mask, before[name])
+    kind, change, message = DAMAGES[damage]
+    state = Run(SETTINGS[kind]).train(0, 5).pruner.state_dict()
+    run, same = (Run(SETTINGS[kind]).train(0, 7) for _ in range(2))
+    with pytest.raises(ValueError, match=message):
+        run.pruner.load_state_dict({**state, **change(state)})
+    assert_equal(run, same)
+    assert run.pruner.clock == same.pruner.clock
+    assert_equal(run.train(7, STEPS + 2), same.train(7, STEPS + 2))
+
+
+@pytest.mark.parametrize("state", [{}, {"hello": 1}, [], None], ids=str)
+def test_what_is_no_state_is_refused(state):
+    with pytest.raises(ValueError, match="not the state of an EMP pruner"):
+        Run(SETTINGS["feedback"]).pruner.load_state_dict(state)
+
+
+def test_a_state_that_cannot_be_read_in_full_leaves_a_warning_at_the_users_line():
+    first = Run({"every_n_steps": 1}).train(0, 20)
+    resumed = Run({"every_n_steps": 1})
+    resumed.net.load_state_dict(first.net.state_dict())
+    with pytest.warns(UserWarning, match=r"last 16 of 20 rows .* the 4 older ones had no file .* at step 5") as told:
+        resumed.pruner.load_state_dict(first.pruner.state_dict())
+    assert told[0].filename == __file__
+    assert [event.step for event in resumed.pruner.trajectory] == [*range(5, 21)]

@@ -1,6 +1,7 @@
 import copy
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 import timm
@@ -429,6 +430,37 @@ def test_another_architecture_is_an_error(other, tmp_path):
     file = write(mlp(), MLP_MASKS, POINTS, tmp_path / "small.safetensors")
     with pytest.raises(ValueError, match="does not fit this"):
         load_shrunk(other, file)
+
+
+def test_a_damaged_file_is_refused_before_the_model_is_cut(tmp_path):
+    file = write(mlp(), MLP_MASKS, POINTS, tmp_path / "small.safetensors")
+    content = file.read_bytes()
+    header = int.from_bytes(content[:8], "little")
+    for damaged in (content[:-3], content[: header // 2], b""):
+        file.write_bytes(damaged)
+        dense = mlp()
+        with pytest.raises(ValueError, match=r"small.safetensors is damaged \(.+\); copy or export it again"):
+            load_shrunk(dense, file)
+        assert [module.weight.shape for module in dense[::2]] == [module.weight.shape for module in mlp()[::2]]
+    for damaged in flips(content, 8 + header):  # in the numbers of a cut there are flips that nothing can tell
+        file.write_bytes(damaged)
+        with suppress(ValueError):
+            load_shrunk(mlp(), file)
+
+
+def flips(content, upto):
+    """Yield the file with one bit of its header flipped, every ninth of them."""
+    for position in range(0, 8 * upto, 9):
+        damaged = bytearray(content)
+        damaged[position // 8] ^= 1 << position % 8
+        yield bytes(damaged)
+
+
+@pytest.mark.parametrize("cut", ["3", "{}", '{"modules": 3}', '{"modules": {"0": {"outputs": {"of": 6}}}}', "[" * 9999])
+def test_metadata_that_say_no_cut_are_refused(cut, tmp_path):
+    save_file(mlp().state_dict(), tmp_path / "odd.safetensors", {"emp_shrunk": cut})
+    with pytest.raises(ValueError, match=r"odd.safetensors does not fit this Sequential: .+"):
+        load_shrunk(mlp(), tmp_path / "odd.safetensors")
 
 
 def test_files_that_are_not_shrunk_models_are_errors(tmp_path):
