@@ -31,22 +31,26 @@ def check_evidence(
     if not isinstance(tensors, Mapping):
         raise _damaged(f"its evidence is {type(tensors).__name__}")
     for name, value in tensors.items():
-        if not isinstance(value, Tensor) or value.layout != torch.strided or not value.is_floating_point():
+        if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_nested:
             raise _damaged(f"evidence {name!r} is no tensor of numbers")
-        if not _fits(str(name), value, layers, sites):
+        if not _fits(str(name), value, layers, sites, len(batches)):
             raise _damaged(f"evidence {name!r}, {tuple(value.shape)}, {value.dtype}, is not of this model")
     return list(batches), dict(tensors)
 
 
-def _fits(name: str, value: Tensor, layers: Sequence[Layer], sites: Sequence[ForwardSite]) -> bool:
+def _fits(name: str, value: Tensor, layers: Sequence[Layer], sites: Sequence[ForwardSite], batches: int) -> bool:
     kind, _, what = name.partition(":")
+    if name == "folded":  # how many batches there were before those that are kept apart
+        return value.dtype == torch.int64 and value.dim() == 0 and int(value) >= 0
     if kind == "weight":
         named = [layer for layer in layers if isinstance(layer, WeightLayer) and layer.name == what]
-        return any(layer.mask_or_ones.shape == value.shape for layer in named)
+        return value.is_floating_point() and any(layer.mask_or_ones.shape == value.shape for layer in named)
     of, _, key = what.rpartition(":")
     if kind == "units":
-        sizes = [layer.units for layer in layers if isinstance(layer, UnitLayer) and layer.name == of]
-        return _is_int(key) and value.dtype == torch.float64 and any(value.shape == (size,) for size in sizes)
+        rows = (batches,) if key == "apart" else ()  # of every batch, or of one, or of all that were folded
+        shapes = [(*rows, layer.units) for layer in layers if isinstance(layer, UnitLayer) and layer.name == of]
+        known = key in ("apart", "folded") or _is_int(key)
+        return known and value.dtype == torch.float64 and value.shape in shapes
     gathered = any(_gathers(site, key, value) for site in sites if site.name == of)
     return kind == "site" and value.dtype == torch.float64 and gathered
 

@@ -24,7 +24,15 @@ from torch import Tensor
 from emp_callbacks.backends.base import Backend
 from emp_callbacks.checkpoint.evidence import check_evidence
 from emp_callbacks.checkpoint.mask_part import read_evidence, read_parts, sha256, write_part
-from emp_callbacks.checkpoint.state import Found, FoundMask, check_fits, check_format, fit_masks, masked_weights
+from emp_callbacks.checkpoint.state import (
+    Found,
+    FoundMask,
+    check_fits,
+    check_format,
+    check_masked,
+    fit_masks,
+    masked_weights,
+)
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.layer import Layer
 from emp_callbacks.layer.mask_mode import MaskedWeight, MaskMode
@@ -64,7 +72,7 @@ def save_masks(
         {"name": name, "bytes": row[0], "sha256": b"".join(w.to_bytes(8, "big", signed=True) for w in row[1:]).hex()}
         for name, row in zip(names, table.tolist(), strict=True)
     ]
-    masked = any(weight.mask is not None for weight in weights)
+    masked = [weight.name for weight in weights if weight.mask is not None]  # the same on all ranks
     index = {**state, "masked": masked, "world_size": ranks, "files": files}
     on_all(backend, lambda: _write_index(folder, index) if rank == 0 else None, undo)
     if rank == 0:
@@ -93,11 +101,12 @@ def read_masks(
 
     def read() -> tuple[int, Found]:
         digest, index, clock = _read_index(folder, config, mode, layers)
-        found: list[FoundMask] = [(None, None)] * len(weights)
+        masked = [weight for weight in weights if weight.name in index["masked"]]
         paths = _checked_files(folder, index, backend)
         try:
-            if index["masked"]:
-                found = read_parts(paths, weights, dense=mode.name == "feedback")
+            parts = iter(read_parts(paths, masked, dense=mode.name == "feedback"))
+            names = {*index["masked"]}
+            found: list[FoundMask] = [next(parts) if w.name in names else (None, None) for w in weights]
             fitting = fit_masks(mode, weights, found)
             batches, evidence = check_evidence(index.get("batches"), read_evidence(paths, layers), layers, sites)
         except ValueError as error:
@@ -203,8 +212,10 @@ def _read_index(
         check_format(index)
         _check_signature(index, text)
         clock = check_fits(index, config, mode, layers)
-        if not isinstance(index.get("masked"), bool):
-            raise ValueError("it does not say whether there are masks; go back to an older checkpoint")
+        masked = index.get("masked")
+        if not isinstance(masked, list) or not all(isinstance(name, str) for name in masked):
+            raise ValueError("it does not say what is masked; go back to an older checkpoint")
+        check_masked(masked, index["units"], layers)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return zlib.crc32(text), index, clock

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -138,10 +138,10 @@ def _clock(record: dict[str, Any]) -> Clock:
 
 
 def _check_units(units: dict[str, dict[str, Any]], layers: Sequence[Layer]) -> None:
-    """Check that all layers that have masks of their own find theirs, or none does."""
+    """Check the masks of layers that have one of their own."""
     own = {layer.name: layer for layer in layers if not isinstance(layer, WeightLayer)}
-    if units and own.keys() != units.keys():
-        raise ValueError(f"units of {sorted(own.keys() ^ units.keys())[:5]}")
+    if foreign := sorted(units.keys() - own.keys()):
+        raise ValueError(f"units of {foreign[:5]}")
     for name, record in units.items():
         layer, size, pruned, mean = own[name], record["units"], record["pruned"], record["mean"]
         if type(size) is not int or (layer.is_known and size != layer.mask_or_ones.numel()):
@@ -151,6 +151,29 @@ def _check_units(units: dict[str, dict[str, Any]], layers: Sequence[Layer]) -> N
         centered = isinstance(layer, FeatureLayer) and layer.site.form.center == "mean"
         if (mean is not None) != centered or (centered and torch.tensor(mean, dtype=torch.float64).shape != (size,)):
             raise ValueError(f"the means of {size} units of {name!r}")
+
+
+def check_masked(names: Collection[str], units: Mapping[str, Any], layers: Sequence[Layer]) -> None:
+    """Check that a layer's masks are all there or none: of every parameter that it masks, and its own.
+
+    Args:
+        names: The parameters that have masks.
+        units: The layers that have masks of their own.
+        layers: All layers.
+
+    Raises:
+        ValueError: They are masks of something else.
+    """
+    weights = {weight.name for weight in masked_weights(layers)}
+    if foreign := sorted(str(name) for name in names if name not in weights):
+        raise ValueError(f"the checkpoint's masks belong to other parameters: {', '.join(foreign[:5])}")
+    for layer in layers:
+        found = [weight.name in names for weight in layer.weights]
+        found += [layer.name in units] if found and isinstance(layer, UnitLayer) else []
+        if any(found) and not all(found):
+            raise ValueError(
+                f"the checkpoint is damaged: of {layer.name!r} it holds only some of the masks; go back to an older one"
+            )
 
 
 def _unit_mask(record: dict[str, Any]) -> Tensor:
@@ -203,9 +226,10 @@ def read_state(
     """
     clock = check_fits(state, config, mode, layers)
     weights = masked_weights(layers)
-    masks, stash = (_tensors(state, key, weights) for key in ("masks", "stash"))
-    if masks and masks.keys() != {weight.name for weight in weights}:
-        raise ValueError("the checkpoint is damaged: it holds masks of some parameters only; go back to an older one")
+    masks, stash = _tensors(state, "masks"), _tensors(state, "stash")
+    check_masked(masks, state["units"], layers)
+    if foreign := sorted(map(str, stash.keys() - masks.keys())):
+        raise ValueError(f"the checkpoint holds dense values behind no mask: {', '.join(foreign[:5])}")
     found = [(_unpacked(masks, weight), stash.get(weight.name)) for weight in weights]
     fitting = fit_masks(mode, weights, found)
     evidence = state.get("evidence")
@@ -221,12 +245,10 @@ def read_state(
     )
 
 
-def _tensors(state: dict[str, Any], key: str, weights: Sequence[MaskedWeight]) -> dict[str, Tensor]:
-    held, names = state.get(key), {weight.name for weight in weights}
+def _tensors(state: dict[str, Any], key: str) -> dict[str, Tensor]:
+    held = state.get(key)
     if not isinstance(held, dict) or not all(isinstance(value, Tensor) for value in held.values()):
         raise ValueError(f"the checkpoint is damaged: its {key} are no tensors by name; go back to an older one")
-    if foreign := sorted(map(str, held.keys() - names)):
-        raise ValueError(f"the checkpoint's {key} belong to other parameters: {', '.join(foreign[:5])}")
     return held
 
 

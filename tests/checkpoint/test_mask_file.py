@@ -22,6 +22,7 @@ from tests.checkpoint.thread_ranks import (
     on_ranks,
     persistence,
     save_from,
+    some_rows,
     weights_of,
     whole,
 )
@@ -213,7 +214,9 @@ DAMAGES = {
     "evidence": evidence_of_another_shape,
     "files": edit(files=[{"name": "x"}], message="no valid list of files"),
     "few-files": edit(world_size=9, message="3 files of 9 ranks"),
-    "masked": edit(masked=None, message="whether there are masks"),
+    "masked": edit(masked=None, message="what is masked"),
+    "masked-by-number": edit(masked=[3], message="what is masked"),
+    "masked-others": edit(masked=["a", "b", "x"], message="masks belong to other parameters: x"),
 }
 
 
@@ -227,6 +230,21 @@ def test_damage_is_refused_by_all_ranks_and_changes_nothing(damage, ranks, tmp_p
         assert type(error) is kind
         with pytest.raises(kind, match=message):
             raise error
+
+
+def test_layers_without_a_mask_beside_layers_with_one(tmp_path):
+    full = full_tensors()
+
+    def save(backend):
+        layers = layers_of(flat, backend, full)
+        layers[-1].weights[0].unhide()
+        layers[-1].weights[0].mask = None
+        persistence(layers, some_rows(), backend).save(tmp_path, CLOCK)
+
+    assert on_ranks(2, save) == [None] * 2
+    for ranks in (1, 3):
+        for weights in load_to(flat, ranks, tmp_path):
+            assert [weight.name for weight in weights if weight.mask is not None] == ["a", "b.bits"]
 
 
 def test_every_flipped_bit_of_the_index_is_refused(tmp_path):

@@ -152,10 +152,20 @@ def other_evidence(state, **tensors):
 # kind of run, what is changed in its state, what the error says
 DAMAGES = {
     "masks": ("feedback", lambda s: {"masks": shorter(s["masks"], "2.weight")}, "36 mask bits need 5 bytes"),
-    "a mask less": ("feedback", lambda s: {"masks": {"0.weight": s["masks"]["0.weight"]}}, "masks of some parameters"),
+    "a mask less": (
+        "neurons",
+        lambda s: {"masks": {k: v for k, v in s["masks"].items() if k != "0.bias"}},
+        "only some",
+    ),
+    "no unit mask": ("neurons", lambda s: {"units": {}}, "of '0' it holds only some of the masks"),
+    "foreign mask": (
+        "feedback",
+        lambda s: {"masks": {**s["masks"], "x": s["masks"]["0.weight"]}},
+        "other parameters: x",
+    ),
     "no masks": ("feedback", lambda s: {"masks": None}, "its masks are no tensors by name"),
     "masks of lists": ("feedback", lambda s: {"masks": {"0.weight": [1]}}, "its masks are no tensors by name"),
-    "foreign stash": ("feedback", lambda s: {"stash": {"x": s["stash"]["0.weight"]}}, "stash belong to other.*: x"),
+    "foreign stash": ("feedback", lambda s: {"stash": {"x": s["stash"]["0.weight"]}}, "dense values behind no mask: x"),
     "stash": ("feedback", lambda s: {"stash": shorter(s["stash"], "2.weight")}, "dense values belong behind the mask"),
     "format": ("feedback", lambda s: {"format": 2}, r"of this version \(format 2, not 3\)"),
     "no format": ("feedback", lambda s: {"format": None}, "not the state of an EMP pruner"),
