@@ -39,7 +39,7 @@ class Trajectory(Sequence[PruneEvent]):
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
         self._events: list[PruneEvent] = []
         self._written = 0  # rows that the file holds
-        self._warned = False
+        self._warned = self._closed = False
         self._file: LocalFile | RemoteFile | None = None
         if path is not None:
             place = place_of(path)
@@ -74,13 +74,14 @@ class Trajectory(Sequence[PruneEvent]):
 
     def close(self) -> None:
         """Release the file to other runs. Twice is once; rows that come later take it again, or `NAME-2`."""
-        if self._file is not None:
-            if self._written < len(self._events):
-                self._write()
-            self._file.close()
-            if self._written < len(self._events):
-                left = len(self._events) - self._written
-                warnings.warn(f"{left} rows could not be written to {self.path}: they are in memory only", stacklevel=2)
+        if self._file is None or self._closed:
+            return
+        if self._written < len(self._events):
+            self._write()
+        self._closed = True
+        self._file.close()
+        if left := len(self._events) - self._written:
+            warnings.warn(f"{left} rows could not be written to {self.path}: they are in memory only", stacklevel=2)
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -106,6 +107,7 @@ class Trajectory(Sequence[PruneEvent]):
         everything = held.with_older(self._events, [] if file is None else [file.path, file.wanted])
         events = list(held.rows) if everything is None else everything
         if file is not None:
+            self._closed = False
             file.open()
             file.replace(_text(events))
         self._events, self._written = events, len(events)  # last: a file that cannot be written changes nothing
@@ -137,6 +139,7 @@ class Trajectory(Sequence[PruneEvent]):
         """Write what the file does not hold yet; where the file is not as we left it, all rows."""
         if self._file is None:
             return
+        self._closed = False
         try:
             self._file.open()
             if self._file.is_intact:
