@@ -47,7 +47,7 @@ def _fits(name: str, value: Tensor, layers: Sequence[Layer], sites: Sequence[For
         return value.is_floating_point() and any(layer.mask_or_ones.shape == value.shape for layer in named)
     of, _, key = what.rpartition(":")
     if kind == "units":
-        rows = (batches,) if key == "apart" else ()  # of every batch, or of one, or of all that were folded
+        rows = {"apart": (batches,), "folded": (2,)}.get(key, ())  # of every batch; two sums over batches; of one
         shapes = [(*rows, layer.units) for layer in layers if isinstance(layer, UnitLayer) and layer.name == of]
         known = key in ("apart", "folded") or _is_int(key)
         return known and value.dtype == torch.float64 and value.shape in shapes
