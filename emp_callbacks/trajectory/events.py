@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
 from types import NoneType
-from typing import Any, TypeVar
-
-Row = TypeVar("Row", bound="Certificate | LayerStats | PruneEvent")
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +73,7 @@ class LayerStats:
         Raises:
             KeyError, TypeError: It is none.
         """
-        return _checked(cls(**{**record, "certificate": _certificate(record)}))
+        return cls(**{**record, "certificate": _certificate(record)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,20 +142,20 @@ class PruneEvent:
             KeyError, TypeError: It is none.
         """
         layers = tuple(LayerStats.from_record(layer) for layer in record["layers"])
-        return _checked(cls(**{**record, "layers": layers, "certificate": _certificate(record)}))
+        return cls(**{**record, "layers": layers, "certificate": _certificate(record)})
 
 
 def _certificate(record: dict[str, Any]) -> Certificate | None:
     found = record.get("certificate")
-    return None if found is None else _checked(Certificate(**found))
+    return None if found is None else Certificate(**found)
 
 
 _KINDS: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "None": (NoneType,)}
 _FIELDS: dict[type, list[tuple[str, tuple[type, ...]]]] = {}
 
 
-def _checked(row: Row) -> Row:
-    """Return a row whose numbers are numbers and whose words are words."""
+def check_types(row: Certificate | LayerStats | PruneEvent) -> None:
+    """Raise TypeError unless a row's numbers are numbers and its words are words, down to its certificates."""
     if type(row) not in _FIELDS:
         kinds = [(f.name, [_KINDS.get(kind, (object,)) for kind in str(f.type).split(" | ")]) for f in fields(row)]
         _FIELDS[type(row)] = [(name, sum(allowed, ())) for name, allowed in kinds]
@@ -165,4 +163,6 @@ def _checked(row: Row) -> Row:
         value = getattr(row, name)
         if not isinstance(value, allowed) or (isinstance(value, bool) and object not in allowed):
             raise TypeError(f"{name} is {value!r}")
-    return row
+        for part in value if isinstance(value, tuple) else [value]:
+            if isinstance(part, (Certificate, LayerStats)):
+                check_types(part)

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from emp_callbacks.trajectory.events import PruneEvent
+from emp_callbacks.trajectory.events import PruneEvent, check_types
 from emp_callbacks.trajectory.places import Place, exists, place_of, read_bytes, set_aside
 
 REFRESHES = 16
@@ -56,6 +56,8 @@ class HeldRows:
             KeyError, TypeError, ValueError: It is no such state.
         """
         rows, total, path = tuple(map(PruneEvent.from_record, state["rows"])), state["total"], state["path"]
+        for row in rows:
+            check_types(row)
         if type(total) is not int or total < len(rows) or bool(total) != bool(rows):
             raise ValueError(f"{len(rows)} rows of {total!r}")
         if not isinstance(path, str | None):

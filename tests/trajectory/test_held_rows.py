@@ -114,6 +114,29 @@ def test_the_rows_of_a_run_without_a_file_are_said_to_have_none():
 
 
 @pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"n": "10"}, "n is '10'"),
+        ({"n": True}, "n is True"),
+        ({"beta": None}, None),
+        ({"n_eff": 4}, None),
+        ({"note": None}, "note is None"),
+        ({"layers": [{**row(1).record()["layers"][0], "keep": 0.5}]}, "keep is 0.5"),
+        ({"certificate": {"kind": "loss_change", "bound": "x"}}, "bound is 'x'"),
+        ({"layers": None}, "NoneType"),
+    ],
+    ids=str,
+)
+def test_numbers_of_rows_are_numbers_and_words_are_words(change, match):
+    state = {"rows": [{**row(1).record(), **change}], "total": 1, "path": None}
+    if match is None:
+        assert HeldRows.of(state).rows == (row(1, **change),)
+    else:
+        with pytest.raises(TypeError, match=match):
+            HeldRows.of(state)
+
+
+@pytest.mark.parametrize(
     "change",
     [{"total": 3}, {"total": "40"}, {"total": True}, {"rows": []}, {"path": 7}, {"rows": [{}]}, {"rows": None}],
     ids=str,
