@@ -6,7 +6,6 @@ import math
 import os
 from dataclasses import fields
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -31,7 +30,7 @@ from emp_callbacks.integrations.lightning_record import (
 from emp_callbacks.integrations.lightning_strategy import check_strategy, sharding_model
 from emp_callbacks.pruning.pruner import EMPPruner
 from emp_callbacks.pruning.signatures import warn_the_user
-from emp_callbacks.trajectory import PruneEvent, Trajectory, layer_table
+from emp_callbacks.trajectory import PruneEvent, Trajectory, layer_table, trajectory_file
 
 __all__ = ["EMPCallback", "log_values"]
 
@@ -301,7 +300,7 @@ class EMPCallback(EvaluationHooks, *_callback_classes()):  # type: ignore[misc]
         folder = trainer.log_dir or trainer.default_root_dir  # collective: on every rank
         if trainer.fast_dev_run:
             return None
-        return self.trajectory_path or Path(folder) / file_name(self._own_name)
+        return self.trajectory_path or trajectory_file(folder, file_name(self._own_name))
 
 
 def _epoch_length(trainer: Any) -> int | None:

@@ -197,9 +197,10 @@ class PruningLoop:
             events = self._refresher.run(self.clock.steps, epoch, self._position, dense)
             for average in self._averages:
                 average.refreshed()
-            self._trajectory.extend(events)
+            # The rows last: where a warning of theirs is an error, the refresh is done all the same.
             self.clock.last_position, self.clock.steps_at_refresh = self._position, self.clock.steps
             self._evidence.release()
+            self._trajectory.extend(events)
         self._observe_if_near()
         self._refresher.warn_once(events)  # last: where warnings are errors, the refresh is done all the same
         return events

@@ -14,6 +14,7 @@ from emp_callbacks.layer.mask_mode import MaskMode
 from emp_callbacks.pruning.refresher import Refresher
 from emp_callbacks.pruning.signatures import warn_the_user
 from emp_callbacks.schedule import Clock
+from emp_callbacks.targets.forward_site import ForwardSite
 from emp_callbacks.trajectory import Trajectory
 
 
@@ -34,7 +35,11 @@ class Persistence:
     ) -> None:
         self._config, self._mode, self._trajectory, self._backend = config, mode, trajectory, backend
         self._layers, self._weights, self._evidence = refresher.layers, refresher.weights, refresher.evidence
-        self._sites = [*(site for layer in refresher.layers for site in layer.sites), *refresher.dynamic]
+        self._dynamic = refresher.dynamic
+
+    @property
+    def _sites(self) -> list[ForwardSite]:
+        return [*(site for layer in self._layers for site in layer.sites), *self._dynamic]
 
     def state(self, clock: Clock) -> dict[str, Any]:
         """Return this rank's state; see `EMPPruner.state_dict`."""

@@ -145,6 +145,7 @@ class EMPPruner(Readings):
         refresh. Collective.
         """
         self._loop.finish()
+        self.trajectory.close()
 
     @property
     def remedy(self) -> str:
@@ -162,6 +163,7 @@ class EMPPruner(Readings):
     def detach(self) -> None:
         """Take every hook off the optimizer, the parameters and the modules; the state stays."""
         self._loop.detach()
+        self.trajectory.close()
 
     def close(self) -> list[PruneEvent]:
         """Project what grew back since the last refresh; return the rows of a refresh, if it took one. Collective.
