@@ -92,18 +92,26 @@ class DenseStore:
         """
         if self._seal is None:
             return False
-        return self._seal != (values.data_ptr(), _version(values)) or self._sample_is_not_zero(values)
+        if self._seal != (values.data_ptr(), _version(values)):
+            return True
+        places = self._sample(values) if waits_for_nothing(values) else None
+        return places is not None and bool(as_bits(values.view(-1)).numpy()[places.numpy()].any())
 
-    def _sample_is_not_zero(self, values: Tensor) -> bool:
+    def count_sampled(self, values: Tensor) -> Tensor | None:
+        """Return how many of a few values that should be 0 are not, on their device, without waiting for it."""
+        places = None if self._seal is None else self._sample(values)
+        return None if places is None else values.view(-1)[places].count_nonzero()
+
+    def _sample(self, values: Tensor) -> Tensor | None:
+        """Return the flat places of a few values that the masks prune; None where there are none to be had."""
         mask = self.mask if self.hidden_by is None else self.hidden_by
-        if mask is None or values.device.type != "cpu" or not values.is_contiguous() or not mask.is_contiguous():
-            return False
+        if mask is None or not values.is_contiguous() or not mask.is_contiguous():
+            return None
         if self._sampled[0] is not mask:
-            flat = mask.view(-1)
-            some = flat[:: max(1, flat.numel() // 4096)]
-            places = (~some).nonzero().view(-1) * max(1, flat.numel() // 4096)
+            every = max(1, mask.numel() // 4096)
+            places = (~mask.view(-1)[::every]).nonzero().view(-1) * every
             self._sampled = mask, places[:: max(1, places.numel() // _SAMPLES)]
-        return bool(as_bits(values.view(-1)).numpy()[self._sampled[1].numpy()].any())  # type: ignore[union-attr]
+        return self._sampled[1]
 
     def take_over(self, values: Tensor) -> bool:
         """Make what something else wrote over hidden values the dense values, and hide it; keep the rest.
@@ -122,6 +130,11 @@ class DenseStore:
         self.stash = torch.where(written != 0, written, self.stash)
         zero_pruned(values, self.hidden_by)
         return True
+
+
+def waits_for_nothing(values: Tensor) -> bool:
+    """Whether values can be read at once, as a CPU's can."""
+    return values.device.type == "cpu"
 
 
 def _version(values: Tensor) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import final
 from weakref import WeakSet
 
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from emp_callbacks.backends import Backend
-from emp_callbacks.core.masked_values import put_pruned, take_pruned, zero_pruned
 from emp_callbacks.layer.mask_mode import MaskedWeight, MaskMode
 from emp_callbacks.pruning.load_hook import LoadHook
+from emp_callbacks.pruning.other_writers import OtherWriters, seal
 from emp_callbacks.pruning.signatures import warn_the_user
 
 OnGradients = Callable[[Collection[int], Tensor | None], None]
@@ -23,11 +23,6 @@ OnGradients = Callable[[Collection[int], Tensor | None], None]
 @final
 class WeightKeeper:
     """The masked weights, and every hook on the optimizer and on gradients; a backend's UpdateListener.
-
-    Between two updates nobody else should write the weights. Whoever does (averages that are swapped in,
-    `load_state_dict`, a dtype change, a schedule-free optimizer) is noticed before the dense values that are kept
-    overwrite theirs: by the storage and version of each tensor at every update, by the values themselves at every
-    refresh, evaluation, save and at the end.
 
     Args:
         weights: What is masked, one entry a segment.
@@ -48,7 +43,7 @@ class WeightKeeper:
         self.attached = False
         self._gradient_hooks: list[RemovableHandle] = []
         self._load_hook: RemovableHandle | None = None
-        self._lost_told = False
+        self._writers = OtherWriters(mode)
         self._take(weights)
 
     def _take(self, weights: Sequence[MaskedWeight]) -> None:
@@ -86,7 +81,7 @@ class WeightKeeper:
             hook = LoadHook(self.notice)
             self._load_hook = self._backend.module.register_load_state_dict_post_hook(hook)  # type: ignore[no-untyped-call]
         self._hook_gradients()
-        self._seal(self._applied)
+        seal(self._applied)
         if twice and not self._backend.rank:
             warn_the_user(
                 f"another EMP pruner is at work on the same weights ({self.weights[0].name!r}, ...): kept is what both "
@@ -146,8 +141,7 @@ class WeightKeeper:
     def before_update(self, owners: Sequence[Tensor]) -> None:
         """Called by the backend when gradients are ready and the update comes next."""
         weights = [*self._of(owners)]
-        # All before the first is changed: parts of one flat buffer count their writes together.
-        self._obey(self._touched(weights))
+        self._writers.before_update(weights)  # all before the first is changed: see there
         for weight in weights:
             self._mode.before_update(weight)
 
@@ -156,7 +150,7 @@ class WeightKeeper:
         weights = [*self._of(owners)]
         for weight in weights:
             self._mode.after_update(weight)
-        self._seal(weights)
+        seal(weights)
 
     def _of(self, owners: Sequence[Tensor]) -> Iterator[MaskedWeight]:
         for owner in owners:
@@ -175,67 +169,15 @@ class WeightKeeper:
         In `freeze` values under the mask cannot stay; that they are lost is said once.
         """
         if self.attached:
-            self._obey(self._applied)
-            self._seal(self._applied)
+            self._writers.notice(self._applied)
 
-    @contextmanager
-    def masked(self) -> Iterator[None]:
-        """Inside the block the weights obey the masks, for an evaluation, whoever wrote them.
+    def masked(self) -> AbstractContextManager[None]:
+        """Inside the block the weights obey the masks, for an evaluation, whoever wrote them; see `OtherWriters`."""
+        return self._writers.masked(self._applied if self.attached else ())
 
-        Values that are there for the evaluation only, as averages are, come back after it unless they were replaced; if
-        they stay, they are taken over at the next update.
-        """
-        shown = []
-        if self.attached and self._mode.keeps_zero:
-            with torch.no_grad():
-                for weight in self._applied:
-                    if weight.mask is not None and bool((taken := take_pruned(weight.weight, weight.mask)).any()):
-                        zero_pruned(weight.weight, weight.mask)
-                        shown.append((weight, taken, weight.weight.clone()))
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for weight, taken, seen in shown:
-                    # By value: a write through .data leaves no other trace.
-                    if torch.equal(weight.weight, seen) and weight.mask is not None:
-                        put_pruned(weight.weight, weight.mask, taken)
-
-    @torch.no_grad()
     def replaced(self) -> list[str]:
-        """Return the weights whose pruned entries are not 0, so that they are others than were masked; take them over.
-
-        For a pruner that is through, before its state is used again.
-        """
-        found = []
-        for weight in self.weights if self._mode.keeps_zero else ():
-            if weight.mask is not None and bool(take_pruned(weight.weight, weight.mask).any()):
-                found.append(weight.name)
-                weight.store.take_over(weight.weight)
-        return found
-
-    def _obey(self, weights: Iterable[MaskedWeight]) -> None:
-        lost = {weight.name: count for weight in weights if (count := self._notice_one(weight))}
-        if lost and not self._lost_told:
-            self._lost_told = True
-            name, count = max(lost.items(), key=lambda item: item[1])
-            warn_the_user(
-                f"something other than the optimizer wrote {count} pruned entries of {name!r} (load_state_dict, an "
-                f"average, another tool?); mode {self._mode.name!r} keeps them at 0. Use mode='feedback' to keep such "
-                "values behind the mask"
-            )
-
-    def _touched(self, weights: Iterable[MaskedWeight]) -> list[MaskedWeight]:
-        return [w for w in weights if w.store.is_touched(w.weight)] if self._mode.keeps_zero else []
-
-    def _notice_one(self, weight: MaskedWeight) -> int:
-        if weight.mask is not None and weight.mask.device != weight.weight.device:  # the model was moved
-            weight.mask = weight.mask.to(weight.weight.device)
-        return self._mode.notice(weight)
-
-    def _seal(self, weights: Iterable[MaskedWeight]) -> None:
-        for weight in weights:
-            weight.seal()
+        """Return the weights that something else replaced since the hooks are off; they become the dense values."""
+        return self._writers.replaced(self._applied)
 
     # ---- what the pruner asks for ---------------------------------------------------------------------------------
 
@@ -282,7 +224,10 @@ class WeightKeeper:
         Args:
             by_values: Whether to look for other writers in the values themselves, as refreshes and saves do.
         """
-        self._obey(self._applied if by_values else self._touched(self._applied))
+        if by_values:
+            self.notice()
+        else:
+            self._writers.before_update(self._applied)
         for weight in self.weights:
             self._mode.reveal(weight)
         try:
@@ -293,7 +238,7 @@ class WeightKeeper:
     def _hide_again(self) -> None:
         for weight in self.weights:
             self._mode.after_update(weight)
-        self._seal(self._applied)
+        seal(self._applied)
 
     @contextmanager
     def dense_copies(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from emp_callbacks import EMPPruner
+from emp_callbacks.layer import dense_store
 
 
 def net_of(seed=0):
@@ -180,3 +182,19 @@ def test_a_refresh_before_the_first_step_keeps_them():
     for _ in range(3):
         step(net, optimizer, pruner)
     assert torch.equal(net[0].weight == 0, zeros)
+
+
+def test_on_an_accelerator_a_write_through_data_is_said_where_waiting_costs_nothing(monkeypatch):
+    monkeypatch.setattr(dense_store, "waits_for_nothing", lambda values: False)
+    net, optimizer, pruner = masked("feedback")
+    for _ in range(2):
+        step(net, optimizer, pruner)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pruner.refresh()
+    step(net, optimizer, pruner)
+    through_data(net, list(net_of(1).parameters()))
+    for _ in range(2):
+        step(net, optimizer, pruner)
+    with pytest.warns(UserWarning, match=r"wrote '\d.weight' through .data between two steps.*torch.no_grad"):
+        pruner.refresh()

@@ -1,0 +1,127 @@
+"""Who else writes masked weights between two updates, and what becomes of what they wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import final
+
+import torch
+from torch import Tensor
+
+from emp_callbacks.core.masked_values import put_pruned, take_pruned, zero_pruned
+from emp_callbacks.layer import dense_store
+from emp_callbacks.layer.mask_mode import MaskedWeight, MaskMode
+from emp_callbacks.pruning.signatures import warn_the_user
+
+
+@final
+class OtherWriters:
+    """A watch on everything but the optimizer: averages that are swapped in, `load_state_dict`, dtype changes.
+
+    They are noticed before the dense values that are kept overwrite theirs: by the storage and version of each tensor
+    at every update, by the values themselves at every refresh, evaluation, save and at the end.
+
+    Args:
+        mode: What the masks mean, and so what becomes of the values: see `MaskMode.notice`.
+    """
+
+    def __init__(self, mode: MaskMode) -> None:
+        self._mode = mode
+        self._lost_told = self._late_told = False
+        self._turn = 0
+        self._late: dict[str, Tensor] = {}
+
+    def before_update(self, weights: Sequence[MaskedWeight]) -> None:
+        """Notice what left a trace, without waiting for an accelerator.
+
+        Told of all weights before the first is changed: parts of one flat buffer count their writes together.
+        """
+        if self._mode.keeps_zero:
+            self._obey([weight for weight in weights if weight.store.is_touched(weight.weight)])
+            self._suspect(weights)
+
+    @torch.no_grad()
+    def notice(self, weights: Sequence[MaskedWeight]) -> None:
+        """Notice by the values themselves."""
+        self._say_what_came_late()
+        self._obey(weights)
+        seal(weights)
+
+    @contextmanager
+    def masked(self, weights: Sequence[MaskedWeight]) -> Iterator[None]:
+        """Inside the block the weights obey the masks, for an evaluation, whoever wrote them.
+
+        Values that are there for the evaluation only, as averages are, come back after it unless they were replaced; if
+        they stay, they are noticed at the next update.
+        """
+        shown = []
+        with torch.no_grad():
+            for weight in weights if self._mode.keeps_zero else ():
+                if weight.mask is not None and bool((taken := take_pruned(weight.weight, weight.mask)).any()):
+                    zero_pruned(weight.weight, weight.mask)
+                    shown.append((weight, taken, weight.weight.clone()))
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for weight, taken, seen in shown:
+                    # By value: a write through .data leaves no other trace.
+                    if torch.equal(weight.weight, seen) and weight.mask is not None:
+                        put_pruned(weight.weight, weight.mask, taken)
+
+    @torch.no_grad()
+    def replaced(self, weights: Sequence[MaskedWeight]) -> list[str]:
+        """Return the weights whose pruned entries are not 0, so that they are others than were masked; take them over.
+
+        For a pruner that is through, before its state is used again.
+        """
+        found = []
+        for weight in weights if self._mode.keeps_zero else ():
+            if weight.mask is not None and bool(take_pruned(weight.weight, weight.mask).any()):
+                found.append(weight.name)
+                weight.store.take_over(weight.weight)
+        return found
+
+    def _obey(self, weights: Iterable[MaskedWeight]) -> None:
+        lost = {weight.name: count for weight in weights if (count := self._notice_one(weight))}
+        if lost and not self._lost_told:
+            self._lost_told = True
+            name, count = max(lost.items(), key=lambda item: item[1])
+            warn_the_user(
+                f"something other than the optimizer wrote {count} pruned entries of {name!r} (load_state_dict, an "
+                f"average, another tool?); mode {self._mode.name!r} keeps them at 0. Use mode='feedback' to keep such "
+                "values behind the mask"
+            )
+
+    def _notice_one(self, weight: MaskedWeight) -> int:
+        if weight.mask is not None and weight.mask.device != weight.weight.device:  # the model was moved
+            weight.mask = weight.mask.to(weight.weight.device)
+        return self._mode.notice(weight)
+
+    def _suspect(self, weights: Sequence[MaskedWeight]) -> None:
+        """On an accelerator, look at a few values of one weight, the next at each step; do not wait for the answer."""
+        if not weights or dense_store.waits_for_nothing(weights[0].weight):
+            return
+        self._turn += 1
+        weight = weights[self._turn % len(weights)]
+        if (count := weight.store.count_sampled(weight.weight)) is not None:
+            self._late[weight.name] = count + self._late.get(weight.name, 0)
+
+    def _say_what_came_late(self) -> None:
+        """Say once if `_suspect` has seen values that something else wrote, and that the next update overwrote."""
+        late, self._late = self._late, {}
+        names = [name for name, count in late.items() if bool(count)]
+        if names and not self._late_told:
+            self._late_told = True
+            warn_the_user(
+                f"something other than the optimizer wrote {names[0]!r} through .data between two steps (weight "
+                "clipping, an average?), and the next step put EMP's own values over the pruned entries: write the "
+                "parameter itself, under torch.no_grad()"
+            )
+
+
+def seal(weights: Iterable[MaskedWeight]) -> None:
+    """Say that nobody but this package writes the weights from here on, until the next update."""
+    for weight in weights:
+        weight.seal()
