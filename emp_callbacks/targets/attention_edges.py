@@ -114,9 +114,9 @@ class EdgeSite(ForwardSite):
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
         if compiling:
-            watched: Tensor = watch(output, seen, self._number, False)
+            watched: Tensor = watch(output, seen, None, self._number, False)
             return watched
-        self.see_forward(seen)
+        self.see_forward(seen, None)
         return output
 
     @torch.no_grad()
@@ -138,8 +138,8 @@ class EdgeSite(ForwardSite):
             self._gather(choice, kept, allowed, weights[:, 0])
         return (kept | ~allowed.any(1, keepdim=True)).view(scores.shape)
 
-    def see_forward(self, activation: Tensor) -> None:
-        """Gather statistics of logits, see `choose`."""
+    def see_forward(self, activation: Tensor, positions: Tensor | None) -> None:  # noqa: ARG002
+        """Gather statistics of logits, see `choose`: of all rows, as attention masks say themselves what is read."""
         self.choose(activation)
 
     def _gather(self, choice: RowChoice, kept: Tensor, allowed: Tensor, first_weight: Tensor) -> None:
