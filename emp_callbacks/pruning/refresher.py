@@ -148,7 +148,7 @@ class Refresher:
         self._rule = _rule_at(position, self._config)
         masked = [layer for layer in self.layers if layer.mask is not None]
         own = [int(layer.mask_or_ones.reshape(-1)[layer.span.counted].sum()) for layer in masked]
-        kept = self._backend.all_sum(torch.tensor(own, dtype=torch.int64)).tolist()
+        kept = self._backend.all_sum(torch.tensor(own, dtype=torch.int64)).tolist() if own else []
         self._kept = {layer.name: count for layer, count in zip(masked, kept, strict=True)}
 
     def _count_kept(self, events: Sequence[PruneEvent]) -> None:

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from emp_callbacks.core.bit_patterns import as_bits, from_bits
 from emp_callbacks.targets.activation_modules import is_activation
 from emp_callbacks.targets.compiled_site import choose, watch
 from emp_callbacks.targets.feature_form import FeatureForm, FeatureLayout, feature_layout
 from emp_callbacks.targets.forward_site import CountRule, ForwardSite, choose_rows, in_backward, named_sites
 from emp_callbacks.targets.positions import counted_rows
+from emp_callbacks.targets.replace_pruned import replace_pruned
 
 STATISTICS = ("activation", "taylor", "saliency")
 
@@ -208,7 +208,7 @@ class FeatureSite(ForwardSite):
     def _masked(self, activation: Tensor, layout: FeatureLayout, mask: Tensor) -> Tensor:
         viewed = activation.reshape(layout.view)
         fill = 0.0 if self._mean is None else layout.spread(self._mean).to(activation.dtype)
-        return _replace_pruned(viewed, layout.spread(mask), fill).reshape(activation.shape)
+        return replace_pruned(viewed, layout.spread(mask), fill).reshape(activation.shape)
 
     def _dynamic(self, activation: Tensor, layout: FeatureLayout) -> Tensor | None:
         compiling = torch.compiler.is_compiling()
@@ -217,7 +217,7 @@ class FeatureSite(ForwardSite):
             mean = self._sample_means(viewed, layout)
             scores = _distances(viewed, mean, layout)
             kept = choose(scores, self._number) if compiling else self.choose(scores)
-            return _replace_pruned(viewed, layout.spread(kept), mean).reshape(activation.shape)
+            return replace_pruned(viewed, layout.spread(kept), mean).reshape(activation.shape)
         if not self._gathers:
             return None
         if compiling:
@@ -291,41 +291,6 @@ class FeatureSite(ForwardSite):
 def _distances(viewed: Tensor, mean: Tensor | float, layout: FeatureLayout) -> Tensor:
     """Return how far each sample's features are from what pruning makes of them, shape (B, F), float64."""
     return layout.mean((viewed - mean).detach().abs())
-
-
-def _replace_pruned(viewed: Tensor, mask: Tensor, fill: Tensor | float) -> Tensor:
-    """Return activations with the pruned ones replaced; never by a product, in which a pruned Inf becomes NaN."""
-    if isinstance(fill, Tensor) or torch.compiler.is_compiling():
-        return torch.where(mask, viewed, fill)
-    zeroed: Tensor = _ZeroPruned.apply(viewed, mask)
-    return zeroed
-
-
-def _where_kept(viewed: Tensor, mask: Tensor) -> Tensor:
-    return torch.where(mask, viewed, 0.0)
-
-
-class _ZeroPruned(torch.autograd.Function):
-    """What torch.where(mask, activation, 0) is, forward and backward, in an eighth of its time on a CPU."""
-
-    @staticmethod
-    def forward(viewed: Tensor, mask: Tensor) -> Tensor:
-        bits = as_bits(viewed)
-        return from_bits(bits & mask.to(bits.dtype).neg(), viewed.dtype)  # -1 has all bits set
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG004
-        ctx.save_for_backward(inputs[1])
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _ZeroPruned.apply(gradient, *ctx.saved_tensors), None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, int | None], viewed: Tensor, mask: Tensor) -> tuple[Tensor, int]:
-        # torch up to 2.11 cannot view numbers as integers under torch.func.vmap, so no rule can be generated
-        where = torch.func.vmap(_where_kept, in_dims, randomness=info.randomness)
-        return where(viewed, mask), 0
 
 
 class _WatchGradient(torch.autograd.Function):
