@@ -18,7 +18,7 @@ Tensors = dict[str, Tensor]
 
 # So many batches are kept apart; older ones are folded into sums, so that long windows take no more memory.
 KEPT_APART = 64
-_FOLDED = "folded"
+_APART, _FOLDED = "apart", "folded"
 
 
 class Evidence:
@@ -163,7 +163,10 @@ class Evidence:
             if isinstance(layer, WeightLayer) and layer.gathered is not None:
                 found[f"weight:{layer.name}"] = layer.gathered.cpu().clone()
             if isinstance(layer, UnitLayer):
-                found |= {f"units:{layer.name}:{batch}": sums.cpu().clone() for batch, sums in layer.gathered.items()}
+                if layer.gathered:
+                    nothing = torch.zeros(layer.units, dtype=torch.float64)
+                    parts = [layer.gathered.get(batch, nothing) for batch in self.batches]
+                    found[f"units:{layer.name}:{_APART}"] = torch.stack(parts)
                 if layer.folded is not None:
                     found[f"units:{layer.name}:{_FOLDED}"] = layer.folded.clone()
         for site in self._sites:
@@ -186,7 +189,9 @@ class Evidence:
             if isinstance(layer, UnitLayer):
                 sums = _below(tensors, f"units:{layer.name}:")
                 layer.folded = sums.pop(_FOLDED, None)
-                layer.gathered = {int(batch): value for batch, value in sums.items()} if first else {}
+                parts = sums.pop(_APART, torch.zeros(0, layer.units)).unbind()
+                earlier = {int(batch): value for batch, value in sums.items()}  # each by itself, in older states
+                layer.gathered = {**earlier, **dict(zip(batches, parts, strict=False))} if first else {}
         for site in self._sites:
             site.sums = _below(tensors, f"site:{site.name}:") if first else {}
 
