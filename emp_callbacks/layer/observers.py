@@ -109,7 +109,7 @@ class InputSquares(Observer):
         return [self.module.register_forward_pre_hook(self._hook)]
 
     def _hook(self, module: nn.Module, args: Any) -> Any:  # noqa: ARG002
-        return (self._shown(args[0]), *args[1:])
+        return (self._shown(args[0]), *args[1:]) if args else None  # named arguments do not come by here
 
     def _total(self, values: Tensor) -> Tensor:
         own = feature_dim(self.module, values.ndim)
@@ -137,7 +137,7 @@ class ActivationSizes(Observer):
         return [self.module.register_forward_hook(self._after)]
 
     def _before(self, module: nn.Module, args: Any) -> Any:  # noqa: ARG002
-        return (self._shown(args[0]), *args[1:])
+        return (self._shown(args[0]), *args[1:]) if args else None  # named arguments do not come by here
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG002
         return self._shown(output)

@@ -173,8 +173,12 @@ def test_a_layer_that_is_called_in_evaluation_only_is_told(settings):
     net(torch.randn(4, 6))
     net.train().route = 0
     steps(net, optimizer, pruner, 1)
-    notes = " ".join(event.note for event in pruner.trajectory)
+    notes = " ".join(event.note for event in pruner.last_events)
     assert "(it was called in evaluation mode only)" in notes
+    steps(net, optimizer, pruner, 3)
+    notes = " ".join(event.note for event in pruner.last_events)
+    assert "(nothing passed it)" in notes, "that was before the last refresh"
+    assert "evaluation" not in notes
 
 
 def test_scores_are_of_layers_with_evidence():
