@@ -1,12 +1,14 @@
 """What counts as evidence: each batch once, old batches as sums, modules in evaluation mode, counted positions."""
 
+import contextlib
 import copy
 
 import pytest
 import torch
 from torch import nn
 
-from emp_callbacks import EMPPruner
+from emp_callbacks import BetaSchedule, EMPPruner, effective_number
+from emp_callbacks.layer import MissingEvidence
 from emp_callbacks.pruning import evidence as evidence_module
 from tests.layer.test_units import make_vit
 
@@ -331,3 +333,26 @@ def test_nested_tensors_are_watched_and_masked_sample_by_sample(settings, layout
         out = net(torch.nested.nested_tensor(samples, layout=layout))
         for row, sample in zip(out.unbind(), samples, strict=True):
             torch.testing.assert_close(row, net(sample[None])[0])
+
+
+# ---- the rule of dynamic sites ----------------------------------------------------------------------------------
+
+
+def test_samples_choose_by_the_beta_of_the_last_refresh_that_succeeded():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 40), nn.Tanh())
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    beta = BetaSchedule(first=1.0, last=0.2, until=2)
+    pruner = EMPPruner(net, optimizer, target="features", dynamic=True, every_n_steps=1, beta=beta, tolerance=0.0)
+    x = torch.randn(3, 5)
+    n_eff = [effective_number(row) for row in net(x).detach()]
+    for expected in (0.6, 0.2):
+        net(x).sum().backward()
+        optimizer.step()
+        pruner.step()
+        assert (net(x) != 0).sum(1).tolist() == [int(expected * n) for n in n_eff]
+    before = (net(x) != 0).sum(1).tolist()
+    pruner._refresher.evidence.release()
+    with pytest.raises(MissingEvidence):
+        pruner._refresher.run(0, 0, 0, contextlib.nullcontext())  # where beta would be 1
+    assert (net(x) != 0).sum(1).tolist() == before
