@@ -282,6 +282,22 @@ def test_padding_is_no_evidence_where_positions_say_so(settings):
             torch.testing.assert_close(value, expected[key], msg=f"{key}: {value} and {expected[key]}")
 
 
+@pytest.mark.parametrize("criterion", ["activation", "taylor"])
+def test_rows_that_are_positions_count_as_samples_each(criterion):
+    found = []
+    for mask in (IDS > 0, None):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 6), nn.Tanh())
+        pruner = EMPPruner(net, target="features", criterion=criterion)
+        pruner._refresher.evidence.count_positions(mask)
+        x = torch.linspace(-2, 2, 48).view(12, 4)
+        net(x if mask is not None else x[(IDS > 0).flatten()]).square().sum().backward()
+        found.append(pruner._refresher.evidence._sites[0].statistics())
+    assert float(found[0]["samples"]) == 9
+    for key, value in found[0].items():
+        torch.testing.assert_close(value, found[1][key])
+
+
 def test_a_backward_pass_counts_the_positions_of_its_own_forward():
     sums = []
     for later in (None, torch.ones(3, 4)):
@@ -333,6 +349,18 @@ def test_nested_tensors_are_watched_and_masked_sample_by_sample(settings, layout
         out = net(torch.nested.nested_tensor(samples, layout=layout))
         for row, sample in zip(out.unbind(), samples, strict=True):
             torch.testing.assert_close(row, net(sample[None])[0])
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_a_masked_nested_tensor_can_be_added_to_what_it_came_from(layout):
+    net = nn.Sequential(nn.Tanh())
+    pruner = EMPPruner(net, target="features", beta=0.5)
+    x = torch.nested.nested_tensor([torch.rand(length, 4) for length in (3, 1)], layout=layout)
+    net(x)
+    pruner.refresh()
+    kept = pruner.masks["0"]
+    for row, before in zip((x + net(x)).unbind(), x.unbind(), strict=True):
+        torch.testing.assert_close(row, before + before.tanh() * kept)
 
 
 # ---- the rule of dynamic sites ----------------------------------------------------------------------------------
