@@ -69,7 +69,8 @@ class WeightLayer(Layer):
         if not bool(self.ranks.all_sum(torch.tensor(float(reached))) > 0):
             raise no_gradient(self.name)
         if self._sum is None:  # this rank holds nothing of it, or its batches did not reach it
-            return torch.zeros_like(self.weight, dtype=torch.float32)
+            # in the dtype of the other ranks' sums, by which all of them search
+            return torch.zeros_like(self.weight, dtype=torch.promote_types(self.weight.dtype, torch.float32))
         return self._sum / batches.total
 
     def input_products(self) -> Tensor | None:
