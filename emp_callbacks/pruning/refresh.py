@@ -61,11 +61,15 @@ def refresh_masks(
         MissingEvidence: There is none for any layer; no mask was changed.
         RuntimeError: Ranks disagree; no mask was changed.
     """
-    found = list(zip(layers, scores_of(layers, criterion), strict=True))
-    known = [(layer, scores) for layer, scores in found if isinstance(scores, Tensor)]
-    missing = {layer.name: error for layer, error in found if isinstance(error, MissingEvidence)}
-    if not known:
-        raise next(iter(missing.values()))
+    found = scores_of(layers, criterion)
+    nothing = [scores for scores in found if isinstance(scores, MissingEvidence)]
+    if len(nothing) == len(found):
+        raise nothing[0]
+    if mode.name == "freeze" and nothing:
+        found = [_or_frozen(scores, layer, backend) for scores, layer in zip(found, layers, strict=True)]
+    pairs = list(zip(layers, found, strict=True))
+    known = [(layer, scores) for layer, scores in pairs if isinstance(scores, Tensor)]
+    missing = {layer.name: error for layer, error in pairs if isinstance(error, MissingEvidence)}
     scored = [layer for layer, _ in known]
     events = _refresh_scored(
         scored, [scores for _, scores in known], criterion, rule, mode, backend, common, certified=certified
@@ -141,7 +145,21 @@ def _take_as_it_is(layer: Layer, mode: MaskMode, backend: Backend) -> Tensor:
             mode.install(weight, part, backend.optimizer_states(weight.segment))
     if layer.mask is None:
         return torch.tensor([float(layer.span.size) if layer.is_known and backend.rank == 0 else 0.0])
-    return count_true(layer.mask.reshape(-1)[layer.span.counted]).double().reshape(1).cpu()
+    return _own_kept(layer.mask, layer)
+
+
+def _own_kept(mask: Tensor, layer: Layer) -> Tensor:
+    return count_true(mask.reshape(-1)[layer.span.counted]).double().reshape(1).cpu()
+
+
+def _or_frozen(scores: Tensor | MissingEvidence, layer: Layer, backend: Backend) -> Tensor | MissingEvidence:
+    """Return zeros for a layer of which `freeze` has left nothing: no gradient can reach it, as is known. Collective.
+
+    Of others without evidence what says so.
+    """
+    if isinstance(scores, Tensor) or layer.mask is None or bool(backend.all_sum(_own_kept(layer.mask, layer))):
+        return scores
+    return torch.zeros_like(layer.mask, dtype=torch.float32)
 
 
 def refresh_dynamic(

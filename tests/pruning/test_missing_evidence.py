@@ -184,3 +184,18 @@ def test_a_layer_that_is_called_in_evaluation_only_is_told(settings):
 def test_scores_are_of_layers_with_evidence():
     _, _, pruner = trained(2, criterion="wanda")
     assert list(pruner.scores()) == ["first.weight", "experts.0.0.weight", "experts.0.2.weight"]
+
+
+def test_a_layer_of_which_freeze_left_nothing_is_counted_as_before():
+    net, optimizer, pruner = trained(criterion="saliency", mode="freeze", include=["first.weight", "experts.0.*weight"])
+    with torch.no_grad():
+        for weight in pruner._weights:
+            if weight.name == "first.weight":
+                weight.mask.zero_()
+                weight.weight.zero_()
+    steps(net, optimizer, pruner, 3)
+    first, event = pruner.trajectory[0], pruner.trajectory[-1]
+    assert event.n == first.n
+    assert not event.note
+    assert not pruner.masks["first.weight"].any()
+    assert [layer.keep for layer in event.layers if layer.name == "first.weight"] == [0]
