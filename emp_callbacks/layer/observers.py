@@ -28,6 +28,10 @@ class Observer(ForwardSite):
         super().__init__(name, module)
         self.size = size
 
+    @property
+    def reads_positions(self) -> bool:
+        return True
+
     def statistics(self) -> dict[str, Tensor]:
         """Return this rank's sums since `reset`, float64: "total", shape (size,), and "count", shape ()."""
         zeros = {"total": torch.zeros(self.size, dtype=torch.float64), "count": torch.zeros((), dtype=torch.float64)}

@@ -68,6 +68,11 @@ class Evidence:
         for site in self._sites:
             site.observing, site.in_eval = near, in_eval
 
+    @property
+    def reads_positions(self) -> bool:
+        """Whether what is gathered now depends on which positions of the batch count."""
+        return any(site.observing and site.reads_positions for site in self._sites)
+
     def count_positions(self, mask: Tensor | None) -> None:
         """Let only some positions of the next batch be evidence, until the next call.
 

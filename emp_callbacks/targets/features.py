@@ -47,6 +47,10 @@ class FeatureSite(ForwardSite):
         self._rule = rule
         self._device = torch.device("cpu")
 
+    @property
+    def reads_positions(self) -> bool:
+        return not self.form.dynamic and self.form.axis == "channel"
+
     def statistics(self) -> dict[str, Tensor]:
         """Return this rank's sums since `reset`, float64, always the same keys and shapes.
 
@@ -256,7 +260,7 @@ class FeatureSite(ForwardSite):
 
     def _counted(self, positions: Tensor | None, layout: FeatureLayout, viewed: Tensor) -> Tensor | None:
         """Return which positions of a viewed activation count, shape (B, T, 1) or (rows, 1), bool; None: all do."""
-        if self.form.axis != "channel" or layout.features != (viewed.dim() - 1,):
+        if not self.reads_positions or layout.features != (viewed.dim() - 1,):
             return None
         rows = counted_rows(positions, viewed.shape)
         return None if rows is None else rows.to(viewed.device).unsqueeze(-1)

@@ -85,6 +85,11 @@ class ForwardSite(ABC):
     def sums(self, sums: dict[str, Tensor]) -> None:
         self._sums = dict(sums)
 
+    @property
+    def reads_positions(self) -> bool:
+        """Whether the statistics depend on `positions`."""
+        return False
+
     @abstractmethod
     def statistics(self) -> dict[str, Tensor]:
         """Return this rank's sums since `reset`, float64: they add over ranks."""

@@ -313,6 +313,24 @@ def test_a_backward_pass_counts_the_positions_of_its_own_forward():
     torch.testing.assert_close(*sums)
 
 
+@pytest.mark.parametrize(
+    ("settings", "reads"),
+    [
+        ({"criterion": "wanda"}, True),
+        ({"target": "features"}, True),
+        ({"target": "features", "axis": "token"}, False),
+        ({"target": "features", "dynamic": True}, False),
+        ({"criterion": "taylor"}, False),
+    ],
+)
+def test_positions_are_read_only_where_and_when_they_change_something(settings, reads):
+    net = Tokens()
+    near = EMPPruner(net, **settings)
+    assert near._refresher.evidence.reads_positions == reads
+    far = EMPPruner(net, torch.optim.SGD(net.parameters(), lr=0.1), every_n_steps=9, evidence_steps=1, **settings)
+    assert not far._refresher.evidence.reads_positions
+
+
 def test_positions_that_do_not_fit_an_activation_are_all_counted():
     net = Tokens()
     pruner = EMPPruner(net, criterion="wanda", include=["up.weight"])
