@@ -14,6 +14,7 @@ from emp_callbacks.criteria import DEFAULT_CRITERIA, ScoreFunction, criterion_na
 from emp_callbacks.layer.mask_mode import MASK_MODES
 from emp_callbacks.schedule import BetaSchedule, Schedule, check_count
 from emp_callbacks.targets.feature_form import FeatureForm
+from emp_callbacks.targets.positions import PositionsSource, function_for
 
 TARGETS = tuple(DEFAULT_CRITERIA)
 SCOPES = ("global", "tensor", "row")
@@ -63,6 +64,9 @@ class EMPConfig:
         per: Who chooses them: each "sample", or in causal models each "token" its own channels.
         center: What a pruned feature becomes: "zero" or "mean".
         patch_size: Pixels per side of a patch.
+        positions: Where a batch says which of its positions count as evidence, so that padding does not: a key, looked
+            up where the batch is a mapping that has it; or a function of the batch, in a recipe "module.function". It
+            gives a mask of shape (B, T), nonzero where a position counts. None: all count.
 
     Raises:
         ValueError: A value or a combination is invalid; the message names it and the remedy.
@@ -91,6 +95,7 @@ class EMPConfig:
     per: str = "sample"
     center: str = "zero"
     patch_size: int = 4
+    positions: PositionsSource | None = "attention_mask"
 
     def __post_init__(self) -> None:
         _check_choice("target", self.target, TARGETS)
@@ -109,6 +114,7 @@ class EMPConfig:
         check_count("min_units", self.min_units, least=0)
         if not (isinstance(self.tolerance, (int, float)) and 0 <= self.tolerance < 1):
             raise ValueError(f"tolerance must be a number of units in [0, 1), got {self.tolerance!r}")
+        _check_positions(self.positions)
         self._check_forward()
         self._check_combination()
 
@@ -248,6 +254,16 @@ def _check_patterns(name: str, patterns: Sequence[str] | None) -> None:
         raise ValueError(
             f"{name} must be a non-empty list of glob patterns, got {patterns!r}; use None for the default"
         )
+
+
+def _check_positions(source: Any) -> None:
+    if source is None:
+        return
+    if not (callable(source) or isinstance(source, str)) or source == "":
+        raise ValueError(
+            f"positions must be a key of the batch, a function of it ('module.function') or None, got {source!r}"
+        )
+    function_for(source)
 
 
 def _check_fraction(name: str, value: float, *, lowest_allowed: bool) -> None:

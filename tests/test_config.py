@@ -36,6 +36,9 @@ BAD = [
     ({"density": 0.0}, r"density must be a fraction in \(0, 1\], got 0.0"),
     ({"density": 0.5, "beta": 2.0}, "density=0.5 fixes the keep count, so beta=2.0 would do nothing"),
     ({"density": 0.5, "min_density": 0.6}, "min_density=0.6 is above density=0.5"),
+    ({"positions": ""}, "positions must be a key of the batch, a function of it .*, got ''"),
+    ({"positions": 3}, "positions must be a key of the batch, a function of it .*, got 3"),
+    ({"positions": "nowhere.at_all"}, "positions 'nowhere.at_all' cannot be imported"),
 ]
 
 

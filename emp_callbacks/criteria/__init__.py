@@ -1,7 +1,5 @@
 """How to score: one file is one formula and one small class."""
 
-from importlib import import_module
-
 from emp_callbacks.criteria.activation import Activation
 from emp_callbacks.criteria.attention import AttentionLogit, AttentionWeight
 from emp_callbacks.criteria.base import Criterion, ScoreFunction, UserCriterion
@@ -13,6 +11,7 @@ from emp_callbacks.criteria.spline import Spline
 from emp_callbacks.criteria.taylor import Taylor
 from emp_callbacks.criteria.wanda import Wanda
 from emp_callbacks.criteria.weight_norm import WeightNorm
+from emp_callbacks.targets.dotted_path import function_at
 
 CRITERIA: dict[str, type[Criterion]] = {
     "magnitude": Magnitude,
@@ -52,7 +51,7 @@ def make_criterion(criterion: str | ScoreFunction | None, target: str) -> Criter
     """
     chosen = DEFAULT_CRITERIA[target] if criterion is None else criterion
     if isinstance(chosen, str) and chosen not in CRITERIA and "." in chosen:
-        chosen = _imported(chosen)
+        chosen = function_at(chosen, "criterion")
     if isinstance(chosen, str):
         found = CRITERIA.get(chosen)
         if found is None or target not in found.targets:
@@ -81,15 +80,6 @@ def criterion_name(criterion: str | ScoreFunction | None, target: str) -> str:
         return criterion
     named = type(criterion) if isinstance(criterion, Criterion) else criterion
     return str(getattr(named, "__qualname__", type(criterion).__name__))
-
-
-def _imported(path: str) -> ScoreFunction:
-    module, _, name = path.rpartition(".")
-    try:
-        found: ScoreFunction = getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"criterion {path!r} cannot be imported ({error}); write 'module.function'") from error
-    return found
 
 
 __all__ = [

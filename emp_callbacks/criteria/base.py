@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, final
 
 from torch import Tensor
 
-from emp_callbacks.layer import Layer
+from emp_callbacks.layer import Batches, Layer
 
 Evidence = Literal["gradients", "inputs", "activations"]
 ScoreFunction = Callable[[Any], Tensor]
@@ -59,8 +59,8 @@ class Criterion(ABC):
         """Return what was gathered for a layer. Collective."""
         return layer.evidence(self.batches)
 
-    batches: tuple[int, ...] = ()
-    """The optimizer steps whose gradients were gathered; set by the pruner before it asks for scores."""
+    batches: Batches = Batches()
+    """The batches whose gradients were gathered; set by the pruner before it asks for scores."""
 
 
 @final

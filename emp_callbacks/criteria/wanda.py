@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from emp_callbacks.criteria.base import Criterion
 from emp_callbacks.layer import Layer, WeightLayer
+from emp_callbacks.targets.forward_site import runs_hooks
 
 
 @final
@@ -24,8 +25,8 @@ class Wanda(Criterion):
     def check(self, layer: Layer) -> None:
         if not layer.sites:
             raise ValueError(
-                f"criterion 'wanda' needs the inputs of a Linear, Conv1D or Conv layer, and {layer.name!r} belongs to "
-                "none; exclude it, or use criterion 'magnitude' or 'taylor'"
+                "criterion 'wanda' needs the inputs of a Linear, Conv1D or Conv layer that the model calls, and "
+                f"{layer.name!r} belongs to none; exclude it, or use criterion 'magnitude' or 'taylor'"
             )
 
     def score(self, layer: WeightLayer) -> Tensor:
@@ -36,4 +37,4 @@ class Wanda(Criterion):
 def is_observable(module: nn.Module) -> bool:
     """Return whether a module multiplies its input with its weight as this criterion assumes."""
     plain = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    return isinstance(module, plain) or type(module).__name__ == "Conv1D"
+    return (isinstance(module, plain) or type(module).__name__ == "Conv1D") and runs_hooks(module)

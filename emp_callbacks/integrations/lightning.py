@@ -30,6 +30,7 @@ from emp_callbacks.integrations.lightning_record import (
 from emp_callbacks.integrations.lightning_strategy import check_strategy, sharding_model
 from emp_callbacks.pruning.pruner import EMPPruner
 from emp_callbacks.pruning.signatures import warn_the_user
+from emp_callbacks.targets.positions import positions_of
 from emp_callbacks.trajectory import PruneEvent, Trajectory, layer_table, trajectory_file
 
 __all__ = ["EMPCallback", "log_values"]
@@ -190,6 +191,8 @@ class EMPCallback(EvaluationHooks, *_callback_classes()):  # type: ignore[misc]
         if batch_idx == 0 and self.pruner is not None:
             # Once more: another callback may accumulate other numbers of batches from this epoch on.
             self.pruner.start_epoch(_epoch_length(trainer))
+        if self.pruner is not None and self.pruner.reads_positions:
+            self.pruner.count_positions(positions_of(batch, self.config.positions))
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:  # noqa: ARG002
         if self.pruner is not None and self.pruner.sharded:

@@ -1,8 +1,18 @@
 """What one row of the layer table is about: the components of a parameter, of an attention, of a module's output."""
 
-from emp_callbacks.layer.base import Layer, PerWeight, Ranks
+from emp_callbacks.layer.base import Batches, Layer, MissingEvidence, PerWeight, Ranks
 from emp_callbacks.layer.features import FeatureLayer
 from emp_callbacks.layer.units import Member, UnitLayer
 from emp_callbacks.layer.weights import WeightLayer
 
-__all__ = ["FeatureLayer", "Layer", "Member", "PerWeight", "Ranks", "UnitLayer", "WeightLayer"]
+__all__ = [
+    "Batches",
+    "FeatureLayer",
+    "Layer",
+    "Member",
+    "MissingEvidence",
+    "PerWeight",
+    "Ranks",
+    "UnitLayer",
+    "WeightLayer",
+]

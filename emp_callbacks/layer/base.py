@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from emp_callbacks.layer.mask_mode import MaskedWeight
@@ -15,6 +17,40 @@ from emp_callbacks.targets.forward_site import ForwardSite
 
 PerWeight = Callable[[Tensor, Tensor], Tensor]
 """What a gradient criterion makes of a weight and its gradient in one batch; same shape."""
+
+
+class MissingEvidence(RuntimeError):  # noqa: N818
+    """Nothing is known of a layer since the last refresh, on any rank: all ranks raise it together.
+
+    Attributes:
+        layer: Name of the layer.
+        reason: What was missing, in words that fit into a row.
+    """
+
+    def __init__(self, layer: str, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.layer, self.reason = layer, reason
+
+    def __reduce__(self) -> tuple[type[MissingEvidence], tuple[str, str, str]]:
+        return type(self), (self.layer, self.reason, str(self))
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The batches whose gradients were gathered, the same on every rank.
+
+    Attributes:
+        steps: The optimizer steps of those that are kept apart.
+        folded: How many there were before these, of which layers keep only sums.
+    """
+
+    steps: tuple[int, ...] = ()
+    folded: int = 0
+
+    @property
+    def total(self) -> int:
+        """Number of all batches."""
+        return self.folded + len(self.steps)
 
 
 class Ranks(Protocol):
@@ -95,16 +131,26 @@ class Layer(ABC):
             per_weight: Made of each weight and its gradient, then summed over the component.
         """
 
+    def meet(self) -> None:
+        """Agree over ranks on what only some of them have seen of the layer. Collective.
+
+        Raises:
+            MissingEvidence: No rank has seen what is needed to know its components.
+        """
+
     @abstractmethod
-    def evidence(self, batches: Sequence[int]) -> Tensor:
+    def evidence(self, batches: Batches) -> Tensor:
         """Return what was gathered, over all ranks: a number per component, same layout as `mask`. Collective.
 
         Args:
-            batches: The optimizer steps whose gradients were gathered, the same on every rank.
+            batches: Of gradients.
 
         Raises:
-            RuntimeError: Nothing was gathered.
+            MissingEvidence: Nothing was gathered, on any rank.
         """
+
+    def fold(self, batches: Sequence[int]) -> None:
+        """Keep of these batches, which are over on every rank, no more than their sums. Collective."""
 
     def release(self) -> None:
         """Forget what gradients said; `sites` are reset by whoever attached them."""
@@ -113,10 +159,8 @@ class Layer(ABC):
         """Return an observer's sums and how many values went into each, over all ranks. Collective."""
         sums = self._summed(observer)
         if not bool(sums["count"] > 0):
-            raise RuntimeError(
-                f"nothing passed {observer.name!r} while {unseen} were gathered; no mask was changed. Run training "
-                "steps before the refresh, make the pruner before a compiled model's first call, and exclude the "
-                "module if it is never called as such"
+            raise nothing_passed(
+                self.name, observer, self.ranks, f"nothing passed {observer.name!r} while {unseen} were gathered"
             )
         return sums["total"], float(sums["count"])
 
@@ -125,10 +169,46 @@ class Layer(ABC):
         return {key: self.ranks.all_sum(value).cpu() for key, value in sorted(site.statistics().items())}
 
 
-def check_gathered(name: str, batches: Sequence[int]) -> None:
-    """Raise RuntimeError, which says how to gather them, unless there are batches of gradients."""
-    if not batches:
-        raise RuntimeError(
-            f"no gradients of {name!r} were gathered; no mask was changed. Run optimizer steps before the refresh; "
-            "without an optimizer call collect() after each backward()"
+def nothing_passed(layer: str, site: ForwardSite, ranks: Ranks, what: str) -> MissingEvidence:
+    """Return the error of a layer whose site saw nothing on any rank. Collective.
+
+    Args:
+        layer: Name of the layer.
+        site: Its hooks.
+        ranks: The job's processes.
+        what: How the message begins.
+    """
+    if bool(ranks.all_sum(torch.tensor(float(site.passed_in_eval))) > 0):
+        return MissingEvidence(
+            layer,
+            "it was called in evaluation mode only",
+            f"{what}: it was called in evaluation mode only; no mask was changed. Evidence is gathered in training: "
+            "call train() on the model, or refresh without a schedule",
         )
+    return MissingEvidence(
+        layer,
+        "nothing passed it",
+        f"{what}; no mask was changed. Run training steps before the refresh (criteria that read gradients also need "
+        "backward), and exclude the module if it is never called as such",
+    )
+
+
+def check_gathered(name: str, batches: Batches) -> None:
+    """Raise MissingEvidence, which says how to gather them, unless there are batches of gradients."""
+    if not batches.total:
+        raise MissingEvidence(
+            name,
+            "no gradients were gathered",
+            f"no gradients of {name!r} were gathered; no mask was changed. Run optimizer steps before the refresh; "
+            "without an optimizer call collect() after each backward()",
+        )
+
+
+def no_gradient(name: str) -> MissingEvidence:
+    """Return the error of a layer of which the gathered batches say nothing, on any rank."""
+    return MissingEvidence(
+        name,
+        "no gradient reached it",
+        f"no gradient reached {name!r} in the gathered batches, or all that they say of it is 0; no mask was changed. "
+        "Run more optimizer steps before the refresh, or exclude it",
+    )

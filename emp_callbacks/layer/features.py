@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import final
 
 import torch
 from torch import Tensor
 
-from emp_callbacks.layer.base import Layer, Ranks
+from emp_callbacks.layer.base import Batches, Layer, MissingEvidence, Ranks, nothing_passed
 from emp_callbacks.layer.segment import Span
 from emp_callbacks.targets.features import FeatureSite
 
@@ -33,12 +32,10 @@ class FeatureLayer(Layer):
 
     @property
     def span(self) -> Span:
-        size, rank, ranks = self.site.size, self.ranks.rank, self.ranks.world_size
+        rank, ranks = self.ranks.rank, self.ranks.world_size
+        size = self.site.size if self._mask is None else self._mask.numel()
         if size is None:
-            raise RuntimeError(
-                f"module {self.site.name!r} has not been called, so its features are not known; run training steps "
-                "before the refresh, make the pruner before a compiled model's first call, or exclude the module"
-            )
+            raise _not_called(self.site.name)
         counted = slice(size * rank // ranks, size * (rank + 1) // ranks)
         shape = torch.Size([size])
         return Span(name=self.site.name, shape=shape, output_dim=0, positions=0, replicated=True, counted=counted)
@@ -72,12 +69,39 @@ class FeatureLayer(Layer):
     def _ones(self) -> Tensor:
         return torch.ones(self.span.size, dtype=torch.bool)
 
-    def evidence(self, batches: Sequence[int]) -> Tensor:  # noqa: ARG002
+    def meet(self) -> None:
+        if agree_on_size(self.site, self.ranks) is None:
+            raise _not_called(self.name)
+
+    def evidence(self, batches: Batches) -> Tensor:  # noqa: ARG002
         sums = self._summed(self.site)
         if not bool(sums["samples"] > 0):
-            raise RuntimeError(
-                f"nothing passed {self.name!r} since the last refresh; no mask was changed. Run training steps before "
-                "the refresh (for taylor and saliency with backward), or exclude the module"
-            )
+            what = f"nothing passed {self.name!r} since the last refresh"
+            raise nothing_passed(self.name, self.site, self.ranks, what)
         self._found_mean = self.site.means(sums) if self.site.form.center == "mean" else None
         return self.site.scores(sums)
+
+
+def agree_on_size(site: FeatureSite, ranks: Ranks) -> int | None:
+    """Tell a rank that never called the module how many features it has; return it, None if none did. Collective.
+
+    Raises:
+        ValueError: Ranks have seen different numbers.
+    """
+    seen = {int(size) for size in ranks.from_all(torch.tensor(site.size or 0)).tolist()} - {0}
+    if len(seen) > 1:
+        raise ValueError(
+            f"module {site.name!r} gave {' and '.join(map(str, sorted(seen)))} features on different ranks; one mask "
+            "cannot serve them all: exclude it, and include modules whose outputs keep one size"
+        )
+    site.size = seen.pop() if seen else None
+    return site.size
+
+
+def _not_called(name: str) -> MissingEvidence:
+    return MissingEvidence(
+        name,
+        "it was not called",
+        f"module {name!r} has not been called, so its features are not known; no mask was changed. Run training steps "
+        "before the refresh, or exclude the module",
+    )

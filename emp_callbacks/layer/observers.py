@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from emp_callbacks.targets.compiled_site import watch
 from emp_callbacks.targets.forward_site import ForwardSite, in_backward
+from emp_callbacks.targets.positions import counted_rows
 
 
 class Observer(ForwardSite):
@@ -27,6 +28,10 @@ class Observer(ForwardSite):
         super().__init__(name, module)
         self.size = size
 
+    @property
+    def reads_positions(self) -> bool:
+        return True
+
     def statistics(self) -> dict[str, Tensor]:
         """Return this rank's sums since `reset`, float64: "total", shape (size,), and "count", shape ()."""
         zeros = {"total": torch.zeros(self.size, dtype=torch.float64), "count": torch.zeros((), dtype=torch.float64)}
@@ -37,18 +42,30 @@ class Observer(ForwardSite):
         if not self._gathers:
             return values
         if torch.compiler.is_compiling():
-            watched: Tensor = watch(values, values.detach(), self._number, False)
+            watched: Tensor = watch(values, values.detach(), self.positions, self._number, False)
             return watched
-        self.see_forward(values)
+        self.see_forward(values, self.positions)
         return values
 
     @torch.no_grad()
-    def see_forward(self, activation: Tensor) -> None:
+    def see_forward(self, activation: Tensor, positions: Tensor | None) -> None:
         """Add what passes, unless it is only computed again for a backward pass."""
-        if not in_backward():
-            values = activation.detach()
-            count = torch.tensor(values.numel() / self.size, device=values.device)
-            self._add({"total": self._total(values), "count": count, **self._further(values)})
+        if in_backward():
+            return
+        if activation.is_nested:  # of samples of different lengths; nothing in it is padding
+            for sample in activation.detach().unbind():
+                self._see(sample, None)
+        else:
+            self._see(activation.detach(), positions)
+
+    def _see(self, values: Tensor, positions: Tensor | None) -> None:
+        count = torch.tensor(values.numel() / self.size, dtype=torch.float64, device=values.device)
+        last = feature_dim(self.module, values.ndim) == values.ndim - 1
+        if last and (rows := counted_rows(positions, values.shape)) is not None:
+            rows = rows.to(values.device)
+            values = values.masked_fill(~rows.view(*rows.shape, *[1] * (values.ndim - rows.ndim)), 0.0)
+            count = count * rows.sum() / rows.numel()
+        self._add({"total": self._total(values), "count": count, **self._further(values)})
 
     def _further(self, values: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
         """Return further sums over what passes, float64."""
@@ -96,7 +113,7 @@ class InputSquares(Observer):
         return [self.module.register_forward_pre_hook(self._hook)]
 
     def _hook(self, module: nn.Module, args: Any) -> Any:  # noqa: ARG002
-        return (self._shown(args[0]), *args[1:])
+        return (self._shown(args[0]), *args[1:]) if args else None  # named arguments do not come by here
 
     def _total(self, values: Tensor) -> Tensor:
         own = feature_dim(self.module, values.ndim)
@@ -124,7 +141,7 @@ class ActivationSizes(Observer):
         return [self.module.register_forward_hook(self._after)]
 
     def _before(self, module: nn.Module, args: Any) -> Any:  # noqa: ARG002
-        return (self._shown(args[0]), *args[1:])
+        return (self._shown(args[0]), *args[1:]) if args else None  # named arguments do not come by here
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG002
         return self._shown(output)

@@ -9,7 +9,7 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
-from emp_callbacks.layer.base import Layer, PerWeight, Ranks, check_gathered
+from emp_callbacks.layer.base import Batches, Layer, PerWeight, Ranks, check_gathered, no_gradient
 from emp_callbacks.layer.mask_mode import MaskedWeight
 from emp_callbacks.layer.observers import ActivationSizes
 from emp_callbacks.layer.segment import Segment, Span
@@ -95,6 +95,7 @@ class UnitLayer(Layer):
         )
         self._mask: Tensor | None = None
         self._batches: dict[int, Tensor] = {}
+        self._folded: Tensor | None = None
 
     @property
     def span(self) -> Span:
@@ -134,26 +135,48 @@ class UnitLayer(Layer):
                 part = member.sums(values, self.units, self.ranks.rank)
                 self._batches[batch] = self._batches[batch] + part if batch in self._batches else part
 
-    def evidence(self, batches: Sequence[int]) -> Tensor:
+    def evidence(self, batches: Batches) -> Tensor:
         """Return mean over batches of |sum of per_weight over what pruning the unit zeroes|, or the mean |a|."""
         if self.activations is not None:
             sizes, count = self._observed(self.activations, "activations")
             return sizes / count
-        # abs after the sum over ranks: a unit whose slices lie on several ranks has one sum per batch
-        return self.signed_sums(batches).abs().mean(0)
+        sizes = self._sums(batches)[0]
+        if not bool(sizes.any()):
+            raise no_gradient(self.name)
+        return sizes / batches.total
 
-    def signed_sums(self, batches: Sequence[int]) -> Tensor:
-        """Return the sum of per_weight over what pruning each unit zeroes, shape (batches, units), float64. Collective.
+    def signed_mean(self, batches: Batches) -> Tensor:
+        """Return the mean over batches of the sum of per_weight over what pruning each unit zeroes. Collective.
+
+        Shape (units,), float64; `evidence` is the mean of its size.
 
         Raises:
-            RuntimeError: Nothing was gathered.
+            MissingEvidence: No batch was gathered.
         """
+        return self._sums(batches)[1] / batches.total
+
+    def _sums(self, batches: Batches) -> Tensor:
+        """Return the sums over batches of each unit's |sum| and of its signed sum, shape (2, units). Collective."""
         check_gathered(self.name, batches)
+        kept_apart = self._over_ranks(batches.steps)
+        return kept_apart if self._folded is None else self._folded + kept_apart
+
+    def _over_ranks(self, steps: Sequence[int]) -> Tensor:
         nothing = torch.zeros(self.units, dtype=torch.float64)
-        return self.ranks.all_sum(torch.stack([self._batches.get(batch, nothing) for batch in batches]))
+        parts = [self._batches.get(step, nothing) for step in steps]
+        if not parts:
+            return torch.zeros(2, self.units, dtype=torch.float64)
+        # abs after the sum over ranks: a unit whose slices lie on several ranks has one sum per batch
+        signed = self.ranks.all_sum(torch.stack(parts))
+        return torch.stack([signed.abs().sum(0), signed.sum(0)])
+
+    def fold(self, batches: Sequence[int]) -> None:
+        sums = self._over_ranks(batches)
+        self._folded = sums if self._folded is None else self._folded + sums
+        self._batches = {step: part for step, part in self._batches.items() if step not in batches}
 
     def release(self) -> None:
-        self._batches = {}
+        self._batches, self._folded = {}, None
 
     @property
     def gathered(self) -> dict[int, Tensor]:
@@ -163,3 +186,12 @@ class UnitLayer(Layer):
     @gathered.setter
     def gathered(self, value: dict[int, Tensor]) -> None:
         self._batches = value
+
+    @property
+    def folded(self) -> Tensor | None:
+        """Sums over the folded batches of |sum| and of the signed sum, shape (2, units), the same on every rank."""
+        return self._folded
+
+    @folded.setter
+    def folded(self, value: Tensor | None) -> None:
+        self._folded = value

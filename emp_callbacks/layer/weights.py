@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import final
 
 import torch
 from torch import Tensor
 
-from emp_callbacks.layer.base import Layer, PerWeight, Ranks, check_gathered
+from emp_callbacks.layer.base import Batches, Layer, PerWeight, Ranks, check_gathered, no_gradient
 from emp_callbacks.layer.mask_mode import MaskedWeight
 from emp_callbacks.layer.observers import InputSquares
 from emp_callbacks.layer.segment import Segment, Span
@@ -58,15 +58,20 @@ class WeightLayer(Layer):
             values = values if values.dtype == torch.float64 else values.float()
             self._sum = values if self._sum is None else self._sum.add_(values)
 
-    def evidence(self, batches: Sequence[int]) -> Tensor:
+    def evidence(self, batches: Batches) -> Tensor:
         """Return mean over batches of |per_weight|, or the l2 norm of the input that each weight multiplies."""
         if self.inputs is not None:
             squares, _ = self._observed(self.inputs, "inputs")
             return self._spread(squares.sqrt().to(self.weight.device))
         check_gathered(self.name, batches)
-        if self._sum is None:  # this rank holds nothing of it, or no loss depends on it
-            return torch.zeros_like(self.weight, dtype=torch.float32)
-        return self._sum / len(batches)
+        # Zeros are what set_to_none=False leaves of a gradient: a weight that no batch reached has no score of 0.
+        reached = self._sum is not None and bool(self._sum.any())
+        if not bool(self.ranks.all_sum(torch.tensor(float(reached))) > 0):
+            raise no_gradient(self.name)
+        if self._sum is None:  # this rank holds nothing of it, or its batches did not reach it
+            # in the dtype of the other ranks' sums, by which all of them search
+            return torch.zeros_like(self.weight, dtype=torch.promote_types(self.weight.dtype, torch.float32))
+        return self._sum / batches.total
 
     def input_products(self) -> Tensor | None:
         """Return X X^T of what each output reads, over all ranks, shape (groups, inputs, inputs), float64, on the CPU.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from emp_callbacks.core.chunks import chunks, count_true, longest_chunk, scratch
 from emp_callbacks.core.effective_number import keep_count
 from emp_callbacks.core.packing import pack_bits
 from emp_callbacks.core.selection import kept_mass
-from emp_callbacks.layer import Layer, Ranks
+from emp_callbacks.layer import Layer, MissingEvidence, Ranks
 from emp_callbacks.pruning.assembly import DynamicSite
 from emp_callbacks.pruning.certificates import Certificates
 from emp_callbacks.pruning.decision import Decision, Scored
@@ -133,17 +134,59 @@ def prune_event(
     )
 
 
+def unscored_event(layer: Layer, kept: int, error: MissingEvidence, common: dict[str, Any]) -> PruneEvent:
+    """Return the row of a group whose one layer had no evidence: it tells how its mask stands.
+
+    Args:
+        layer: The layer.
+        kept: Components that its mask keeps, over all ranks.
+        error: What was missing.
+        common: As for `prune_event`.
+    """
+    n = layer.span.size if layer.is_known else 0
+    density = kept / n if n else 1.0
+    stands = LayerStats(name=layer.name, n=n, n_eff=0.0, keep=kept, density=density, preserved_mass=1.0)
+    return PruneEvent(
+        **common,
+        group=layer.name,
+        n=n,
+        n_eff=0.0,
+        n_eff_fraction=0.0,
+        keep=kept,
+        threshold=0.0,
+        density=density,
+        preserved_mass=1.0,
+        mass_bound=None,
+        churn=0.0,
+        regrown=0,
+        seconds=0.0,
+        note=unscored_note([error]),
+        layers=(stands,) if n else (),
+    )
+
+
+def unscored_note(errors: Sequence[MissingEvidence], so: str = "") -> str:
+    """Return what a row says of layers without evidence, the first few by name, and what came of it."""
+    told = ", ".join(f"{error.layer!r} ({error.reason})" for error in errors[:3])
+    told += f" and {len(errors) - 3} more" * (len(errors) > 3)
+    return f"no evidence for {told}: {so or ('its mask stays' if len(errors) == 1 else 'their masks stay')}"
+
+
+def with_note(event: PruneEvent, note: str) -> PruneEvent:
+    """Return a row that says this, too."""
+    return replace(event, note="; ".join(filter(None, [event.note, note])))
+
+
 def dynamic_event(sites: Sequence[DynamicSite], sums: Sequence[dict[str, float]], common: dict[str, Any]) -> PruneEvent:
     """Return the row of masks that every sample, or query row, makes for itself: means since the last refresh.
 
     Args:
-        sites: Where they are made.
+        sites: Where they are made, those that something passed.
         sums: Each site's statistics over all ranks.
         common: As for `prune_event`.
 
     Raises:
-        RuntimeError: Nothing passed a site.
-        FloatingPointError: Nothing without NaN or Inf passed it.
+        FloatingPointError: Nothing without NaN or Inf passed a site.
     """
     layers = tuple(_dynamic_layer(site, found) for site, found in zip(sites, sums, strict=True))
     n, n_eff = sum(layer.n for layer in layers), sum(layer.n_eff for layer in layers)
@@ -171,15 +214,10 @@ def dynamic_event(sites: Sequence[DynamicSite], sums: Sequence[dict[str, float]]
 def _dynamic_layer(site: DynamicSite, sums: dict[str, float]) -> LayerStats:
     """Return a site's means per sample, or per query row: its components are then the keys that the row may read."""
     rows = sums.get("samples", sums.get("rows", 0.0))
-    if not rows and sums["not_finite"]:
+    if not rows:
         raise FloatingPointError(
             f"NaN or Inf in everything that passed {site.name!r} since the last refresh; no mask was changed. The run "
             "has diverged: lower the learning rate, clip gradients, or go back to the last checkpoint"
-        )
-    if not rows:
-        raise RuntimeError(
-            f"nothing passed {site.name!r} since the last refresh; no mask was changed. Run training steps before the "
-            "refresh, or exclude the module"
         )
     n = sums["allowed"] / rows if isinstance(site, EdgeSite) else float(site.size or 0)
     several = sums.get("first_token_rows", 0.0)

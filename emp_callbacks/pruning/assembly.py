@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from emp_callbacks.backends import Backend
 from emp_callbacks.config import EMPConfig
@@ -29,6 +30,7 @@ from emp_callbacks.targets import (
 from emp_callbacks.targets.attention_edges import EdgeSite, edge_sites
 from emp_callbacks.targets.features import FeatureSite, feature_sites
 from emp_callbacks.targets.forward_site import CountRule
+from emp_callbacks.targets.names import matches
 
 DynamicSite = FeatureSite | EdgeSite
 Globs = Sequence[str] | None
@@ -41,14 +43,14 @@ def find_layers(config: EMPConfig, criterion: Criterion, backend: Backend) -> li
         ValueError: The settings select nothing, or a layer that the criterion cannot score; the message names it.
         NotImplementedError: A parameter is sharded in a way that is not supported.
     """
+    _check_shapes(backend.module)
     if config.target == "weights":
         layers = _weight_layers(config, criterion, backend)
     elif config.target == "features":
         layers = _feature_layers(config, backend)
     else:
         layers = _unit_layers(config, criterion, backend)
-    for layer in layers:
-        criterion.check(layer)
+    _check_scorable(layers, criterion)
     return layers
 
 
@@ -56,8 +58,9 @@ def find_dynamic_sites(config: EMPConfig, criterion: Criterion, backend: Backend
     """Return the modules whose features or edges are chosen anew in every forward pass; hooks not yet attached.
 
     Raises:
-        ValueError: The settings select nothing.
+        ValueError: The settings select nothing, or a parameter has no shape yet.
     """
+    _check_shapes(backend.module)
     if config.target == "features":
         form = config.feature_form
         return [*feature_sites(backend.module, config.include, config.exclude, form, "activation", rule)]
@@ -95,6 +98,42 @@ def _rules(config: EMPConfig, backend: Backend) -> tuple[nn.Module, Globs, Globs
 
 def _is_updated(target: UnitTarget, updates: Callable[[nn.Parameter], bool]) -> bool:
     return any(updates(member.weight.parameter) for member in target.members if member.masked)
+
+
+def _check_shapes(model: nn.Module) -> None:
+    """Raise ValueError, which names the module, where a lazy one has not learned its parameters' shapes yet."""
+    for name, module in model.named_modules():
+        if any(is_lazy(parameter) for parameter in module.parameters(recurse=False)):
+            own = canonical_name(f"{name}.")[:-1]
+            raise ValueError(
+                f"{own!r} ({type(module).__name__}) has no shape yet: run one batch through the model first"
+            )
+
+
+def _check_scorable(layers: Sequence[Layer], criterion: Criterion) -> None:
+    """Raise one ValueError for all layers that the criterion cannot score, with the patterns that leave them out."""
+    refused: dict[str, ValueError] = {}
+    for layer in layers:
+        try:
+            criterion.check(layer)
+        except ValueError as error:
+            refused[layer.name] = error
+    if not refused:
+        return
+    names, reason = list(refused), next(iter(refused.values()))
+    others = f"; the same holds of {', '.join(map(repr, names[1:]))}" if len(names) > 1 else ""
+    patterns = patterns_for(names, [layer.name for layer in layers if layer.name not in refused])
+    raise ValueError(f"{reason}{others} (to leave out all: exclude={patterns}, beside what is excluded already)")
+
+
+def patterns_for(names: Sequence[str], others: Sequence[str]) -> list[str]:
+    """Return short glob patterns that match all of `names` and none of `others`."""
+    found: dict[str, None] = {}
+    for name in names:
+        parts = name.split(".")
+        ends = ("*." + ".".join(parts[-i:]) for i in range(1, len(parts)))
+        found[next((end for end in ends if not matches(others, [end])), name)] = None
+    return list(found)
 
 
 def _weight_layers(config: EMPConfig, criterion: Criterion, backend: Backend) -> list[Layer]:

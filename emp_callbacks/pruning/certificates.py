@@ -65,8 +65,8 @@ def _loss_change(layer: Layer, scored: Scored, pruned: Tensor, criterion: Criter
     bound = float(layer.ranks.all_sum(own.cpu()))
     if not isinstance(layer, UnitLayer):
         return Certificate(kind="loss_change", bound=bound)
-    signed = layer.signed_sums(criterion.batches)[:, pruned.cpu()]
-    return Certificate(kind="loss_change", bound=bound, measured=0.0 - float(signed.sum(1).mean()))
+    signed = layer.signed_mean(criterion.batches)[pruned.cpu()]
+    return Certificate(kind="loss_change", bound=bound, measured=0.0 - float(signed.sum()))
 
 
 def _together(certificates: Sequence[Certificate]) -> Certificate:

@@ -8,10 +8,17 @@ import torch
 from torch import Tensor
 
 from emp_callbacks.criteria import Criterion
-from emp_callbacks.layer import Layer, Ranks, UnitLayer, WeightLayer
+from emp_callbacks.layer import Batches, Layer, Ranks, UnitLayer, WeightLayer
+from emp_callbacks.layer.features import agree_on_size
+from emp_callbacks.targets.features import FeatureSite
 from emp_callbacks.targets.forward_site import ForwardSite
+from emp_callbacks.targets.positions import check_positions
 
 Tensors = dict[str, Tensor]
+
+# So many batches are kept apart; older ones are folded into sums, so that long windows take no more memory.
+KEPT_APART = 64
+_APART, _FOLDED = "apart", "folded"
 
 
 class Evidence:
@@ -24,7 +31,8 @@ class Evidence:
         ranks: The job's processes.
 
     Attributes:
-        batches: The optimizer steps whose gradients were gathered, the same on every rank.
+        batches: The optimizer steps whose gradients were gathered and are kept apart, the same on every rank.
+        folded: How many batches there were before these, of which only sums are kept.
     """
 
     def __init__(
@@ -33,6 +41,8 @@ class Evidence:
         self._layers, self._sites, self._criterion, self._ranks = layers, sites, criterion, ranks
         self._reads_gradients = False
         self.batches: list[int] = []
+        self.folded = 0
+        self._gathered: set[int] = set()  # owners whose gradients of the last batch are taken
 
     # ---- gathering ------------------------------------------------------------------------------------------------
 
@@ -66,14 +76,41 @@ class Evidence:
         for site in self._sites:
             site.observing, site.in_eval = near, in_eval
 
+    @property
+    def reads_positions(self) -> bool:
+        """Whether what is gathered now depends on which positions of the batch count."""
+        return any(site.observing and site.reads_positions for site in self._sites)
+
+    def count_positions(self, mask: Tensor | None) -> None:
+        """Let only some positions of the next batch be evidence, until the next call.
+
+        Args:
+            mask: Shape (B, T), nonzero where a position counts, as a tokenizer's attention mask; None: all do.
+
+        Raises:
+            TypeError: It is no tensor.
+            ValueError: It is not of shape (B, T).
+        """
+        counted = None if mask is None else check_positions(mask, "the mask of positions") != 0
+        for site in self._sites:
+            site.positions = counted
+
     def gradients_ready(self, owners: Collection[int], step: int, scale: Tensor | None) -> None:
-        """Take the gradients of these owners, by id, as part of the batch of an optimizer step, if they are needed."""
+        """Take the gradients of these owners, by id, as part of the batch of an optimizer step, if they are needed.
+
+        Those of one owner are taken once per step: not again when a closure is called again, or a step that raised is
+        repeated.
+        """
         if self._reads_gradients:
             self._gather(owners, step, scale)
 
     def collect(self, owners: Collection[int]) -> None:
         """Take the gradients that are there now as a batch of their own."""
-        self._gather(owners, -1 - len(self.batches), None)
+        self._gather(owners, -1 - self.folded - len(self.batches), None)
+
+    def gathered(self) -> Batches:
+        """Return the batches whose gradients were gathered."""
+        return Batches(tuple(self.batches), self.folded)
 
     @torch.no_grad()
     def _gather(self, owners: Collection[int], batch: int, scale: Tensor | None) -> None:
@@ -82,14 +119,28 @@ class Evidence:
             given = gradient.to(wide) if scale is None else gradient.to(wide) / scale
             return self._criterion.of_batch(weight.to(wide), given)
 
-        for layer in self._layers:
-            layer.gather(owners, batch, per_weight)
         if not self.batches or self.batches[-1] != batch:
-            self.batches.append(batch)
+            self._begin(batch)
+        new = set(owners) - self._gathered
+        self._gathered |= new
+        for layer in self._layers:
+            layer.gather(new, batch, per_weight)
+
+    def _begin(self, batch: int) -> None:
+        """Open a batch; the others are over on every rank, so that old ones can be folded. Collective now and then."""
+        if len(self.batches) >= KEPT_APART:
+            for layer in self._layers:
+                layer.fold(self.batches)
+            self.folded += len(self.batches)
+            self.batches.clear()
+        self.batches.append(batch)
+        self._gathered.clear()
 
     def release(self) -> None:
         """Forget what was gathered."""
         self.batches.clear()
+        self.folded = 0
+        self._gathered.clear()
         for site in self._sites:
             site.reset()
         for layer in self._layers:
@@ -112,18 +163,25 @@ class Evidence:
         for site in self._sites:
             # A rank that saw nothing of a module holds no sums of it; whether any holds some must be agreed first.
             seen = bool(self._ranks.all_sum(torch.tensor(len(site.sums))))
+            if isinstance(site, FeatureSite):
+                agree_on_size(site, self._ranks)
             sums_of_site = site.statistics() if seen else {}
             total = {key: self._ranks.all_sum(value) for key, value in sorted(sums_of_site.items())}
             site.sums = total if self._ranks.rank == 0 else {}
 
     def tensors(self) -> Tensors:
         """Return what this rank has gathered, by name; `restore` reads it."""
-        found: Tensors = {}
+        found: Tensors = {_FOLDED: torch.tensor(self.folded)} if self.folded else {}
         for layer in self._layers:
             if isinstance(layer, WeightLayer) and layer.gathered is not None:
                 found[f"weight:{layer.name}"] = layer.gathered.cpu().clone()
             if isinstance(layer, UnitLayer):
-                found |= {f"units:{layer.name}:{batch}": sums.cpu().clone() for batch, sums in layer.gathered.items()}
+                if layer.gathered:
+                    nothing = torch.zeros(layer.units, dtype=torch.float64)
+                    parts = [layer.gathered.get(batch, nothing) for batch in self.batches]
+                    found[f"units:{layer.name}:{_APART}"] = torch.stack(parts)
+                if layer.folded is not None:
+                    found[f"units:{layer.name}:{_FOLDED}"] = layer.folded.clone()
         for site in self._sites:
             found |= {f"site:{site.name}:{key}": value.cpu().clone() for key, value in site.sums.items()}
         return found
@@ -131,17 +189,22 @@ class Evidence:
     def restore(self, batches: Sequence[int], tensors: Mapping[str, Tensor]) -> None:
         """Go on from what `batches` and `tensors()` held on rank 0 after `share()`.
 
-        Rank 0 takes the sums over ranks, the others start anew: added up they are what they were.
+        Rank 0 takes the sums over ranks, the others start anew: added up they are what they were. Of folded batches
+        every rank knows the sums over ranks.
         """
-        self.batches = list(batches)
+        self.batches, self._gathered = list(batches), set()
+        self.folded = int(tensors[_FOLDED]) if _FOLDED in tensors else 0
         first = self._ranks.rank == 0
         for layer in self._layers:
             if isinstance(layer, WeightLayer):
                 found = tensors.get(f"weight:{layer.name}")
                 layer.gathered = None if found is None else found.to(layer.weight.device, copy=True)
             if isinstance(layer, UnitLayer):
-                sums = _below(tensors, f"units:{layer.name}:") if first else {}
-                layer.gathered = {int(batch): value for batch, value in sums.items()}
+                sums = _below(tensors, f"units:{layer.name}:")
+                layer.folded = sums.pop(_FOLDED, None)
+                parts = sums.pop(_APART, torch.zeros(0, layer.units)).unbind()
+                earlier = {int(batch): value for batch, value in sums.items()}  # each by itself, in older states
+                layer.gathered = {**earlier, **dict(zip(batches, parts, strict=False))} if first else {}
         for site in self._sites:
             site.sums = _below(tensors, f"site:{site.name}:") if first else {}
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from emp_callbacks.backends import Backend
 from emp_callbacks.config import EMPConfig
+from emp_callbacks.layer import MissingEvidence
 from emp_callbacks.layer.mask_mode import MaskMode
 from emp_callbacks.pruning.copies import Average, averages_in
 from emp_callbacks.pruning.refresher import Refresher
@@ -22,7 +23,7 @@ from emp_callbacks.trajectory import PruneEvent, Trajectory
 
 _CALLS_WITHOUT_A_STEP = 100
 _SPARSE_ALREADY = 0.05
-_REMEDY = (
+REMEDY = (
     "Call pruner.step() after every optimizer step, and step(end_of_epoch=True) or end_epoch() at an epoch's end; or "
     "refresh earlier (start, every_n_steps, every_n_epochs)"
 )
@@ -42,7 +43,6 @@ class PruningLoop:
     Attributes:
         clock: Where the run stands; `take_up` replaces it.
         keeper: The masked weights and the hooks around their updates.
-        remedy: What helps where no refresh came, in the words of whoever drives the loop.
     """
 
     def __init__(
@@ -56,7 +56,6 @@ class PruningLoop:
         self._began = False
         self._told: set[str] = set()
         self._calls = 0  # of step() before the first optimizer step that was seen; -1 after it
-        self.remedy = _REMEDY
         self.clock = Clock()
         self.keeper = WeightKeeper(refresher.weights, mode, backend, self._gradients_ready)
 
@@ -83,7 +82,7 @@ class PruningLoop:
 
     def refresh(self) -> list[PruneEvent]:
         """Recompute the masks now. Collective."""
-        return self._refresh(self.clock.epochs, due=True)
+        return self._refresh(self.clock.epochs, due=True, by_hand=True)
 
     def close(self) -> list[PruneEvent]:
         """Project what grew back since the last refresh; see `EMPPruner.close`. Collective."""
@@ -133,7 +132,7 @@ class PruningLoop:
         self._refresher.take_up(clock.last_position, pruned=bool(self._trajectory))
         self._observe_if_near()
 
-    def finish(self) -> None:
+    def finish(self, remedy: str) -> None:
         """Take every hook off for good, with a warning where the schedule never asked for a refresh. Collective."""
         if self.needs_closing_refresh:
             self.close()
@@ -143,7 +142,7 @@ class PruningLoop:
         if idle and not self._backend.rank and (forgotten or self._calls or self.clock.steps):
             warn_the_user(
                 f"the schedule ({self._schedule.told}) asked for no refresh in {self.clock.steps} steps and "
-                f"{self.clock.epochs} finished epochs: nothing was pruned. {self.remedy}"
+                f"{self.clock.epochs} finished epochs: nothing was pruned. {remedy}"
             )
 
     # ---- averages -------------------------------------------------------------------------------------------------
@@ -189,12 +188,19 @@ class PruningLoop:
                 "step, so nothing is refreshed. Give the pruner the optimizer whose step() runs"
             )
 
-    def _refresh(self, epoch: int, *, due: bool) -> list[PruneEvent]:
+    def _refresh(self, epoch: int, *, due: bool, by_hand: bool = False) -> list[PruneEvent]:
         events: list[PruneEvent] = []
+        late: MissingEvidence | None = None
         if due:
             self._follow()
             dense = self.keeper.dense_owners()
-            events = self._refresher.run(self.clock.steps, epoch, self._position, dense)
+            try:
+                events = self._refresher.run(self.clock.steps, epoch, self._position, dense)
+            except MissingEvidence as error:
+                if by_hand:
+                    raise
+                late = error  # not lost: it stays due, and evidence is gathered until there is some
+        if events:
             for average in self._averages:
                 average.refreshed()
             # The rows last: where a warning of theirs is an error, the refresh is done all the same.
@@ -202,6 +208,8 @@ class PruningLoop:
             self._evidence.release()
             self._trajectory.extend(events)
         self._observe_if_near()
+        if late is not None:
+            self._tell(f"the refresh due at step {self.clock.steps} is late: {late}", "late")
         self._refresher.warn_once(events)  # last: where warnings are errors, the refresh is done all the same
         return events
 
@@ -212,13 +220,18 @@ class PruningLoop:
             self.keeper.replace(self._refresher.weights)
             for average in self._averages:
                 average.pair(self._refresher.weights)
-        if told and told not in self._told and not self._backend.rank:
-            self._told.add(told)
-            warn_the_user(told)
+        if told:
+            self._tell(told, told)
+
+    def _tell(self, message: str, kind: str) -> None:
+        """Warn on one rank, once of a kind."""
+        if kind not in self._told and not self._backend.rank:
+            self._told.add(kind)
+            warn_the_user(message)
 
     def _observe_if_near(self) -> None:
         """Gather evidence from now on if a refresh is near, else gather none."""
-        near = self.keeper.attached and self.clock.is_near_refresh(self._schedule, self._window)
+        near = self.keeper.attached and (self._is_due or self.clock.is_near_refresh(self._schedule, self._window))
         self._evidence.observe(near, in_eval=self._schedule.unit is None)
 
     def _gradients_ready(self, owners: Collection[int], scale: Tensor | None) -> None:

@@ -9,13 +9,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from emp_callbacks.backends import detect_backend
 from emp_callbacks.config import EMPConfig, check_names
 from emp_callbacks.layer.mask_mode import MASK_MODES, MaskMode, Observe
 from emp_callbacks.pruning.copies import Average, MaskedCopy
-from emp_callbacks.pruning.loop import PruningLoop
+from emp_callbacks.pruning.loop import REMEDY, PruningLoop
 from emp_callbacks.pruning.persistence import Persistence
 from emp_callbacks.pruning.readings import Readings, surprising
 from emp_callbacks.pruning.refresher import Refresher
@@ -45,6 +45,7 @@ class EMPPruner(Readings):
     Attributes:
         config: The settings.
         trajectory: One PruneEvent per refresh and group.
+        remedy: What helps where the schedule asked for no refresh, in the words of whoever drives the loop.
         clock: Steps and epochs so far, and where the schedule stands.
 
     Raises:
@@ -81,6 +82,7 @@ class EMPPruner(Readings):
         self._loop = PruningLoop(self.config, self._mode, self._backend, self._refresher, self.trajectory)
         self._keeper = self._loop.keeper
         self._persistence = Persistence(self.config, self._mode, self._refresher, self.trajectory, self._backend)
+        self.remedy = REMEDY
         self._loop.attach()
         self._say_what_is_left_out()
 
@@ -111,7 +113,8 @@ class EMPPruner(Readings):
 
         Raises:
             FloatingPointError: A score is NaN or Inf; no mask was changed.
-            RuntimeError: The criterion needs evidence (gradients, inputs, activations) and none was gathered.
+            MissingEvidence: The criterion needs evidence (gradients, inputs, activations) and none was gathered of any
+                layer. A scheduled refresh is then late, with a warning; a single such layer keeps its mask.
         """
         return self._loop.refresh()
 
@@ -130,6 +133,19 @@ class EMPPruner(Readings):
         """
         self._refresher.collect(self._keeper.owners)
 
+    def count_positions(self, mask: Tensor | None) -> None:
+        """Let only some positions of the next batches be evidence, until the next call: those that are no padding.
+
+        Args:
+            mask: Shape (B, T), nonzero where a position counts, such as a batch's attention mask; None: all count.
+        """
+        self._refresher.evidence.count_positions(mask)
+
+    @property
+    def reads_positions(self) -> bool:
+        """Whether what is gathered now depends on which positions of the batch count."""
+        return self._refresher.evidence.reads_positions
+
     def mask_gradients(self) -> None:
         """Take the pruned entries out of the gradients now, in `freeze`: before a clip that reads their norm.
 
@@ -144,17 +160,8 @@ class EMPPruner(Readings):
         `masked_forward()`. In `project`, weights that grew back since the last refresh are projected by a closing
         refresh. Collective.
         """
-        self._loop.finish()
+        self._loop.finish(self.remedy)
         self.trajectory.close()
-
-    @property
-    def remedy(self) -> str:
-        """What helps where the schedule asked for no refresh, in the words of whoever drives the loop."""
-        return self._loop.remedy
-
-    @remedy.setter
-    def remedy(self, remedy: str) -> None:
-        self._loop.remedy = remedy
 
     def replaced_weights(self) -> list[str]:
         """Return the weights that something else replaced since `finalize()`; they become the dense values."""

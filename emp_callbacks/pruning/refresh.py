@@ -9,15 +9,27 @@ import torch
 from torch import Tensor
 
 from emp_callbacks.backends import Backend
-from emp_callbacks.core.chunks import gather_rows
+from emp_callbacks.core.chunks import count_true, gather_rows
 from emp_callbacks.core.masked_values import zero_pruned
 from emp_callbacks.criteria import Criterion
-from emp_callbacks.layer import Layer
+from emp_callbacks.layer import Layer, MissingEvidence
+from emp_callbacks.layer.base import nothing_passed
+from emp_callbacks.layer.features import agree_on_size
 from emp_callbacks.layer.mask_mode import MaskMode
-from emp_callbacks.pruning.accounting import MaskCounts, check_ranks_agree, count_mask, dynamic_event, prune_event
+from emp_callbacks.pruning.accounting import (
+    MaskCounts,
+    check_ranks_agree,
+    count_mask,
+    dynamic_event,
+    prune_event,
+    unscored_event,
+    unscored_note,
+    with_note,
+)
 from emp_callbacks.pruning.assembly import DynamicSite
 from emp_callbacks.pruning.certificates import Certificates, certify
 from emp_callbacks.pruning.decision import Decision, KeepRule, Scored, decide
+from emp_callbacks.targets.features import FeatureSite
 from emp_callbacks.trajectory import PruneEvent
 
 
@@ -33,6 +45,8 @@ def refresh_masks(
 ) -> list[PruneEvent]:
     """Give every layer, whose dense weights are in place, a new mask, and return the rows. Collective.
 
+    A layer without evidence keeps the mask that it has and takes no part in what its group decides; the rows say so.
+
     Args:
         layers: What is scored and masked.
         criterion: How.
@@ -44,9 +58,59 @@ def refresh_masks(
 
     Raises:
         FloatingPointError: A score is NaN or Inf; no mask was changed.
-        RuntimeError: Evidence is missing, or ranks disagree; no mask was changed.
+        MissingEvidence: There is none for any layer; no mask was changed.
+        RuntimeError: Ranks disagree; no mask was changed.
     """
-    scores = [criterion.score(layer) for layer in layers]
+    found = scores_of(layers, criterion)
+    nothing = [scores for scores in found if isinstance(scores, MissingEvidence)]
+    if len(nothing) == len(found):
+        raise nothing[0]
+    if mode.name == "freeze" and nothing:
+        found = [_or_frozen(scores, layer, backend) for scores, layer in zip(found, layers, strict=True)]
+    pairs = list(zip(layers, found, strict=True))
+    known = [(layer, scores) for layer, scores in pairs if isinstance(scores, Tensor)]
+    missing = {layer.name: error for layer, error in pairs if isinstance(error, MissingEvidence)}
+    scored = [layer for layer, _ in known]
+    events = _refresh_scored(
+        scored, [scores for _, scores in known], criterion, rule, mode, backend, common, certified=certified
+    )
+    if not missing:
+        return events
+    left_out = [layer for layer in layers if layer.name in missing]
+    counts = backend.all_sum(gather_rows([_take_as_it_is(layer, mode, backend) for layer in left_out]))
+    if common["scope"] == "global":
+        return [with_note(event, unscored_note(list(missing.values()))) for event in events]
+    # A row for every layer, as in any other refresh.
+    rows = {event.group: event for event in events}
+    for layer, (kept,) in zip(left_out, counts.tolist(), strict=True):
+        rows[layer.name] = unscored_event(layer, int(kept), missing[layer.name], common)
+    return [rows[layer.name] for layer in layers]
+
+
+def scores_of(layers: Sequence[Layer], criterion: Criterion) -> list[Tensor | MissingEvidence]:
+    """Return each layer's scores, or what says why it has none. Collective: all ranks have them or none."""
+    found: list[Tensor | MissingEvidence] = []
+    for layer in layers:
+        try:
+            layer.meet()
+            found.append(criterion.score(layer))
+        except MissingEvidence as error:
+            found.append(error)
+    return found
+
+
+def _refresh_scored(
+    layers: Sequence[Layer],
+    scores: Sequence[Tensor],
+    criterion: Criterion,
+    rule: KeepRule,
+    mode: MaskMode,
+    backend: Backend,
+    common: dict[str, Any],
+    *,
+    certified: bool,
+) -> list[PruneEvent]:
+    """Give every layer the mask that its scores decide, and return the rows; see `refresh_masks`. Collective."""
     if criterion.signed == "shift":
         scores = _shifted(scores, common["scope"], backend)
     visible = [_visible(values, layer, criterion, mode) for values, layer in zip(scores, layers, strict=True)]
@@ -76,10 +140,39 @@ def refresh_masks(
     return [prune_event(decision, scored, counts, certificates, common) for decision in decisions]
 
 
+def _take_as_it_is(layer: Layer, mode: MaskMode, backend: Backend) -> Tensor:
+    """Leave a layer's mask as it is and return how many components this rank counts as kept, shape (1,).
+
+    Before its first mask all is kept. Weights get that as a mask: files hold the masks of all parameters or of none.
+    """
+    if layer.mask is None and layer.weights:
+        for weight, part in zip(layer.weights, layer.put_mask(layer.mask_or_ones), strict=True):
+            mode.install(weight, part, backend.optimizer_states(weight.segment))
+    if layer.mask is None:
+        return torch.tensor([float(layer.span.size) if layer.is_known and backend.rank == 0 else 0.0])
+    return _own_kept(layer.mask, layer)
+
+
+def _own_kept(mask: Tensor, layer: Layer) -> Tensor:
+    return count_true(mask.reshape(-1)[layer.span.counted]).double().reshape(1).cpu()
+
+
+def _or_frozen(scores: Tensor | MissingEvidence, layer: Layer, backend: Backend) -> Tensor | MissingEvidence:
+    """Return zeros for a layer of which `freeze` has left nothing: no gradient can reach it, as is known. Collective.
+
+    Of others without evidence what says so.
+    """
+    if isinstance(scores, Tensor) or layer.mask is None or bool(backend.all_sum(_own_kept(layer.mask, layer))):
+        return scores
+    return torch.zeros_like(layer.mask, dtype=torch.float32)
+
+
 def refresh_dynamic(
     sites: Sequence[DynamicSite], backend: Backend, applied: bool, common: dict[str, Any]
 ) -> list[PruneEvent]:
     """Switch on the masks that every sample or query row makes for itself, and return the row. Collective.
+
+    They need no evidence; the row leaves out the sites that nothing passed, and says so.
 
     Args:
         sites: Where they are made.
@@ -88,13 +181,28 @@ def refresh_dynamic(
         common: The fields of the row that are known already.
 
     Raises:
-        RuntimeError: Nothing passed a site; nothing was changed.
+        MissingEvidence: Nothing passed any site; nothing was changed.
     """
-    sums = [{key: float(backend.all_sum(value)) for key, value in sorted(s.statistics().items())} for s in sites]
-    event = dynamic_event(sites, sums, common)
+    sums = [_sums_over_ranks(site, backend) for site in sites]
+    seen = [(site, found) for site, found in zip(sites, sums, strict=True) if any(found.values())]
+    silent = [
+        nothing_passed(site.name, site, backend, f"nothing passed {site.name!r} since the last refresh")
+        for site, found in zip(sites, sums, strict=True)
+        if not any(found.values())
+    ]
+    if not seen:
+        raise silent[0]
+    event = dynamic_event([site for site, _ in seen], [found for _, found in seen], common)
     for site in sites:
         site.active = applied
-    return [event]
+    return [with_note(event, unscored_note(silent, "not in these numbers")) if silent else event]
+
+
+def _sums_over_ranks(site: DynamicSite, backend: Backend) -> dict[str, float]:
+    """Return a site's statistics over all ranks; empty where no rank called the module. Collective."""
+    if isinstance(site, FeatureSite) and agree_on_size(site, backend) is None:
+        return {}
+    return {key: float(backend.all_sum(value)) for key, value in sorted(site.statistics().items())}
 
 
 def _shifted(scores: Sequence[Tensor], scope: str, backend: Backend) -> list[Tensor]:

@@ -15,7 +15,7 @@ from emp_callbacks.backends import Backend
 from emp_callbacks.checkpoint.state import masked_weights
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.criteria import make_criterion
-from emp_callbacks.layer import FeatureLayer, Layer
+from emp_callbacks.layer import FeatureLayer, Layer, MissingEvidence
 from emp_callbacks.layer.mask_mode import MaskMode
 from emp_callbacks.pruning.assembly import (
     DynamicSite,
@@ -26,7 +26,7 @@ from emp_callbacks.pruning.assembly import (
 )
 from emp_callbacks.pruning.decision import KeepRule
 from emp_callbacks.pruning.evidence import Evidence
-from emp_callbacks.pruning.refresh import refresh_dynamic, refresh_masks
+from emp_callbacks.pruning.refresh import refresh_dynamic, refresh_masks, scores_of
 from emp_callbacks.pruning.signatures import emptied_layers, uniform_scores, warn_the_user
 from emp_callbacks.targets.forward_site import ForwardSite
 from emp_callbacks.trajectory import PruneEvent
@@ -67,7 +67,10 @@ class Refresher:
         self._chosen = [id(parameter) for parameter in chosen_parameters(config, backend)]
         self.left_out = find_left_out(config, backend, self.weights)
         sites = [*(site for layer in self.layers for site in layer.sites), *self.dynamic]
+        for site in sites:
+            site.watch_with(backend.module)
         self.evidence = Evidence(self.layers, sites, self.criterion, backend)
+        self._kept: dict[str, int] = {}  # layer -> kept components over all ranks; not there: all
         self._warned: set[str] = set()
 
     def follow(self) -> str:
@@ -96,7 +99,10 @@ class Refresher:
         self.layers[:] = [known.get(_identity(layer), layer) for layer in layers]
         self.weights[:] = masked_weights(self.layers)
         self.left_out = find_left_out(config, backend, self.weights)
-        self.evidence.replace_sites([site for layer in self.layers for site in layer.sites])
+        sites = [site for layer in self.layers for site in layer.sites]
+        for site in sites:
+            site.watch_with(backend.module)
+        self.evidence.replace_sites(sites)
         gone = [name for (name, *_), layer in known.items() if layer not in self.layers]
         told = [f"pruned from here on, too: {_few(added)}"] * bool(added) + [f"no more: {_few(gone)}"] * bool(gone)
         return "; ".join(told)
@@ -113,28 +119,30 @@ class Refresher:
 
         Raises:
             FloatingPointError: A score is NaN or Inf; no mask was changed.
-            RuntimeError: Evidence is missing, or ranks disagree; no mask was changed.
+            MissingEvidence: There is none for any layer; no mask was changed.
+            RuntimeError: Ranks disagree; no mask was changed.
         """
         started, config = time.perf_counter(), self._config
-        self._rule = _rule_at(position, config)
+        rule = _rule_at(position, config)
         common = {
             "step": step,
             "epoch": epoch,
             "mode": self._mode.name,
             "criterion": config.criterion_name,
             "scope": "sample" if self.dynamic else config.scope,
-            "beta": self._rule.beta if config.density is None else None,
+            "beta": rule.beta if config.density is None else None,
         }
         if self.dynamic:
             events = refresh_dynamic(self.dynamic, self._backend, not config.observe_only, common)
         else:
-            self.criterion.batches = tuple(self.evidence.batches)
-            layers, rule, certified = self.layers, self._rule, config.certify
+            self.criterion.batches = self.evidence.gathered()
             with dense_owners:
                 events = refresh_masks(
-                    layers, self.criterion, rule, self._mode, self._backend, common, certified=certified
+                    self.layers, self.criterion, rule, self._mode, self._backend, common, certified=config.certify
                 )
             self._backend.refresh_copies()
+            self._count_kept(events)
+        self._rule = rule
         seconds = time.perf_counter() - started
         return [replace(event, seconds=seconds) for event in events]
 
@@ -145,9 +153,12 @@ class Refresher:
             raise ValueError(
                 "every sample or query row has scores of its own here; they exist in the forward pass only"
             )
-        self.criterion.batches = tuple(self.evidence.batches)
+        self.criterion.batches = self.evidence.gathered()
         with dense_owners:
-            return {layer.name: self.criterion.score(layer).detach().abs() for layer in self.layers}
+            found = dict(zip(self.layers, scores_of(self.layers, self.criterion), strict=True))
+            if all(isinstance(scores, MissingEvidence) for scores in found.values()):
+                raise next(error for error in found.values() if isinstance(error, MissingEvidence))
+            return {layer.name: s.detach().abs() for layer, s in found.items() if isinstance(s, Tensor)}
 
     def collect(self, owners: Collection[int]) -> None:
         """Take the gradients that are there now as the evidence of one batch; see `EMPPruner.collect`."""
@@ -164,14 +175,12 @@ class Refresher:
         return 1 if self.dynamic or self._config.scope == "global" else len(self.layers)
 
     def density(self, trajectory: Sequence[PruneEvent]) -> float:
-        """Return the kept share of all scored components; see `EMPPruner.density`. Collective."""
+        """Return the kept share of all components whose number is known; see `EMPPruner.density`."""
         if self.dynamic:
             return trajectory[-1].density if trajectory else 1.0
-        if all(layer.mask is None for layer in self.layers):
-            return 1.0
-        kept = sum(int(layer.mask_or_ones.reshape(-1)[layer.span.counted].sum()) for layer in self.layers)
-        total = int(self._backend.all_sum(torch.tensor([kept]))[0])
-        return total / sum(layer.span.size for layer in self.layers)
+        sizes = {layer.name: layer.span.size for layer in self.layers if layer.is_known}
+        total = sum(sizes.values())
+        return sum(self._kept.get(name, size) for name, size in sizes.items()) / total if total else 1.0
 
     def masking_sites(self) -> list[ForwardSite]:
         """Return the sites that mask what passes them now."""
@@ -181,10 +190,21 @@ class Refresher:
         return [*features, *(site for site in self.dynamic if site.active)]
 
     def take_up(self, position: int, pruned: bool) -> None:
-        """Go on where a checkpoint left off: at a position of the schedule, after a refresh or before the first."""
+        """Go on where a checkpoint left off: at a position of the schedule, after a refresh or before the first.
+
+        Collective.
+        """
         for site in self.dynamic:
             site.active = pruned and not self._config.observe_only
         self._rule = _rule_at(position, self._config)
+        masked = [layer for layer in self.layers if layer.mask is not None]
+        own = [int(layer.mask_or_ones.reshape(-1)[layer.span.counted].sum()) for layer in masked]
+        kept = self._backend.all_sum(torch.tensor(own, dtype=torch.int64)).tolist() if own else []
+        self._kept = {layer.name: count for layer, count in zip(masked, kept, strict=True)}
+
+    def _count_kept(self, events: Sequence[PruneEvent]) -> None:
+        """Remember what a refresh kept, which is summed over ranks already: one rank alone may ask for the density."""
+        self._kept |= {layer.name: layer.keep for event in events for layer in event.layers}
 
     def warn_once(self, events: Sequence[PruneEvent]) -> None:
         """Say, once and on one rank, where N_eff is no good budget (a fixed density needs none) or a layer is empty."""

@@ -45,6 +45,7 @@ class EdgeSite(ForwardSite):
         self.active = False
         self._rule = rule
         self._intercept: _Intercept | None = None
+        self._lengths: list[int] | None = None  # of the samples of a nested tensor
         self._device = torch.device("cpu")
 
     def detach(self) -> None:
@@ -63,15 +64,19 @@ class EdgeSite(ForwardSite):
 
     def _register(self) -> list[RemovableHandle]:
         return [
-            self.module.register_forward_pre_hook(self._enter),
+            self.module.register_forward_pre_hook(self._enter, with_kwargs=True),
             self.module.register_forward_hook(self._leave, always_call=True),
         ]
 
-    def _enter(self, module: nn.Module, args: Any) -> None:  # noqa: ARG002
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:  # noqa: ARG002
         self._end()
-        if self.active or self._gathers:
-            self._intercept = _Intercept(self._attend)
-            self._intercept.__enter__()  # type: ignore[no-untyped-call]
+        if not (self.active or self._gathers):
+            return None
+        padded = _padded(args, kwargs)
+        self._lengths = None if padded is None else [len(sample) for sample in args[0].unbind()]
+        self._intercept = _Intercept(self._attend)
+        self._intercept.__enter__()  # type: ignore[no-untyped-call]
+        return padded
 
     def _end(self) -> _Intercept | None:
         """End the interception, if one is under way: a forward that was interrupted from the keyboard runs no hooks."""
@@ -80,8 +85,9 @@ class EdgeSite(ForwardSite):
             ended.leave()
         return ended
 
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG002
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG002
         ended = self._end()
+        lengths, self._lengths = self._lengths, None
         # output is None where the forward itself raised
         if ended is not None and output is not None and not ended.calls:
             raise RuntimeError(
@@ -89,6 +95,10 @@ class EdgeSite(ForwardSite):
                 'so its edges cannot be pruned; timm: set fused_attn = True; transformers: attn_implementation="sdpa"; '
                 "nn.MultiheadAttention: call it with need_weights=False; or exclude the module"
             )
+        if lengths is None or output is None:
+            return None
+        samples = [sample[:length] for sample, length in zip(output[0], lengths, strict=True)]
+        return (torch.nested.as_nested_tensor(samples), *output[1:])
 
     def _attend(
         self,
@@ -114,9 +124,9 @@ class EdgeSite(ForwardSite):
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
         if compiling:
-            watched: Tensor = watch(output, seen, self._number, False)
+            watched: Tensor = watch(output, seen, None, self._number, False)
             return watched
-        self.see_forward(seen)
+        self.see_forward(seen, None)
         return output
 
     @torch.no_grad()
@@ -138,8 +148,8 @@ class EdgeSite(ForwardSite):
             self._gather(choice, kept, allowed, weights[:, 0])
         return (kept | ~allowed.any(1, keepdim=True)).view(scores.shape)
 
-    def see_forward(self, activation: Tensor) -> None:
-        """Gather statistics of logits, see `choose`."""
+    def see_forward(self, activation: Tensor, positions: Tensor | None) -> None:  # noqa: ARG002
+        """Gather statistics of logits, see `choose`: of all rows, as attention masks say themselves what is read."""
         self.choose(activation)
 
     def _gather(self, choice: RowChoice, kept: Tensor, allowed: Tensor, first_weight: Tensor) -> None:
@@ -188,6 +198,22 @@ class _Intercept(TorchFunctionMode):
     def _counted(self, *args: Any, **kwargs: Any) -> Tensor:
         self.calls += 1
         return self._attend(*args, **kwargs)
+
+
+def _padded(args: Any, kwargs: Any) -> Any:
+    """Return the arguments of a self-attention of a nested tensor for one of padded samples; None of any other.
+
+    nn.TransformerEncoder makes nested tensors in evaluation, and nn.MultiheadAttention takes them on a path only that
+    runs no torch function which could be intercepted.
+    """
+    if len(args) < 3 or not isinstance(args[0], Tensor) or not args[0].is_nested:
+        return None
+    nested = args[0]
+    padded = nested.to_padded_tensor(0.0)
+    lengths = torch.tensor([len(sample) for sample in nested.unbind()], device=padded.device)
+    beyond = torch.arange(padded.shape[1], device=padded.device) >= lengths[:, None]
+    plain = tuple(padded if arg is nested else arg for arg in args)
+    return plain, {**kwargs, "key_padding_mask": beyond}
 
 
 def _reading(function: Any, **names: Any) -> FunctionType:

@@ -79,14 +79,19 @@ class FeatureLayout(NamedTuple):
         shape[0] = value.shape[0] if value.dim() == 2 else 1
         return value.view(shape)
 
-    def sum(self, viewed: Tensor) -> Tensor:
-        """Return the sum over positions, shape (B, F), float64."""
+    def sum(self, viewed: Tensor, counted: Tensor | None = None) -> Tensor:
+        """Return the sum over positions, those that count (bool, broadcasts over `viewed`), shape (B, F), float64."""
         at = self.positions()
+        viewed = viewed if counted is None else viewed.masked_fill(~counted, 0.0)
         return (viewed.sum(at, dtype=torch.float64) if at else viewed.double()).flatten(1)
 
-    def mean(self, viewed: Tensor) -> Tensor:
-        """Return the mean over positions, shape (B, F), float64."""
-        return self.sum(viewed) / prod([self.view[d] for d in self.positions()])
+    def mean(self, viewed: Tensor, counted: Tensor | None = None) -> Tensor:
+        """Return the mean over the same positions, 0 where none counts, shape (B, F), float64."""
+        total = self.sum(viewed, counted)
+        at = self.positions()
+        if counted is None or not at:
+            return total / prod([self.view[d] for d in at])
+        return total / counted.sum(at).clamp(min=1)
 
 
 def feature_layout(form: FeatureForm, shape: torch.Size, name: str) -> FeatureLayout:

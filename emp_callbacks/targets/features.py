@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from emp_callbacks.core.bit_patterns import as_bits, from_bits
 from emp_callbacks.targets.activation_modules import is_activation
 from emp_callbacks.targets.compiled_site import choose, watch
 from emp_callbacks.targets.feature_form import FeatureForm, FeatureLayout, feature_layout
 from emp_callbacks.targets.forward_site import CountRule, ForwardSite, choose_rows, in_backward, named_sites
+from emp_callbacks.targets.positions import counted_rows
+from emp_callbacks.targets.replace_pruned import replace_pruned
 
 STATISTICS = ("activation", "taylor", "saliency")
 
@@ -46,16 +47,21 @@ class FeatureSite(ForwardSite):
         self._rule = rule
         self._device = torch.device("cpu")
 
+    @property
+    def reads_positions(self) -> bool:
+        return not self.form.dynamic and self.form.axis == "channel"
+
     def statistics(self) -> dict[str, Tensor]:
         """Return this rank's sums since `reset`, float64, always the same keys and shapes.
 
         A static site: "samples", shape (), and, each shape (F,), summed over samples: "activation" (mean over
         positions of |a|), "taylor" (|sum over positions of a * dL/dy|) or "saliency" (mean over positions of |dL/dy|),
         whichever the criterion reads; with center="mean" also "value" (mean over positions of a) and, in place of
-        "activation", "square" (of a^2). `a` is the activation before the mask and y the output after it, so a pruned
-        feature is scored as if let through. L is what backward() was called on: the mean over a batch makes dL/dy B
-        times smaller than a sum, and a gradient scaler multiplies it; neither is undone. What a criterion reads
-        from gradients counts samples in the backward pass.
+        "activation", "square" (of a^2). Of channels only the `positions` that count are positions. `a` is the
+        activation before the mask and y the output after it, so a pruned feature is scored as if let through. L is
+        what backward() was called on: the mean over a batch makes dL/dy B times smaller than a sum, and a gradient
+        scaler multiplies it; neither is undone. What a criterion reads from gradients counts samples in the backward
+        pass.
 
         A dynamic site, each shape (): "samples", and summed over them "n_eff", "keep" (features) and "mass" (kept
         share of the scores); "not_finite" counts samples with NaN or Inf, which are in no other sum.
@@ -134,13 +140,30 @@ class FeatureSite(ForwardSite):
 
     def _hook(self, module: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG002
         activation = self._activation_of(output)
-        layout = feature_layout(self.form, activation.shape, self.name)
-        if layout.size != self.size or activation.device != self._device:
-            self._meet(activation, layout)
-        masked = self._dynamic(activation, layout) if self.form.dynamic else self._static(activation, layout)
+        masked = self._nested(activation) if activation.is_nested else self._seen(activation, self.positions)
         if masked is None:
             return None
         return masked if isinstance(output, Tensor) else (masked, *output[1:])
+
+    def _seen(self, activation: Tensor, positions: Tensor | None) -> Tensor | None:
+        """Gather, if it is time to, and return the activation masked; None where nothing is changed."""
+        layout = feature_layout(self.form, activation.shape, self.name)
+        if layout.size != self.size or activation.device != self._device:
+            self._meet(activation, layout)
+        if self.form.dynamic:
+            return self._dynamic(activation, layout)
+        return self._static(activation, layout, positions)
+
+    def _nested(self, activation: Tensor) -> Tensor | None:
+        """Do the same with each sample of a nested tensor: they differ in length, and nothing in it is padding."""
+        samples = [sample[None] for sample in activation.unbind()]
+        masked = [self._seen(sample, None) for sample in samples]
+        if all(sample is None for sample in masked):
+            return None
+        changed = [b[0] if m is None else m[0] for b, m in zip(samples, masked, strict=True)]
+        if activation.layout == torch.jagged:  # the same offsets: it can still be added to what it came from
+            return torch.nested.nested_tensor_from_jagged(torch.cat(changed), activation.offsets())  # type: ignore[attr-defined]
+        return torch.nested.as_nested_tensor(changed)
 
     def _activation_of(self, output: Any) -> Tensor:
         first = output[0] if type(output) is tuple and output else output
@@ -169,7 +192,7 @@ class FeatureSite(ForwardSite):
         if self._mean is not None:
             self._mean = self._mean.to(activation.device)
 
-    def _static(self, activation: Tensor, layout: FeatureLayout) -> Tensor | None:
+    def _static(self, activation: Tensor, layout: FeatureLayout, positions: Tensor | None) -> Tensor | None:
         masked = None if self.mask is None else self._masked(activation, layout, self.mask)
         if not self._gathers:
             return masked
@@ -178,18 +201,18 @@ class FeatureSite(ForwardSite):
         if gradient and not (torch.is_grad_enabled() and output.requires_grad):
             return masked
         if torch.compiler.is_compiling():
-            watched: Tensor = watch(output, activation.detach(), self._number, gradient)
+            watched: Tensor = watch(output, activation.detach(), positions, self._number, gradient)
             return watched
         if gradient:
-            shown: Tensor = _WatchGradient.apply(output, activation.detach(), self)
+            shown: Tensor = _WatchGradient.apply(output, activation.detach(), self, positions)
             return shown
-        self.see_forward(activation)
+        self.see_forward(activation, positions)
         return masked
 
     def _masked(self, activation: Tensor, layout: FeatureLayout, mask: Tensor) -> Tensor:
         viewed = activation.reshape(layout.view)
         fill = 0.0 if self._mean is None else layout.spread(self._mean).to(activation.dtype)
-        return _replace_pruned(viewed, layout.spread(mask), fill).reshape(activation.shape)
+        return replace_pruned(viewed, layout.spread(mask), fill).reshape(activation.shape)
 
     def _dynamic(self, activation: Tensor, layout: FeatureLayout) -> Tensor | None:
         compiling = torch.compiler.is_compiling()
@@ -198,20 +221,20 @@ class FeatureSite(ForwardSite):
             mean = self._sample_means(viewed, layout)
             scores = _distances(viewed, mean, layout)
             kept = choose(scores, self._number) if compiling else self.choose(scores)
-            return _replace_pruned(viewed, layout.spread(kept), mean).reshape(activation.shape)
+            return replace_pruned(viewed, layout.spread(kept), mean).reshape(activation.shape)
         if not self._gathers:
             return None
         if compiling:
-            watched: Tensor = watch(activation, activation.detach(), self._number, False)
+            watched: Tensor = watch(activation, activation.detach(), None, self._number, False)
             return watched
-        self.see_forward(activation)
+        self.see_forward(activation, None)
         return None
 
     def _sample_means(self, viewed: Tensor, layout: FeatureLayout) -> Tensor | float:
         return viewed.mean(layout.features, keepdim=True) if self.form.center == "mean" else 0.0
 
     @torch.no_grad()
-    def see_forward(self, activation: Tensor) -> None:
+    def see_forward(self, activation: Tensor, positions: Tensor | None) -> None:
         """Gather what the statistics need of an activation, shape as the module gave it; not when it is recomputed."""
         layout = feature_layout(self.form, activation.shape, self.name)
         viewed = activation.detach().reshape(layout.view)
@@ -219,24 +242,38 @@ class FeatureSite(ForwardSite):
             self.choose(_distances(viewed, self._sample_means(viewed, layout), layout))
         elif in_backward():
             return
-        elif self.form.center == "zero":
-            self._add_static("activation", layout.mean(viewed.abs()), viewed, layout)
         else:
-            self._add_static("square", layout.mean(viewed.double().square()), viewed, layout)
+            counted = self._counted(positions, layout, viewed)
+            plain = self.form.center == "zero"
+            read = layout.mean(viewed.abs() if plain else viewed.double().square(), counted)
+            self._add_static("activation" if plain else "square", read, viewed, layout, counted)
 
     @torch.no_grad()
-    def see_gradient(self, activation: Tensor, gradient: Tensor) -> None:
+    def see_gradient(self, activation: Tensor, gradient: Tensor, positions: Tensor | None) -> None:
         """Gather what the statistics need of an activation and dL/dy, both as the module gave it."""
         layout = feature_layout(self.form, activation.shape, self.name)
         viewed, slope = activation.reshape(layout.view), gradient.reshape(layout.view)
+        counted = self._counted(positions, layout, viewed)
         first_order = self._criterion == "taylor"
-        read = layout.sum(viewed.double() * slope).abs() if first_order else layout.mean(slope.abs())
-        self._add_static(self._criterion, read, viewed, layout)
+        read = layout.sum(viewed.double() * slope, counted).abs() if first_order else layout.mean(slope.abs(), counted)
+        self._add_static(self._criterion, read, viewed, layout, counted)
 
-    def _add_static(self, name: str, read_bf: Tensor, viewed: Tensor, layout: FeatureLayout) -> None:
-        sums = {name: read_bf.sum(0), "samples": read_bf.new_full((), viewed.shape[0])}
+    def _counted(self, positions: Tensor | None, layout: FeatureLayout, viewed: Tensor) -> Tensor | None:
+        """Return which positions of a viewed activation count, shape (B, T, 1) or (rows, 1), bool; None: all do."""
+        if not self.reads_positions or layout.features != (viewed.dim() - 1,):
+            return None
+        rows = counted_rows(positions, viewed.shape)
+        return None if rows is None else rows.to(viewed.device).unsqueeze(-1)
+
+    def _add_static(
+        self, name: str, read_bf: Tensor, viewed: Tensor, layout: FeatureLayout, counted: Tensor | None
+    ) -> None:
+        samples = read_bf.new_full((), viewed.shape[0])
+        if counted is not None and viewed.dim() == 2:  # every position is a sample by itself
+            samples = counted.sum(dtype=read_bf.dtype)
+        sums = {name: read_bf.sum(0), "samples": samples}
         if self.form.center == "mean":
-            sums["value"] = layout.mean(viewed).sum(0)
+            sums["value"] = layout.mean(viewed, counted).sum(0)
         self._add(sums)
 
     @torch.no_grad()
@@ -260,56 +297,21 @@ def _distances(viewed: Tensor, mean: Tensor | float, layout: FeatureLayout) -> T
     return layout.mean((viewed - mean).detach().abs())
 
 
-def _replace_pruned(viewed: Tensor, mask: Tensor, fill: Tensor | float) -> Tensor:
-    """Return activations with the pruned ones replaced; never by a product, in which a pruned Inf becomes NaN."""
-    if isinstance(fill, Tensor) or torch.compiler.is_compiling():
-        return torch.where(mask, viewed, fill)
-    zeroed: Tensor = _ZeroPruned.apply(viewed, mask)
-    return zeroed
-
-
-def _where_kept(viewed: Tensor, mask: Tensor) -> Tensor:
-    return torch.where(mask, viewed, 0.0)
-
-
-class _ZeroPruned(torch.autograd.Function):
-    """What torch.where(mask, activation, 0) is, forward and backward, in an eighth of its time on a CPU."""
-
-    @staticmethod
-    def forward(viewed: Tensor, mask: Tensor) -> Tensor:
-        bits = as_bits(viewed)
-        return from_bits(bits & mask.to(bits.dtype).neg(), viewed.dtype)  # -1 has all bits set
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG004
-        ctx.save_for_backward(inputs[1])
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _ZeroPruned.apply(gradient, *ctx.saved_tensors), None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, int | None], viewed: Tensor, mask: Tensor) -> tuple[Tensor, int]:
-        # torch up to 2.11 cannot view numbers as integers under torch.func.vmap, so no rule can be generated
-        where = torch.func.vmap(_where_kept, in_dims, randomness=info.randomness)
-        return where(viewed, mask), 0
-
-
 class _WatchGradient(torch.autograd.Function):
     """Passes the masked output on and shows its gradient to the site, with the activation that belongs to it."""
 
     # Saved like any activation, so checkpointing drops and recomputes it; a recomputed forward's own backward is
     # never run, so each gradient is seen once.
     @staticmethod
-    def forward(ctx: Any, output: Tensor, activation: Tensor, site: FeatureSite) -> Tensor:
+    def forward(ctx: Any, output: Tensor, activation: Tensor, site: FeatureSite, positions: Tensor | None) -> Tensor:
         ctx.save_for_backward(activation)
-        ctx.site = site
+        ctx.site, ctx.positions = site, positions
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        ctx.site.see_gradient(*ctx.saved_tensors, gradient)
-        return gradient, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        ctx.site.see_gradient(*ctx.saved_tensors, gradient, ctx.positions)
+        return gradient, None, None, None
 
 
 _SCALARS = ("samples", "n_eff", "keep", "mass", "not_finite")

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from emp_callbacks.core.effective_number import score_moments
 from emp_callbacks.core.row_selection import top_rows
-from emp_callbacks.targets.compiled_site import number_of
+from emp_callbacks.targets.compiled_site import let_compiled_code_see_hooks, number_of
 from emp_callbacks.targets.names import canonical_name, check_patterns, matches
 
 # Keep counts of G groups, shape (G,), int64, from their N_eff (G,), float64, their size and their number of scores
@@ -24,23 +24,31 @@ CountRule = Callable[[Tensor, int, Tensor], Tensor]
 class ForwardSite(ABC):
     """One module of the user's model whose forward pass is watched and masked through hooks.
 
-    Attach it before the first compiled call: torch.compile does not see hooks that come later.
-
     Attributes:
         name: Name of the module in the user's model, without what wrappers added.
         module: The module.
+        root: The whole model: while it trains, modules inside it that stay in evaluation mode are watched, too.
         observing: Whether statistics are gathered now.
-        in_eval: Whether they are also gathered while `module.training` is False.
+        in_eval: Whether they are also gathered while neither the module nor the whole model is in training mode.
+        positions: Which positions of the batch at hand count, shape (B, T), bool; None: all.
+        passed_in_eval: Whether, since `reset`, something passed in evaluation mode that was not gathered.
     """
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name = name
         self.module = module
+        self.root = module
         self.observing = False
         self.in_eval = False
+        self.positions: Tensor | None = None
+        self.passed_in_eval = False
         self._handles: list[RemovableHandle] = []
         self._sums: dict[str, Tensor] = {}
         self._number = number_of(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy or a pickle of one module must not take the whole model with it, nor the last batch.
+        return {**self.__dict__, "root": self.module, "positions": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy of the model has a copy of the site, which compiled code must not mistake for this one.
@@ -57,6 +65,7 @@ class ForwardSite(ABC):
         """Register the hooks; does nothing where they are in place, and registers them anew where they were cleared."""
         if not self._handles or not all(map(_registered, self._handles)):
             self.detach()
+            let_compiled_code_see_hooks()
             self._handles = self._register()
 
     def detach(self) -> None:
@@ -65,9 +74,14 @@ class ForwardSite(ABC):
             handle.remove()
         self._handles = []
 
+    def watch_with(self, root: nn.Module) -> None:
+        """Say which model the module is a part of: while that trains, the module is watched."""
+        self.root = getattr(root, "_orig_mod", root)  # torch.compile cannot trace the mode of its own wrapper
+
     def reset(self) -> None:
         """Forget the statistics and release their memory."""
         self._sums = {}
+        self.passed_in_eval = False
 
     @property
     def sums(self) -> dict[str, Tensor]:
@@ -78,15 +92,20 @@ class ForwardSite(ABC):
     def sums(self, sums: dict[str, Tensor]) -> None:
         self._sums = dict(sums)
 
+    @property
+    def reads_positions(self) -> bool:
+        """Whether the statistics depend on `positions`."""
+        return False
+
     @abstractmethod
     def statistics(self) -> dict[str, Tensor]:
         """Return this rank's sums since `reset`, float64: they add over ranks."""
 
     @abstractmethod
-    def see_forward(self, activation: Tensor) -> None:
-        """Gather what the statistics need of an activation."""
+    def see_forward(self, activation: Tensor, positions: Tensor | None) -> None:
+        """Gather what the statistics need of an activation; of the positions that count, shape (B, T), None: of all."""
 
-    def see_gradient(self, activation: Tensor, gradient: Tensor) -> None:
+    def see_gradient(self, activation: Tensor, gradient: Tensor, positions: Tensor | None) -> None:
         """Gather what the statistics need of an activation and the gradient of the output made of it."""
         raise NotImplementedError(f"{type(self).__name__} reads no gradients")
 
@@ -104,7 +123,12 @@ class ForwardSite(ABC):
 
     @property
     def _gathers(self) -> bool:
-        return self.observing and (self.module.training or self.in_eval)
+        if not self.observing:
+            return False
+        gathers = self.module.training or self.root.training or self.in_eval
+        if not gathers and not torch.compiler.is_compiling():
+            self.passed_in_eval = True
+        return gathers
 
     @torch.inference_mode(False)
     def _add(self, sums: dict[str, Tensor]) -> None:
@@ -151,6 +175,11 @@ def choose_rows(scores_gn: Tensor, rule: CountRule) -> RowChoice:
     return RowChoice(n_eff, keep, finite, mask, mass)
 
 
+def runs_hooks(module: nn.Module) -> bool:
+    """Return whether calls pass a module's hooks: nn.MultiheadAttention reads its out_proj's weight by itself."""
+    return not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
+
 def in_backward() -> bool:
     """Return whether autograd runs a backward pass now: a forward pass inside it is one of activation checkpointing."""
     return torch._C._current_graph_task_id() != -1
@@ -183,6 +212,11 @@ def named_sites(
         for module, group in names.items()
         if (matches(group, include) if include else by_default(module)) and not matches(group, exclude or ())
     ]
+    if never := [name for name, module in chosen if not runs_hooks(module)]:
+        raise ValueError(
+            f"{', '.join(map(repr, never))} cannot be watched: nn.MultiheadAttention reads the weight of its out_proj "
+            "inside one function and never calls it; exclude it, or include the attention itself"
+        )
     if not chosen:
         held = ", ".join(f"{group[0]} ({type(module).__name__})" for module, group in list(names.items())[:8])
         raise ValueError(

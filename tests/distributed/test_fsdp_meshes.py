@@ -205,7 +205,7 @@ def test_nan_on_one_rank_is_an_error_on_all(way, ranks):
 def test_what_cannot_work_says_why(ranks):
     for result in ranks:
         assert "no optimizer updates 'first.weight'" in result["early"]
-        assert "make the optimizer after fully_shard" in result["early"]
+        assert "(after fully_shard or FullyShardedDataParallel)" in result["early"]
         assert "use_orig_params=True" in result["fused"]
         assert "pass the outermost wrapper" in result["inside"]
         assert "'0.weight' was not contiguous" in result["channels_last"]

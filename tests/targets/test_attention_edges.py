@@ -463,3 +463,23 @@ def test_choices_are_checked():
     with pytest.raises(ValueError, match=r"near names: .*blocks.1.attn"):
         edge_sites(vit, ["blocks.1.atn"], None, "weight", RULE)
     assert [site.name for site in edge_sites(vit, None, ["*.0.*"], "weight", RULE)] == ["blocks.1.attn"]
+
+
+def test_nested_tensors_of_an_evaluated_encoder_are_masked_as_padded_ones():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 8, batch_first=True, dropout=0.0)
+    net = nn.TransformerEncoder(layer, 2)
+    x, padding = torch.randn(3, 6, 16), torch.arange(6) >= torch.tensor([[6], [3], [5]])
+    sites = edge_sites(net, None, None, "weight", RULE)
+    dense = net(x, src_key_padding_mask=padding)
+    for site in sites:
+        site.attach()
+        site.active = site.observing = site.in_eval = True
+    padded = net(x, src_key_padding_mask=padding)
+    assert not torch.allclose(padded[~padding], dense[~padding])
+    rows = [int(site.statistics()["rows"]) for site in sites]
+    net.eval()
+    with torch.no_grad():  # now the encoder makes a nested tensor of the batch
+        nested = net(x, src_key_padding_mask=padding)
+    torch.testing.assert_close(nested[~padding], padded[~padding])
+    assert [int(site.statistics()["rows"]) for site in sites] == [2 * count for count in rows]
