@@ -182,7 +182,7 @@ def _decide_pooled(
     keep = int(rule.counts(n_eff, size, moments.nonzero)[0])
     own = tuple(layer_sums[i] for i in members)
     if not int(moments.nonzero[0]):
-        note = "every score is 0: no information, everything is kept"
+        note = "every score is 0: no information, nothing more is pruned"
         return Decision(group, members, size, 0.0, size, 0.0, own, 0, note, False, None, lambda i: _all_kept(layers[i]))
     scores = {i: layers[i].scores for i in members}
     pool = _Pool(layers, scores, starts)

@@ -116,7 +116,8 @@ class Evidence:
     def _gather(self, owners: Collection[int], batch: int, scale: Tensor | None) -> None:
         def per_weight(weight: Tensor, gradient: Tensor) -> Tensor:
             wide = torch.promote_types(weight.dtype, torch.float32)  # a product of two fp16 numbers may vanish
-            given = gradient.to(wide) if scale is None else gradient.to(wide) / scale
+            whole = gradient.to_dense() if gradient.is_sparse else gradient  # of an embedding's rows
+            given = whole.to(wide) if scale is None else whole.to(wide) / scale
             return self._criterion.of_batch(weight.to(wide), given)
 
         if not self.batches or self.batches[-1] != batch:

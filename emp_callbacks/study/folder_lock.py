@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 from pathlib import Path
 from typing import IO
+
+from emp_callbacks.file_lock import try_lock
 
 __all__ = ["BusyError", "FileLock"]
 
@@ -27,13 +28,9 @@ class FileLock:
 
     def __init__(self, path: Path, busy: str, *, shared: bool = False) -> None:
         self._file: IO[bytes] | None = path.open("a+b")
-        try:
-            fcntl.flock(self._file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not try_lock(self._file.fileno(), shared=shared):
             self.release()
-            raise BusyError(busy) from error
-        except OSError:  # a file system without locks: one user can see to it
-            self.release()
+            raise BusyError(busy)
 
     def release(self) -> None:
         """Let others have it."""

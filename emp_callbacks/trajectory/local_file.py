@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import gc
 import os
 import stat
@@ -12,6 +11,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any, final
 
+from emp_callbacks.file_lock import try_lock, unlock
 from emp_callbacks.trajectory.places import numbered, set_aside
 
 
@@ -69,9 +69,8 @@ class LocalFile:
         """Release the file. Twice is once."""
         descriptor, self._descriptor, self._length = self._descriptor, None, None
         if descriptor is not None:
-            with suppress(OSError):
-                if self._process == os.getpid():
-                    fcntl.flock(descriptor, fcntl.LOCK_UN)  # also for the processes that were forked meanwhile
+            if self._process == os.getpid():
+                unlock(descriptor)
             os.close(descriptor)
 
     @property
@@ -114,7 +113,7 @@ class LocalFile:
         partial = self.path.with_name(f"{self.path.name}.partial")
         descriptor = os.open(partial, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
-            _lock(descriptor)  # before the file has its name: nobody comes between
+            try_lock(descriptor)  # before the file has its name: nobody comes between
             _write(descriptor, text)
             if held and not text.startswith(held):
                 os.replace(self.path, set_aside(self.path)[1])
@@ -134,7 +133,7 @@ def _locked(path: Path) -> int | None:
         try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise FileExistsError(f"{path} is no regular file, and a trajectory needs one; name another file")
-            if not _lock(descriptor):
+            if not try_lock(descriptor):
                 os.close(descriptor)
                 return None
             if _is(path, descriptor):  # else it was replaced between the two calls
@@ -143,17 +142,6 @@ def _locked(path: Path) -> int | None:
             os.close(descriptor)
             raise
         os.close(descriptor)
-
-
-def _lock(descriptor: int) -> bool:
-    """Return whether nobody else has the lock; where the file system knows none, nobody has."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass
-    return True
 
 
 def _is(path: Path, descriptor: int) -> bool:

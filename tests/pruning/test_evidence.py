@@ -402,3 +402,26 @@ def test_samples_choose_by_the_beta_of_the_last_refresh_that_succeeded():
     with pytest.raises(MissingEvidence):
         pruner._refresher.run(0, 0, 0, contextlib.nullcontext())  # where beta would be 1
     assert (net(x) != 0).sum(1).tolist() == before
+
+
+@pytest.mark.parametrize("mode", ["feedback", "project", "freeze"])
+@pytest.mark.parametrize("criterion", ["magnitude", "taylor"])
+def test_sparse_gradients_of_an_embedding_are_read_and_masked_as_dense_ones(criterion, mode):
+    masks = []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Embedding(12, 8, sparse=sparse), nn.Flatten(), nn.Linear(24, 4, bias=False))
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        pruner = EMPPruner(
+            net, optimizer, include=["0.weight"], every_n_steps=2, mode=mode, criterion=criterion, evidence_steps=2
+        )
+        for step in range(6):
+            optimizer.zero_grad()
+            net(torch.arange(step, step + 6).reshape(2, 3)).square().mean().backward()
+            optimizer.step()
+            pruner.step()
+        pruned = ~pruner.masks["0.weight"]
+        assert mode == "project" or bool((net[0].weight[pruned] == 0).all())
+        masks.append((pruner.masks["0.weight"], net[0].weight.detach().clone()))
+    assert torch.equal(masks[0][0], masks[1][0])
+    torch.testing.assert_close(masks[0][1], masks[1][1])

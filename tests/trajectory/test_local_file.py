@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import fcntl
 import os
 import pickle
 import shutil
@@ -262,7 +263,7 @@ def test_where_the_file_system_knows_no_locks_a_run_goes_on_without(path, monkey
     def unsupported(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(local_file.fcntl, "flock", unsupported)
+    monkeypatch.setattr(fcntl, "flock", unsupported)
     rows = Trajectory(path)
     rows.extend([row(1)])
     assert steps_in(path) == [1]

@@ -1,0 +1,36 @@
+"""The kernel's lock on an open file: it ends with the descriptor, at the latest with the process."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+
+
+def try_lock(descriptor: int, *, shared: bool = False) -> bool:
+    """Return whether nobody else has the lock, and take it; where the system or its disk knows none, nobody has.
+
+    Args:
+        descriptor: Of an open file.
+        shared: Whether others may have it, too, if they also share it.
+    """
+    if sys.platform == "win32":
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def unlock(descriptor: int) -> None:
+    """Give the lock up, also for the processes that were forked meanwhile."""
+    if sys.platform == "win32":
+        return
+    import fcntl
+
+    with suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
