@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from emp_callbacks.integrations.deepspeed import EMPHook
     from emp_callbacks.integrations.lightning import EMPCallback
     from emp_callbacks.integrations.torchmetrics import EffectiveNumber
+    from emp_callbacks.layer import MissingEvidence
     from emp_callbacks.pruning.pruner import EMPPruner
     from emp_callbacks.schedule import BetaSchedule
     from emp_callbacks.shrinking import load_shrunk, pruned_units, shrink
@@ -29,6 +30,7 @@ _HOMES = {
     "EMPHook": "integrations.deepspeed",
     "EMPPruner": "pruning.pruner",
     "EffectiveNumber": "integrations.torchmetrics",
+    "MissingEvidence": "layer",
     "PruneEvent": "trajectory",
     "Trajectory": "trajectory",
     "effective_number": "core.effective_number",
@@ -49,6 +51,7 @@ __all__ = [
     "EMPHook",
     "EMPPruner",
     "EffectiveNumber",
+    "MissingEvidence",
     "PruneEvent",
     "Trajectory",
     "effective_number",

@@ -3,6 +3,9 @@
 import copy
 import csv
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
@@ -11,7 +14,7 @@ from pytorch_lightning.callbacks import EarlyStopping, LearningRateFinder, Model
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from emp_callbacks import EMPCallback
+from emp_callbacks import EMPCallback, Trajectory
 from tests.integrations.test_lightning import data, make_module, make_trainer, zeros
 
 pytestmark = [
@@ -386,3 +389,57 @@ def test_copies_of_the_callback_are_its_settings_only():
     assert copy.deepcopy(emp).state_key == emp.state_key
     with pytest.raises(IndexError, match="this callback has no rows"):
         emp.trajectory[-1]
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("settings", [FEATURES, {"criterion": "wanda"}])
+def test_a_compiled_model_is_masked_from_the_sanity_check_on(settings, tmp_path):
+    losses = []
+    for compiled in (False, True):
+        module = evaluated()
+        if compiled:
+            module.net = torch.compile(module.net, backend="eager")
+        emp = EMPCallback(**{"evidence_steps": 3, **settings}, summary=False)
+        for _ in range(2):
+            trainer = make_trainer(pl, tmp_path, [emp], num_sanity_val_steps=1)
+            trainer.fit(module, data(), data(1))
+        losses.append(module.losses)
+    assert losses[1] == pytest.approx(losses[0])
+
+
+@pytest.mark.parametrize("positions", ["attention_mask", "mask", None])
+def test_padding_in_the_batch_is_no_evidence(positions, tmp_path):
+    class Sequences(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(4, 2)
+
+        def training_step(self, batch, batch_idx):
+            return self.net(batch["x"])[:, 0].square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    x = torch.zeros(8, 3, 4)
+    x[:, 0, :2] = 1.0  # the one position that counts reads two inputs
+    x[:, 1:, 2:] = 9.0  # padding
+    mask = torch.tensor([1, 0, 0]).expand(8, 3)
+    key = positions or "attention_mask"
+    loader = DataLoader([{"x": one, key: m} for one, m in zip(x, mask, strict=True)], batch_size=4)
+    emp = EMPCallback(criterion="wanda", positions=positions, density=0.5, summary=False)
+    make_trainer(pl, tmp_path, [emp], max_epochs=1).fit(Sequences(), loader)
+    kept = emp.masks["net.weight"].sum(0)
+    if positions is None:
+        assert kept.tolist() == [0, 0, 2, 2]
+    else:
+        assert kept.tolist() == [2, 2, 0, 0]
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_after_spawned_training_the_callback_says_where_its_results_are(tmp_path):
+    command = [sys.executable, "-m", "tests.integrations.spawned", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=Path(__file__).parents[2])
+    assert f"the rows are in {tmp_path}/emp_trajectory.jsonl" in " ".join(done.stderr.split()), done.stderr
+    assert "this callback has no rows" in done.stdout
+    assert [e.step for e in Trajectory.read(tmp_path / "emp_trajectory.jsonl")] == [3, 6]

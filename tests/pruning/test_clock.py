@@ -86,3 +86,23 @@ def test_but_not_where_nothing_trained():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pruner.finalize()
+
+
+def test_a_refresh_without_evidence_is_late_not_an_end():
+    net, optimizer, pruner = begin(every_n_steps=2, criterion="wanda")
+    direct = net.weight
+    for batch in range(3):
+        optimizer.zero_grad()
+        (torch.randn(8, 6) @ direct.T).square().mean().backward()  # the module itself is not called
+        optimizer.step()
+        if batch == 1:
+            with pytest.warns(UserWarning, match=r"the refresh due at step 2 is late: nothing passed"):
+                pruner.step()
+        else:
+            pruner.step()
+    assert not pruner.trajectory
+    step(net, optimizer)
+    (event,) = pruner.step()
+    assert event.step == 4
+    with pytest.raises(RuntimeError, match="nothing passed"):
+        pruner.refresh()

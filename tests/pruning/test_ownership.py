@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from emp_callbacks import EMPPruner
+from emp_callbacks.backends.local import LocalBackend
 
 
 def block(width=6):
@@ -139,3 +140,20 @@ def test_a_new_head_takes_the_place_of_the_old_one():
     assert pruner.masks["2.weight"].shape == (3, 6)
     assert torch.equal(old.weight, dense), "what left the model has its dense values back"
     assert torch.equal(net[2].weight == 0, ~pruner.masks["2.weight"])
+
+
+@pytest.mark.filterwarnings("ignore:left out of pruning")
+def test_where_weights_cannot_be_followed_it_is_said_once(monkeypatch):
+    monkeypatch.setattr(LocalBackend, "can_follow", False)  # as sharded backends
+    torch.manual_seed(0)
+    net = block()
+    optimizer = torch.optim.SGD(net[2].parameters(), lr=0.1)
+    pruner = EMPPruner(net, optimizer, every_n_steps=1)
+    step(net, optimizer, pruner)
+    optimizer.add_param_group({"params": list(net[0].parameters())})
+    with pytest.warns(UserWarning, match=r"sharded \(local\), EMP goes on with those that it began with"):
+        step(net, optimizer, pruner)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(net, optimizer, pruner)
+    assert list(pruner.masks) == ["2.weight"]
