@@ -91,7 +91,9 @@ class Average:
 
     @torch.no_grad()
     def refreshed(self) -> None:
-        """Take over the masks of the weights."""
+        """Take over the masks of the weights; after `detach` the average is the user's."""
+        if not self._wrapped:
+            return
         self.unhide()
         for source, own in self._copies:
             own.mask = source.mask if source.mask is None else source.mask.to(own.weight.device)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from contextlib import suppress
-from functools import partial
 from typing import Any, final
 
 from torch import Tensor, nn
@@ -106,15 +104,19 @@ class PruningLoop:
         self._evidence.attach()
         self._observe_if_near()
         for module in averages_in(self._backend.module) if self._mode.name != "observe" else ():
-            with suppress(ValueError, NotImplementedError):  # of something else than the pruned weights
+            try:
                 self.add_average(module)
+            except NotImplementedError as error:
+                self._tell(f"the {type(module).__name__} inside the model is not kept masked: {error}", "average")
+            except ValueError:  # it averages something else than the pruned weights
+                continue
 
     def detach(self) -> None:
         """Take every hook off. Twice is once."""
         self.keeper.detach()
         self._evidence.detach()
-        while self._averages:
-            self._averages.pop().detach()
+        for average in self._averages:
+            average.detach()
 
     def start_at(self, steps: int, epochs: int, epoch_length: int | None) -> None:
         """Take over the position of a run that was begun without EMP; what lies before it is not caught up on."""
@@ -152,7 +154,7 @@ class PruningLoop:
         for average in self._averages:
             if average.model is model:
                 return average
-        average = Average(model, self.keeper.weights, partial(self.keeper.dense_owners, by_values=False), updates)
+        average = Average(model, self.keeper.weights, self.keeper.dense_owners, updates)
         self._averages.append(average)
         if self._hidden:
             average.restore(self._hidden.pop(0))

@@ -20,7 +20,7 @@ class OtherWriters:
     """A watch on everything but the optimizer: averages that are swapped in, `load_state_dict`, dtype changes.
 
     They are noticed before the dense values that are kept overwrite theirs: by the storage and version of each tensor
-    at every update, by the values themselves at every refresh, evaluation, save and at the end.
+    at every update and refresh, by the values themselves at every evaluation, save and at the end.
 
     Args:
         mode: What the masks mean, and so what becomes of the values: see `MaskMode.notice`.

@@ -218,15 +218,9 @@ class WeightKeeper:
 
     @contextmanager
     @torch.no_grad()
-    def dense_owners(self, *, by_values: bool = True) -> Iterator[None]:
-        """Inside the block the tensors that the optimizer updates hold the dense values.
-
-        Args:
-            by_values: Whether to look for other writers in the values themselves, as refreshes and saves do.
-        """
-        if by_values:
-            self.notice()
-        else:
+    def dense_owners(self) -> Iterator[None]:
+        """Inside the block the tensors that the optimizer updates hold the dense values."""
+        if self.attached:
             self._writers.before_update(self._applied)
         for weight in self.weights:
             self._mode.reveal(weight)

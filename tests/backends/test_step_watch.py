@@ -65,10 +65,33 @@ class SharpnessAware(torch.optim.Optimizer):
         self.second_step()
 
 
-@pytest.mark.parametrize("form", ["halves", "closure"])
+class SharpnessAwareInOne(torch.optim.SGD):
+    """The same written as one method, which saves the weights before it calls the closure."""
+
+    def __init__(self, params, lr, rho=0.05):
+        super().__init__(params, lr=lr)
+        self.rho = rho
+
+    @torch.no_grad()
+    def step(self, closure):
+        every = [p for group in self.param_groups for p in group["params"]]
+        before = [p.detach().clone() for p in every]
+        size = torch.stack([p.grad.norm() for p in every]).norm()
+        for p in every:
+            p.add_(p.grad * (self.rho / size))
+        self.zero_grad()
+        with torch.enable_grad():
+            closure()
+        for p, old in zip(every, before, strict=True):
+            p.copy_(old)
+        super().step()
+
+
+@pytest.mark.parametrize("form", ["halves", "closure", "in one"])
 def test_sharpness_aware_steps_move_the_dense_weights_by_the_gradient_at_the_climbed_masked_ones(form):
     net, lr, rho = net_of(), 0.1, 0.05
-    optimizer = SharpnessAware(net.parameters(), lr, rho)
+    kind = SharpnessAwareInOne if form == "in one" else SharpnessAware
+    optimizer = kind(net.parameters(), lr, rho)
     pruner = EMPPruner(net, optimizer, every_n_steps=100)
     pruner.refresh()
     dense, masks = dense_of(net, pruner), {n: pruner.masks.get(n) for n, _ in net.named_parameters()}

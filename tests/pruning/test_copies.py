@@ -207,3 +207,20 @@ def test_another_architecture_is_refused_before_anything_changed(other, message)
     with pytest.raises(ValueError, match=message):
         pruner.mask(model)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_the_state_of_a_pruner_that_is_through_still_holds_the_dense_average():
+    net = net_of()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    ema = torch_ema(net)
+    pruner = EMPPruner(net, optimizer, every_n_steps=1)
+    pruner.add_average(ema)
+    backward(net, 0)
+    optimizer.step()
+    pruner.step()
+    ema.update_parameters(net)
+    before = pruner.state_dict()["averages"]
+    pruner.finalize()
+    (after,) = pruner.state_dict()["averages"]
+    assert after.keys() == before[0].keys() == {"0.weight", "2.weight"}
+    assert all(torch.equal(value, before[0][name]) for name, value in after.items())

@@ -191,10 +191,10 @@ def test_on_an_accelerator_a_write_through_data_is_said_where_waiting_costs_noth
         step(net, optimizer, pruner)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        pruner.refresh()
+        pruner.state_dict()
     step(net, optimizer, pruner)
     through_data(net, list(net_of(1).parameters()))
     for _ in range(2):
         step(net, optimizer, pruner)
     with pytest.warns(UserWarning, match=r"wrote '\d.weight' through .data between two steps.*torch.no_grad"):
-        pruner.refresh()
+        pruner.state_dict()
