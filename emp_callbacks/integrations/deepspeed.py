@@ -12,6 +12,7 @@ from torch import Tensor
 from emp_callbacks.backends.wrapped import Wrapped
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.pruning.pruner import EMPPruner
+from emp_callbacks.targets import LeftOut
 from emp_callbacks.trajectory import PruneEvent, Trajectory
 
 CHECKPOINT_FOLDER = "emp"
@@ -82,6 +83,11 @@ class EMPHook:
     def density(self) -> float:
         """Kept share of all scored components, in [0, 1]."""
         return self.pruner.density
+
+    @property
+    def left_out(self) -> list[LeftOut]:
+        """Every parameter that is not pruned: its name, why not, and its size."""
+        return self.pruner.left_out
 
     def end_epoch(self) -> list[PruneEvent]:
         """Say that an epoch is over, after its last `engine.step()`; needed for `every_n_epochs`.

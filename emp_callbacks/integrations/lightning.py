@@ -30,6 +30,7 @@ from emp_callbacks.integrations.lightning_record import (
 from emp_callbacks.integrations.lightning_strategy import check_strategy, sharding_model
 from emp_callbacks.pruning.pruner import EMPPruner
 from emp_callbacks.pruning.signatures import warn_the_user
+from emp_callbacks.targets import LeftOut
 from emp_callbacks.targets.positions import positions_of
 from emp_callbacks.trajectory import PruneEvent, Trajectory, layer_table, trajectory_file
 
@@ -106,10 +107,20 @@ class EMPCallback(EvaluationHooks, *_callback_classes()):  # type: ignore[misc]
     @property
     def state_key(self) -> str:
         """Name of this callback's part of a checkpoint: differs between all that may stand side by side."""
-        config = self.config
-        chosen = {key: sorted(getattr(config, key) or ()) for key in ("include", "exclude")}
-        how = {key: getattr(config, key) for key in ("target", "scope", "mode")}
-        return f"EMPCallback{ {**how, 'criterion': config.criterion_name, **chosen, 'name': self.name} }"
+        default, told = EMPConfig(), dict[str, Any]()
+        for field in fields(self.config):
+            value = getattr(self.config, field.name)
+            if field.name == "criterion":
+                value = self.config.criterion_name
+            elif isinstance(value, (list, tuple, set)):
+                value = sorted(value)
+            if value != getattr(default, field.name) and not callable(value):
+                told[field.name] = value
+        return f"{self._key_begins}{told}"
+
+    @property
+    def _key_begins(self) -> str:
+        return f"EMPCallback[{self.name or ''}]"
 
     @property
     def trajectory(self) -> Trajectory:
@@ -120,6 +131,11 @@ class EMPCallback(EvaluationHooks, *_callback_classes()):  # type: ignore[misc]
     def masks(self) -> dict[str, Tensor]:
         """Layer name -> bool mask, True = kept, see `EMPPruner.masks`; empty before the first fit."""
         return {} if self.pruner is None else self.pruner.masks
+
+    @property
+    def left_out(self) -> list[LeftOut]:
+        """Every parameter that is not pruned: its name, why not, and its size; empty before the first fit."""
+        return [] if self.pruner is None else self.pruner.left_out
 
     # ---- a fit ----------------------------------------------------------------------------------------------------
 
@@ -273,12 +289,15 @@ class EMPCallback(EvaluationHooks, *_callback_classes()):  # type: ignore[misc]
         without = [other for other in ours if other.state_key not in states]
         keys = {other.state_key for other in ours}
         left = [key for key in states if key.startswith("EMPCallback") and key not in keys]
+        named = [key for key in left if self.name and key.startswith(self._key_begins)]
         if self in without and left:
-            if len(left) != 1 or len(without) != 1:
+            if len(named) == 1:
+                left = named
+            elif len(left) != 1 or len(without) != 1:
                 raise ValueError(
                     f"the checkpoint holds the states of {len(left)} EMPCallbacks with other settings than the "
                     f"{len(without)} of this Trainer, so which belongs to which is not known: give them the settings "
-                    f"that they were trained with: {'; '.join(left)}"
+                    f"that they were trained with, or the same name=: {'; '.join(left)}"
                 )
             self.load_state_dict(states[left[0]])
 

@@ -204,6 +204,20 @@ def test_callbacks_side_by_side_have_names_files_and_states_of_their_own(tmp_pat
         assert [e.step for e in after.trajectory] == [5, 10, 15, 20]
 
 
+def test_named_callbacks_find_their_states_with_other_settings(tmp_path):
+    def both(beta):
+        settings = {"observe_only": True, "every_n_steps": 2, "summary": False}
+        return [EMPCallback(beta=beta, name="low", **settings), EMPCallback(beta=2 * beta, name="high", **settings)]
+
+    first, second = both(0.5), both(0.6)
+    saver = ModelCheckpoint(dirpath=tmp_path, save_last=True)
+    make_trainer(pl, tmp_path, [*first, saver], max_epochs=1).fit(evaluated(), data())
+    make_trainer(pl, tmp_path, second, max_epochs=2).fit(evaluated(), data(), ckpt_path=tmp_path / "last.ckpt")
+    for before, after, beta in zip(first, second, (0.6, 1.2), strict=True):
+        assert [*after.trajectory[:2]] == [*before.trajectory]
+        assert [(e.step, e.beta) for e in after.trajectory[2:]] == [(6, beta), (8, beta), (10, beta)]
+
+
 def test_callbacks_that_differ_in_the_criterion_alone_may_stand_side_by_side(tmp_path):
     pair = [EMPCallback(observe_only=True, criterion=c, summary=False) for c in ("magnitude", "random")]
     make_trainer(pl, tmp_path, pair, max_epochs=1).fit(evaluated(), data())
@@ -348,7 +362,9 @@ def test_early_stopping_ends_with_projected_weights(tmp_path):
 
 def test_the_table_says_what_is_left_out(tmp_path, capsys):
     module = make_module(pl)
-    make_trainer(pl, tmp_path, [EMPCallback()], max_epochs=1).fit(module, data())
+    emp = EMPCallback()
+    make_trainer(pl, tmp_path, [emp], max_epochs=1).fit(module, data())
+    assert [one.name for one in emp.left_out] == ["net.0.bias", "net.2.bias"]
     assert "not pruned: 12.6% of all weights (a vector: bias, norm or scale: 100%)" in capsys.readouterr().out
 
 

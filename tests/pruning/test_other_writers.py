@@ -156,6 +156,7 @@ def test_copies_of_an_attached_model_are_plain():
         other.load_state_dict(net_of(1).state_dict())
         assert torch.equal(other[0].weight, net_of(1)[0].weight)
     pruner.finalize()
+    assert not net._load_state_dict_post_hooks
     net.load_state_dict(net_of(1).state_dict())
     assert torch.equal(net[0].weight, net_of(1)[0].weight), "the model is the user's again"
 
