@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import EarlyStopping, LearningRateFinder, ModelCheckpoint
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -137,21 +137,27 @@ def test_a_checkpoint_of_weights_that_are_not_the_masks_is_said(tmp_path):
 
 @pytest.mark.parametrize("mode", ["feedback", "freeze"])
 def test_a_restore_in_the_middle_of_a_fit_takes_effect_at_once(mode, tmp_path):
-    class Finder(LearningRateFinder):
-        def on_fit_start(self, *_):
-            return
+    class Finder(pl.Callback):
+        """What a learning-rate finder does: it saves, trains to see how the loss moves, and restores."""
 
         def on_train_epoch_start(self, trainer, pl_module):
             if trainer.current_epoch == 1:
-                self.lr_find(trainer, pl_module)
+                trainer.save_checkpoint(tmp_path / "sweep.ckpt")
+                (optimizer,) = trainer.optimizers
+                for batch in data():
+                    optimizer.zero_grad()
+                    (10 * nn.functional.cross_entropy(pl_module.net(batch[0]), batch[1])).backward()
+                    optimizer.step()
+                restore = trainer._checkpoint_connector
+                restore.resume_start(tmp_path / "sweep.ckpt")
+                restore.restore_model()
+                restore.restore_callbacks()
+                restore.restore_optimizers_and_schedulers()
+                restore.resume_end()
 
     def run(find):
-        module = evaluated()
-        module.lr = 0.02
-        module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=module.lr)
-        emp = EMPCallback(mode=mode, summary=False)
-        finder = [Finder(num_training_steps=8, update_attr=False)] if find else []
-        make_trainer(pl, tmp_path, [emp, *finder], max_epochs=3).fit(module, data(), data(1))
+        module, emp = evaluated(), EMPCallback(mode=mode, summary=False)
+        make_trainer(pl, tmp_path, [emp, *([Finder()] if find else [])], max_epochs=3).fit(module, data(), data(1))
         with emp.pruner.dense_weights():
             return emp, [p.detach().clone() for p in module.parameters()]
 
