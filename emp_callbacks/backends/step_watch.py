@@ -64,7 +64,7 @@ class StepWatch:
         self._listener: UpdateListener | None = None
         self._handles: list[Any] = []
         self._strangers: WeakKeyDictionary[torch.optim.Optimizer, int] = WeakKeyDictionary()
-        self._depth = 0
+        self._depth, self._prepared = 0, False
         self._announced: set[int] = set()
         self.applied = False
 
@@ -107,12 +107,12 @@ class StepWatch:
         closure = kwargs.get("closure", args[0] if args else None) if name == "step" else None
         outermost, unseen = self._depth == 0, name == "step" and _is_unseen(optimizer)
         if outermost:
-            self._announced.clear()
+            self._begin()
         self._depth += 1
         try:
             if closure is None or not type(optimizer).__module__.startswith(_CLOSURE_FIRST):
                 # Weights that an optimizer saves or moves before it calls the closure must be the dense ones.
-                self._listener.before_update(_owners(optimizer))
+                self._prepare(optimizer)
             if unseen and closure is None:
                 self._announce(optimizer)
             if unseen and closure is not None:
@@ -123,7 +123,7 @@ class StepWatch:
         finally:
             self._depth -= 1
             if outermost:
-                self._listener.after_update(_owners(optimizer))
+                self._settle(optimizer)
 
     # ---- the steps that torch knows -------------------------------------------------------------------------------
 
@@ -133,7 +133,7 @@ class StepWatch:
         if not self._concerns(optimizer):
             return None
         if self._depth == 0:  # nobody named it: the first of its steps, see below
-            self._announced.clear()
+            self._begin()
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._announce(optimizer)
@@ -154,7 +154,7 @@ class StepWatch:
         assert self._listener is not None
         self.applied |= not _will_skip(optimizer)
         if self._depth == 0:
-            self._listener.after_update(_owners(optimizer))
+            self._settle(optimizer)
             self._optimizers.append(optimizer)
             self._wrap(optimizer)
 
@@ -162,8 +162,7 @@ class StepWatch:
         """Return the closure for a step inside which forward and backward run (Lightning's automatic optimization)."""
 
         def on_masked_weights() -> Any:
-            assert self._listener is not None
-            self._listener.after_update(_owners(optimizer))
+            self._settle(optimizer)
             result = closure()
             self._announce(optimizer)
             return result
@@ -171,11 +170,25 @@ class StepWatch:
         on_masked_weights.watched_by = self  # type: ignore[attr-defined]
         return on_masked_weights
 
+    def _begin(self) -> None:
+        self._prepared = False  # also after a step that nobody named, which raised
+        self._announced.clear()
+
+    def _prepare(self, optimizer: torch.optim.Optimizer) -> None:
+        assert self._listener is not None
+        if not self._prepared:  # else by the wrapper around it, whose tensors it updates
+            self._prepared = True
+            self._listener.before_update(_owners(optimizer))
+
+    def _settle(self, optimizer: torch.optim.Optimizer) -> None:
+        self._prepared = False
+        if self._listener is not None:
+            self._listener.after_update(_owners(optimizer))
+
     def _announce(self, optimizer: torch.optim.Optimizer) -> None:
         assert self._listener is not None
-        owners = _owners(optimizer)
-        self._listener.before_update(owners)
-        fresh = [owner for owner in owners if id(owner) not in self._announced]
+        self._prepare(optimizer)
+        fresh = [owner for owner in _owners(optimizer) if id(owner) not in self._announced]
         if fresh and not _will_skip(optimizer):
             self._announced.update(map(id, fresh))
             self._listener.gradients_ready(fresh, getattr(optimizer, "grad_scale", None))

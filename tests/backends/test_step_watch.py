@@ -381,3 +381,20 @@ def test_a_pruner_can_be_copied_while_it_works():
     optimizer.step()
     pruner.step()
     assert is_masked(net, pruner)
+
+
+def test_a_found_optimizer_whose_first_step_raises_is_followed_all_the_same():
+    net = net_of()
+    pruner = EMPPruner(net, mode="feedback")
+    pruner.refresh()
+    dense = dense_of(net, pruner)
+    optimizer = Fails(net.parameters(), lr=0.0)
+    backward(net)
+    with pytest.raises(torch.OutOfMemoryError):
+        optimizer.step()
+    optimizer.when = ""
+    for _ in range(2):
+        optimizer.step()
+        pruner.step()
+        assert is_masked(net, pruner)
+    assert all(torch.equal(a, b) for a, b in zip(dense_of(net, pruner), dense, strict=True))
