@@ -147,7 +147,7 @@ def _take_as_it_is(layer: Layer, mode: MaskMode, backend: Backend) -> Tensor:
     """
     if layer.mask is None and layer.weights:
         for weight, part in zip(layer.weights, layer.put_mask(layer.mask_or_ones), strict=True):
-            mode.install(weight, part, backend.optimizer_states(weight.segment))
+            mode.install(weight, part, [])  # of the optimizer's states nothing is to be cleared
     if layer.mask is None:
         return torch.tensor([float(layer.span.size) if layer.is_known and backend.rank == 0 else 0.0])
     return _own_kept(layer.mask, layer)
