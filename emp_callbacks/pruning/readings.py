@@ -137,7 +137,7 @@ class Readings:
         for one in self.left_out:
             by_reason[one.reason] += one.size
         told = "; ".join(f"{reason}: {size / total:.0%}" for reason, size in by_reason.most_common())
-        return f"not pruned: {self.left_out_share:.1%} of all weights ({told}); pruner.left_out names them"
+        return f"not pruned: {self.left_out_share:.1%} of all weights ({told}); left_out names them"
 
 
 def surprising(left_out: list[LeftOut], share_of: int) -> str:
