@@ -258,6 +258,10 @@ class EMPCallback(EvaluationHooks, *_callback_classes()):  # type: ignore[misc]
         if self._averages is not None:
             self._averages.detach()
 
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002
+        if self._fits:  # begun by the sanity check, and no batch followed
+            self._end_fit()
+
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:  # noqa: ARG002
         self._fits = False
         self._evaluation_ends()

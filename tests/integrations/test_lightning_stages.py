@@ -465,3 +465,10 @@ def test_after_spawned_training_the_callback_says_where_its_results_are(tmp_path
     assert f"the rows are in {tmp_path}/emp_trajectory.jsonl" in " ".join(done.stderr.split()), done.stderr
     assert "this callback has no rows" in done.stdout
     assert [e.step for e in Trajectory.read(tmp_path / "emp_trajectory.jsonl")] == [3, 6]
+
+
+def test_a_fit_without_batches_leaves_nothing_behind(tmp_path):
+    module, emp = evaluated(), EMPCallback(**FEATURES, summary=False)
+    make_trainer(pl, tmp_path, [emp], limit_train_batches=0, num_sanity_val_steps=1).fit(module, data(), data(1))
+    assert not module.net[1]._forward_hooks
+    assert emp.pruner is None or not emp.pruner._keeper.attached
