@@ -5,6 +5,9 @@ from __future__ import annotations
 import sys
 from contextlib import suppress
 
+if sys.platform != "win32":
+    import fcntl
+
 
 def try_lock(descriptor: int, *, shared: bool = False) -> bool:
     """Return whether nobody else has the lock, and take it; where the system or its disk knows none, nobody has.
@@ -15,8 +18,6 @@ def try_lock(descriptor: int, *, shared: bool = False) -> bool:
     """
     if sys.platform == "win32":
         return True
-    import fcntl
-
     try:
         fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -30,7 +31,5 @@ def unlock(descriptor: int) -> None:
     """Give the lock up, also for the processes that were forked meanwhile."""
     if sys.platform == "win32":
         return
-    import fcntl
-
     with suppress(OSError):
         fcntl.flock(descriptor, fcntl.LOCK_UN)
