@@ -8,11 +8,20 @@ from emp_callbacks.targets.kan import kan_nodes
 from emp_callbacks.targets.names import canonical_name, match_names
 from emp_callbacks.targets.neurons import neurons
 from emp_callbacks.targets.units import MemberTarget, UnitTarget
-from emp_callbacks.targets.weights import SURPRISING, LeftOut, WeightTarget, anything, left_out, prunable_weights
+from emp_callbacks.targets.weights import (
+    NOT_A_WEIGHT,
+    SURPRISING,
+    LeftOut,
+    WeightTarget,
+    anything,
+    left_out,
+    prunable_weights,
+)
 
 UNIT_TARGETS = {"heads": attention_heads, "neurons": neurons, "kan_nodes": kan_nodes}
 
 __all__ = [
+    "NOT_A_WEIGHT",
     "SURPRISING",
     "UNIT_TARGETS",
     "EdgeSite",
