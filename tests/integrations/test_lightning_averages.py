@@ -5,7 +5,7 @@ import copy
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
+from pytorch_lightning.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
@@ -17,15 +17,19 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec"),
     pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists and is not empty"),
 ]
+NEEDS_2_6 = pytest.mark.skipif(
+    not hasattr(pl.callbacks, "EMAWeightAveraging"), reason="Lightning has WeightAveraging from 2.6 on"
+)
 AVERAGES = {
-    "ema": lambda: EMAWeightAveraging(decay=0.9),
-    "mean": lambda: WeightAveraging(),
+    "ema": lambda: pl.callbacks.EMAWeightAveraging(decay=0.9),
+    "mean": lambda: pl.callbacks.WeightAveraging(),
     "swa": lambda: StochasticWeightAveraging(swa_lrs=0.02, swa_epoch_start=1, annealing_epochs=1),
 }
+KINDS = [pytest.param("ema", marks=NEEDS_2_6), pytest.param("mean", marks=NEEDS_2_6), "swa"]
 
 
 @pytest.mark.parametrize("order", [1, -1])
-@pytest.mark.parametrize("kind", AVERAGES)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mode", MODES)
 def test_validated_saved_and_final_weights_obey_the_mask(mode, kind, order, tmp_path):
     module, emp = make_module(pl), EMPCallback(mode=mode, every_n_epochs=1, summary=False)
@@ -55,12 +59,13 @@ class ByHand(pl.Callback):
             self.average.update_parameters(pl_module.net)
 
 
+@NEEDS_2_6
 @pytest.mark.parametrize("order", [1, -1])
 def test_in_feedback_the_average_is_of_dense_values_and_training_goes_on_as_without_it(order, tmp_path):
     finals = []
     for averaged in (False, True):
         module, emp = make_module(pl), EMPCallback(every_n_epochs=1, summary=False)
-        other = EMAWeightAveraging(decay=0.9) if averaged else ByHand(emp)
+        other = AVERAGES["ema"]() if averaged else ByHand(emp)
         make_trainer(pl, tmp_path, [emp, other][::order], max_epochs=3).fit(module, data(), data(1))
         final = module.net if averaged else other.average.module
         mask = emp.masks
@@ -72,12 +77,13 @@ def test_in_feedback_the_average_is_of_dense_values_and_training_goes_on_as_with
         torch.testing.assert_close(a, b)
 
 
+@NEEDS_2_6
 @pytest.mark.parametrize("mode", MODES)
 def test_a_resumed_run_equals_one_that_never_stopped(mode, tmp_path):
     def run(epochs, **fit):
         module, emp = make_module(pl), EMPCallback(mode=mode, every_n_epochs=1, summary=False)
         saver = ModelCheckpoint(dirpath=tmp_path / f"{mode}{epochs}{bool(fit)}", save_last=True)
-        make_trainer(pl, tmp_path, [emp, EMAWeightAveraging(decay=0.9), saver], max_epochs=epochs).fit(
+        make_trainer(pl, tmp_path, [emp, AVERAGES["ema"](), saver], max_epochs=epochs).fit(
             module, data(), data(1), **fit
         )
         return module, [(e.step, e.keep, e.n_eff) for e in emp.trajectory]
