@@ -10,6 +10,10 @@ from torch import nn
 from emp_callbacks.backends.wrapped import Wrapped
 from emp_callbacks.pruning.copies import Average, MaskedCopy
 from emp_callbacks.pruning.pruner import EMPPruner
+from emp_callbacks.pruning.signatures import warn_the_user
+
+
+_KNOWN = {"WeightAveraging", "StochasticWeightAveraging"}
 
 
 @final
@@ -31,8 +35,13 @@ class LightningAverages:
         for callback in trainer.callbacks:
             average = getattr(callback, "_average_model", None)
             if not isinstance(average, nn.Module):
-                continue
-            if callable(getattr(callback, "_swap_models", None)):
+                if _KNOWN & {kind.__name__ for kind in type(callback).__mro__}:
+                    warn_the_user(
+                        f"{type(callback).__name__} keeps its average in a way that EMP does not know, so what it "
+                        "validates and saves may not be masked: check it with callback.pruner.audit(), and mask what you "
+                        "ship with callback.pruner.mask(model)"
+                    )
+            elif callable(getattr(callback, "_swap_models", None)):
                 follower = pruner.add_average(average)
                 self._wrapped.append(Wrapped(callback, "_swap_models", self._swap(follower)))
             elif callable(getattr(callback, "transfer_weights", None)):

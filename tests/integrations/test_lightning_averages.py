@@ -153,3 +153,15 @@ def test_batch_norm_makes_swa_train_one_epoch_more_which_is_masked_too(tmp_path)
     mask = emp.masks["net.0.weight"]
     assert bool((module.net[0].weight[~mask] == 0).all())
     assert emp.pruner.audit().owner == 0
+
+
+def test_an_averaging_callback_of_a_lightning_to_come_is_said(tmp_path):
+    class StochasticWeightAveraging(pl.Callback):  # which keeps its average elsewhere
+        pass
+
+    with pytest.warns(
+        UserWarning, match=r"StochasticWeightAveraging keeps its average in a way that EMP does not know"
+    ):
+        make_trainer(pl, tmp_path, [EMPCallback(summary=False), StochasticWeightAveraging()], max_epochs=1).fit(
+            make_module(pl), data()
+        )
