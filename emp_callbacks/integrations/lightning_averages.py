@@ -12,7 +12,6 @@ from emp_callbacks.pruning.copies import Average, MaskedCopy
 from emp_callbacks.pruning.pruner import EMPPruner
 from emp_callbacks.pruning.signatures import warn_the_user
 
-
 _KNOWN = {"WeightAveraging", "StochasticWeightAveraging"}
 
 
@@ -38,8 +37,8 @@ class LightningAverages:
                 if _KNOWN & {kind.__name__ for kind in type(callback).__mro__}:
                     warn_the_user(
                         f"{type(callback).__name__} keeps its average in a way that EMP does not know, so what it "
-                        "validates and saves may not be masked: check it with callback.pruner.audit(), and mask what you "
-                        "ship with callback.pruner.mask(model)"
+                        "saves may not be masked: check with callback.pruner.audit(), and mask what you ship with "
+                        "callback.pruner.mask(model)"
                     )
             elif callable(getattr(callback, "_swap_models", None)):
                 follower = pruner.add_average(average)
