@@ -169,6 +169,16 @@ class PruningLoop:
         """Return the dense values behind the masks of each average, in the order of `add_average`."""
         return [average.hidden() for average in self._averages]
 
+    def prepare_folder(self) -> None:
+        """Bring the weights to what forward sees, and say what a mask folder does not hold."""
+        self.keeper.settle_if_attached()
+        if any(self.averages_hidden()):
+            self._tell(
+                "the folder holds no dense values behind the masks of averages, so that these go on masked from there: "
+                "keep pruner.state_dict() to go on exactly",
+                "folder",
+            )
+
     # ---- inside ---------------------------------------------------------------------------------------------------
 
     @property

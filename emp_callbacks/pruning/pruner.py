@@ -267,7 +267,7 @@ class EMPPruner(Readings):
         Raises:
             OSError: A rank could not write; the folder's old checkpoint is still whole.
         """
-        self._keeper.settle_if_attached()
+        self._loop.prepare_folder()
         self._persistence.save(folder, self.clock)
 
     def load(self, folder: str | os.PathLike[str]) -> None:

@@ -228,3 +228,12 @@ def test_the_state_of_a_pruner_that_is_through_still_holds_the_dense_average():
     (after,) = pruner.state_dict()["averages"]
     assert after.keys() == before[0].keys() == {"0.weight", "2.weight"}
     assert all(torch.equal(value, before[0][name]) for name, value in after.items())
+
+
+def test_a_mask_folder_says_that_it_holds_no_dense_averages(tmp_path):
+    net = net_of()
+    pruner = EMPPruner(net)
+    pruner.add_average(torch_ema(net))
+    pruner.refresh()
+    with pytest.warns(UserWarning, match=r"no dense values behind the masks of averages.*state_dict"):
+        pruner.save(tmp_path)
