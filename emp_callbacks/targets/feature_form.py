@@ -63,14 +63,13 @@ class FeatureLayout(NamedTuple):
     view: tuple[int, ...]
     features: tuple[int, ...]
 
-    # A method: torch.compile of torch 2.7 cannot iterate over a property of a named tuple.
+    # Methods: torch.compile of torch 2.7 cannot read properties of a named tuple in all cases.
     def positions(self) -> tuple[int, ...]:
         """Dimensions that count the positions of a feature."""
         return tuple([d for d in range(1, len(self.view)) if d not in self.features])
 
-    @property
-    def size(self) -> int:
-        """Number of features F."""
+    def number(self) -> int:
+        """Return the number of features F."""
         return prod([self.view[d] for d in self.features])
 
     def spread(self, value: Tensor) -> Tensor:

@@ -148,7 +148,7 @@ class FeatureSite(ForwardSite):
     def _seen(self, activation: Tensor, positions: Tensor | None) -> Tensor | None:
         """Gather, if it is time to, and return the activation masked; None where nothing is changed."""
         layout = feature_layout(self.form, activation.shape, self.name)
-        if layout.size != self.size or activation.device != self._device:
+        if layout.number() != self.size or activation.device != self._device:
             self._meet(activation, layout)
         if self.form.dynamic:
             return self._dynamic(activation, layout)
@@ -180,13 +180,13 @@ class FeatureSite(ForwardSite):
     def _meet(self, activation: Tensor, layout: FeatureLayout) -> None:
         """Learn what the module gives, at its first forward or when it has moved to another device."""
         known = self.size if self.size is not None else (None if self.mask is None else self.mask.numel())
-        if known is not None and known != layout.size:
+        if known is not None and known != layout.number():
             raise ValueError(
                 f"module {self.name!r} ({type(self.module).__name__}) gave {known} features along its {self.form.axis} "
-                f"axis before and {layout.size} now, in an output of shape {tuple(activation.shape)}; one mask cannot "
+                f"axis before and {layout.number()} now, in an output of shape {tuple(activation.shape)}; one mask cannot "
                 "serve both: exclude it, and include modules whose outputs keep one size"
             )
-        self.size, self._device = layout.size, activation.device
+        self.size, self._device = layout.number(), activation.device
         if self.mask is not None:
             self.mask = self.mask.to(activation.device)
         if self._mean is not None:
