@@ -183,8 +183,8 @@ class FeatureSite(ForwardSite):
         if known is not None and known != layout.number():
             raise ValueError(
                 f"module {self.name!r} ({type(self.module).__name__}) gave {known} features along its {self.form.axis} "
-                f"axis before and {layout.number()} now, in an output of shape {tuple(activation.shape)}; one mask cannot "
-                "serve both: exclude it, and include modules whose outputs keep one size"
+                f"axis before and {layout.number()} now, in an output of shape {tuple(activation.shape)}; one mask "
+                "cannot serve both: exclude it, and include modules whose outputs keep one size"
             )
         self.size, self._device = layout.number(), activation.device
         if self.mask is not None:
