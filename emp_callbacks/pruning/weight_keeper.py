@@ -147,10 +147,14 @@ class WeightKeeper:
 
     def after_update(self, owners: Sequence[Tensor]) -> None:
         """Called by the backend when the update is done, before anything reads the weights."""
-        weights = [*self._of(owners)]
+        self._hide([*self._of(owners)])
+
+    def _hide(self, weights: Sequence[MaskedWeight]) -> None:
+        """Make the weights what forward sees; whoever writes them from here on is another."""
         for weight in weights:
             self._mode.after_update(weight)
-        seal(weights)
+        if self._mode.keeps_zero:
+            seal(weights)
 
     def _of(self, owners: Sequence[Tensor]) -> Iterator[MaskedWeight]:
         for owner in owners:
@@ -198,8 +202,7 @@ class WeightKeeper:
 
     def settle(self) -> None:
         """Bring every weight to what forward sees, also after an optimizer step that raised half-way."""
-        for weight in self.weights:
-            self._mode.after_update(weight)
+        self._hide(self.weights)
         self.notice()
 
     def settle_if_attached(self) -> None:
@@ -227,12 +230,7 @@ class WeightKeeper:
         try:
             yield
         finally:
-            self._hide_again()
-
-    def _hide_again(self) -> None:
-        for weight in self.weights:
-            self._mode.after_update(weight)
-        seal(self._applied)
+            self._hide(self.weights)
 
     @contextmanager
     def dense_copies(self) -> Iterator[None]:

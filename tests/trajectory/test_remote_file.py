@@ -73,7 +73,7 @@ def test_a_store_that_fails_ends_no_training(url, monkeypatch):
     [
         ("memory://run", "memory://run/emp.jsonl"),
         ("s3://bucket/run/", "s3://bucket/run/emp.jsonl"),
-        ("file:///tmp/run", places.Path("/tmp/run/emp.jsonl")),
+        ("file:///data/run", places.Path("/data/run/emp.jsonl")),
         ("runs/a", places.Path("runs/a/emp.jsonl")),
         (places.Path("/runs"), places.Path("/runs/emp.jsonl")),
     ],
