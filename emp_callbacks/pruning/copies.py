@@ -9,11 +9,11 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from emp_callbacks.backends.local import LocalBackend
 from emp_callbacks.backends.wrapped import Wrapped
 from emp_callbacks.core.masked_values import put_pruned, take_pruned, zero_pruned
-from emp_callbacks.layer.mask_mode import MaskedWeight
-from emp_callbacks.layer.segment import Segment
-from emp_callbacks.targets import match_names
+from emp_callbacks.layer.mask_mode import Feedback, MaskedWeight
+from emp_callbacks.targets import WeightTarget, match_names
 from emp_callbacks.targets.forward_site import ForwardSite
 
 # By which torch's AveragedModel, and timm's ModelEmaV3 and V2, take in the model's weights.
@@ -63,9 +63,14 @@ class Average:
 
     def pair(self, weights: Sequence[MaskedWeight]) -> None:
         """Follow these weights of the pruned model."""
-        known = {id(own.segment.owner): own for _, own in self._copies}
         pairs = pair_up(weights, self.model, all_of_them=False)
-        self._copies = [(source, known.get(id(own)) or MaskedWeight(_whole(own))) for source, own in pairs]
+        known = {id(own.segment.owner): own for _, own in self._copies}
+        targets = [WeightTarget(source.name, own, 0) for source, own in pairs]
+        segments = LocalBackend(self.model, ()).segments(targets)
+        copies = [known.pop(id(s.owner)) if id(s.owner) in known else MaskedWeight(s) for s in segments]
+        for gone in known.values():
+            gone.unhide()
+        self._copies = [(source, own) for (source, _), own in zip(pairs, copies, strict=True)]
 
     def update(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call `inner` while the average and the pruned model hold their dense values."""
@@ -96,8 +101,13 @@ class Average:
             return
         self.unhide()
         for source, own in self._copies:
-            own.mask = source.mask if source.mask is None else source.mask.to(own.weight.device)
+            own.mask = _mask_for(own, source)
         self.hide()
+
+    @property
+    def hides(self) -> bool:
+        """Whether there are dense values behind masks."""
+        return any(own.stash is not None for _, own in self._copies)
 
     def hidden(self) -> dict[str, Tensor]:
         """Return the dense values behind the masks, by name of the weight in the pruned model."""
@@ -107,12 +117,9 @@ class Average:
     def restore(self, hidden: dict[str, Tensor]) -> None:
         """Take back what `hidden` gave, once the average's own weights and the masks are in place."""
         for source, own in self._copies:
-            own.store.stash = own.store.hidden_by = None
-            own.mask = source.mask if source.mask is None else source.mask.to(own.weight.device)
-            found = hidden.get(source.name)
-            if own.mask is not None and found is not None and found.numel() == int((~own.mask).sum()):
-                put_pruned(own.weight, own.mask, found.to(own.weight))
-        self.hide()
+            mask, found = _mask_for(own, source), hidden.get(source.name)
+            fits = mask is not None and found is not None and found.numel() == int((~mask).sum())
+            Feedback().restore(own, mask, found.to(own.weight) if fits and found is not None else None)
 
     def detach(self) -> None:
         """Leave the average masked, and to itself."""
@@ -196,6 +203,10 @@ def pair_up(
     return [(ours[name], parameter) for name, parameter in found.items()]
 
 
+def _mask_for(own: MaskedWeight, source: MaskedWeight) -> Tensor | None:
+    return None if source.mask is None else source.mask.to(own.weight.device)
+
+
 def averages_in(model: nn.Module) -> Iterator[nn.Module]:
     """Yield the averages of the model, or of a part of it, that are modules inside it."""
     return (module for module in model.modules() if is_average(module))
@@ -204,20 +215,3 @@ def averages_in(model: nn.Module) -> Iterator[nn.Module]:
 def _modules_of(model: nn.Module) -> dict[str, nn.Module]:
     own = dict(model.named_modules(remove_duplicate=False))
     return own | {ours: own[theirs] for theirs, ours in match_names(list(own), list(own)).items()}
-
-
-def _whole(parameter: nn.Parameter) -> Segment:
-    return Segment(
-        name="",
-        shape=parameter.shape,
-        output_dim=0,
-        owner=parameter,
-        view=_itself,
-        positions=0,
-        replicated=True,
-        counted=slice(0, parameter.numel()),
-    )
-
-
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor

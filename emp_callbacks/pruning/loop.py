@@ -141,10 +141,11 @@ class PruningLoop:
         forgotten = self.keeper.attached and self._backend.take_applied() and not self.clock.steps
         idle = self.keeper.attached and self._schedule.unit is not None and not self._trajectory
         self.detach()
-        if idle and not self._backend.rank and (forgotten or self._calls or self.clock.steps):
-            warn_the_user(
+        if idle and (forgotten or self._calls or self.clock.steps):
+            self._tell(
                 f"the schedule ({self._schedule.told}) asked for no refresh in {self.clock.steps} steps and "
-                f"{self.clock.epochs} finished epochs: nothing was pruned. {remedy}"
+                f"{self.clock.epochs} finished epochs: nothing was pruned. {remedy}",
+                "idle",
             )
 
     # ---- averages -------------------------------------------------------------------------------------------------
@@ -172,7 +173,7 @@ class PruningLoop:
     def prepare_folder(self) -> None:
         """Bring the weights to what forward sees, and say what a mask folder does not hold."""
         self.keeper.settle_if_attached()
-        if any(self.averages_hidden()):
+        if any(average.hides for average in self._averages):
             self._tell(
                 "the folder holds no dense values behind the masks of averages, so that these go on masked from there: "
                 "keep pruner.state_dict() to go on exactly",
@@ -194,10 +195,11 @@ class PruningLoop:
         """Count an optimizer step, if there was one; say once that there never is, where a schedule waits for it."""
         self.clock.steps += applied
         self._calls = -1 if applied or self._calls < 0 else self._calls + called
-        if self._calls == _CALLS_WITHOUT_A_STEP and self._schedule.unit is not None and not self._backend.rank:
-            warn_the_user(
+        if self._calls == _CALLS_WITHOUT_A_STEP and self._schedule.unit is not None:
+            self._tell(
                 f"step() was called {self._calls} times and no optimizer that updates the pruned weights has made a "
-                "step, so nothing is refreshed. Give the pruner the optimizer whose step() runs"
+                "step, so nothing is refreshed. Give the pruner the optimizer whose step() runs",
+                "steps",
             )
 
     def _refresh(self, epoch: int, *, due: bool, by_hand: bool = False) -> list[PruneEvent]:
@@ -231,7 +233,10 @@ class PruningLoop:
         if self.keeper.weights != self._refresher.weights:
             self.keeper.replace(self._refresher.weights)
             for average in self._averages:
-                average.pair(self._refresher.weights)
+                try:
+                    average.pair(self._refresher.weights)
+                except ValueError as error:  # a new head, of which the average still holds the old one
+                    self._tell(f"an average does not follow the weights that came or went: {error}", "pair")
         if told:
             self._tell(told, told)
 
@@ -258,7 +263,8 @@ class PruningLoop:
             return
         zeros, total = self.keeper.count_zeros()
         if zeros >= _SPARSE_ALREADY * total > 0:
-            warn_the_user(
+            self._tell(
                 f"{zeros / total:.0%} of the weights to prune are 0 already and will train until the first refresh: "
-                "to keep a sparse model's zeros, call pruner.refresh() before the first step, with mode='freeze'"
+                "to keep a sparse model's zeros, call pruner.refresh() before the first step, with mode='freeze'",
+                "sparse",
             )

@@ -237,3 +237,21 @@ def test_a_mask_folder_says_that_it_holds_no_dense_averages(tmp_path):
     pruner.refresh()
     with pytest.warns(UserWarning, match=r"no dense values behind the masks of averages.*state_dict"):
         pruner.save(tmp_path)
+
+
+def test_an_average_of_the_old_head_does_not_end_the_training_of_the_new_one():
+    net = net_of()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    pruner = EMPPruner(net, optimizer, every_n_steps=1)
+    ema = torch_ema(net)
+    pruner.add_average(ema)
+    backward(net, 0)
+    optimizer.step()
+    pruner.step()
+    net[2] = nn.Linear(16, 3)
+    optimizer.add_param_group({"params": list(net[2].parameters())})
+    backward(net, 1)
+    optimizer.step()
+    with pytest.warns(UserWarning, match=r"an average does not follow .*'2.weight' has shape \(4, 16\)"):
+        pruner.step()
+    assert torch.equal(ema.module[0].weight == 0, ~pruner.masks["0.weight"])
