@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed import ranks
+
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "recipes" / "cluster"
 SCRIPTS = sorted([*CLUSTER.glob("*.sh"), *CLUSTER.glob("*.sbatch")])
@@ -75,14 +77,9 @@ def test_torchrun_trains_on_two_processes(strategy, tmp_path):
     ]
     environment = {**os.environ, "STRATEGY": strategy, "PROCESSES": "2", "OMP_NUM_THREADS": "1"}
     environment["PATH"] = f"{binaries}{os.pathsep}{environment['PATH']}"
-    done = subprocess.run(
-        ["bash", str(CLUSTER / "torchrun.sh"), *tiny, "--trainer.default_root_dir", str(tmp_path)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        cwd=tmp_path,
-    )
+    run = tmp_path / "run"
+    words = ["bash", str(CLUSTER / "torchrun.sh"), *tiny, "--trainer.default_root_dir", str(run)]
+    done = ranks.run_command(words, written=run, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    rows = [json.loads(line) for line in (tmp_path / "emp_trajectory.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (run / "emp_trajectory.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4]

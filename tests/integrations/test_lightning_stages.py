@@ -3,7 +3,6 @@
 import copy
 import csv
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from emp_callbacks import EMPCallback, Trajectory
+from tests.distributed import ranks
 from tests.integrations.test_lightning import data, make_module, make_trainer, zeros
 
 pytestmark = [
@@ -460,11 +460,13 @@ def test_padding_in_the_batch_is_no_evidence(positions, tmp_path):
 @pytest.mark.slow
 @pytest.mark.processes
 def test_after_spawned_training_the_callback_says_where_its_results_are(tmp_path):
-    command = [sys.executable, "-m", "tests.integrations.spawned", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=Path(__file__).parents[2])
-    assert f"the rows are in {tmp_path}/emp_trajectory.jsonl" in " ".join(done.stderr.split()), done.stderr
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "tests.integrations.spawned", run]
+    done = ranks.run_command(command, written=run, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"the rows are in {run}/emp_trajectory.jsonl" in " ".join(done.stderr.split()), done.stderr
     assert "this callback has no rows" in done.stdout
-    assert [e.step for e in Trajectory.read(tmp_path / "emp_trajectory.jsonl")] == [3, 6]
+    assert [e.step for e in Trajectory.read(run / "emp_trajectory.jsonl")] == [3, 6]
 
 
 def test_a_fit_without_batches_leaves_nothing_behind(tmp_path):
