@@ -36,6 +36,9 @@ class UpdateListener(Protocol):
     def owners(self) -> Collection[int]:
         """Ids of the tensors that matter."""
 
+    def before_closure(self, owners: Sequence[Tensor]) -> None:
+        """A step of these tensors begins with forward and backward."""
+
     def before_update(self, owners: Sequence[Tensor]) -> None:
         """These tensors are rewritten next; may be told twice."""
 
@@ -64,7 +67,7 @@ class StepWatch:
         self._listener: UpdateListener | None = None
         self._handles: list[Any] = []
         self._strangers: WeakKeyDictionary[torch.optim.Optimizer, int] = WeakKeyDictionary()
-        self._depth, self._prepared = 0, False
+        self._depth, self._prepared, self._begun = 0, False, False
         self._announced: set[int] = set()
         self.applied = False
 
@@ -162,6 +165,9 @@ class StepWatch:
         """Return the closure for a step inside which forward and backward run (Lightning's automatic optimization)."""
 
         def on_masked_weights() -> Any:
+            if not self._begun and self._listener is not None:  # else what was written since is the optimizer's
+                self._begun = True
+                self._listener.before_closure(_owners(optimizer))
             self._settle(optimizer)
             result = closure()
             self._announce(optimizer)
@@ -171,13 +177,13 @@ class StepWatch:
         return on_masked_weights
 
     def _begin(self) -> None:
-        self._prepared = False  # also after a step that nobody named, which raised
+        self._prepared = self._begun = False  # also after a step that nobody named, which raised
         self._announced.clear()
 
     def _prepare(self, optimizer: torch.optim.Optimizer) -> None:
         assert self._listener is not None
         if not self._prepared:  # else by the wrapper around it, whose tensors it updates
-            self._prepared = True
+            self._prepared = self._begun = True
             self._listener.before_update(_owners(optimizer))
 
     def _settle(self, optimizer: torch.optim.Optimizer) -> None:

@@ -196,7 +196,9 @@ def put_back(
 ) -> None:
     """Give every layer its masks and the values behind them, as `fit_masks` and `describe` returned them."""
     for layer in layers:
-        if (record := units.get(layer.name)) is not None:
+        if (record := units.get(layer.name)) is None:
+            layer.put_back(None, None)
+        else:
             mean = None if record["mean"] is None else torch.tensor(record["mean"], dtype=torch.float64)
             layer.put_back(_unit_mask(record), mean)
     for weight, (mask, stash) in zip(masked_weights(layers), fitting, strict=True):

@@ -98,9 +98,11 @@ class Layer(ABC):
     def put_mask(self, mask: Tensor) -> list[Tensor]:
         """Take a new mask and return what it means for each of `weights`, in their layouts."""
 
-    def put_back(self, mask: Tensor, mean: Tensor | None) -> None:  # noqa: ARG002
-        """Take a mask, and what pruned features become, as a checkpoint held them; `weights` get theirs elsewhere."""
-        self.put_mask(mask)
+    def put_back(self, mask: Tensor | None, mean: Tensor | None) -> None:  # noqa: B027
+        """Take a mask, and what pruned features become, as a checkpoint held them; None: it was before the first refresh.
+
+        `weights` get theirs elsewhere.
+        """
 
     @property
     def name(self) -> str:

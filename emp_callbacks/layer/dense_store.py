@@ -31,6 +31,8 @@ class DenseStore:
         modes: Mode of each member that is still at work, by its id.
         stash: Dense values of what `hidden_by` prunes in flat order; None while the part itself holds them.
         hidden_by: The mask with which they were taken out.
+        written: What something else wrote under masks since the last update, with each mask, oldest first: a checkpoint
+            whose weights are loaded before its own masks finds its values there.
     """
 
     def __init__(self) -> None:
@@ -38,6 +40,7 @@ class DenseStore:
         self.modes: dict[int, str] = {}
         self.stash: Tensor | None = None
         self.hidden_by: Tensor | None = None
+        self.written: list[tuple[Tensor, Tensor]] = []
         self._joined: tuple[list[Tensor], Tensor | None] = [], None
         self._seal: tuple[int, int] | None = None
         self._sampled: tuple[Tensor | None, Tensor | None] = None, None
@@ -70,6 +73,15 @@ class DenseStore:
         if self.stash is not None and self.hidden_by is not None:
             put_pruned(values, self.hidden_by, self.stash)
             self.stash = self.hidden_by = self._seal = None
+
+    def uncover(self, values: Tensor) -> None:
+        """Put in place what something else wrote since the last update, exactly; else move the hidden values back."""
+        if self.written:
+            while self.written:
+                mask, written = self.written.pop()
+                put_pruned(values, mask.to(values.device), written.to(values))
+            self.stash = self.hidden_by = self._seal = None
+        self.unhide(values)
 
     def behind(self, values: Tensor, mask: Tensor) -> Tensor | None:
         """Return the dense values behind one member's mask; None while the part itself holds them."""
@@ -116,20 +128,27 @@ class DenseStore:
     def take_over(self, values: Tensor) -> bool:
         """Make what something else wrote over hidden values the dense values, and hide it; keep the rest.
 
+        Zeros say nothing, as a masked copy of the weights brings them too; unless all that was written is 0.
+
         Returns:
             Whether there was any.
         """
         if self.stash is None or self.hidden_by is None:
             return False
+        touched = self.is_touched(values)
         if self.hidden_by.device != values.device:  # the model was moved
             self.hidden_by = self.hidden_by.to(values.device)
         written = take_pruned(values, self.hidden_by)
         self.stash = self.stash.to(written)  # of the dtype that the model has now
-        if not bool(written.any()):
-            return False
-        self.stash = torch.where(written != 0, written, self.stash)
-        zero_pruned(values, self.hidden_by)
-        return True
+        found = bool(written.any())
+        if touched or found:
+            self.written.append((self.hidden_by, written))
+        if found:
+            self.stash = torch.where(written != 0, written, self.stash)
+            zero_pruned(values, self.hidden_by)
+        elif touched and not bool(values.any()):
+            self.stash = written
+        return found
 
 
 def waits_for_nothing(values: Tensor) -> bool:

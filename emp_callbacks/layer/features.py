@@ -61,9 +61,11 @@ class FeatureLayer(Layer):
         self.put_back(mask, self._found_mean)
         return []
 
-    def put_back(self, mask: Tensor, mean: Tensor | None) -> None:
+    def put_back(self, mask: Tensor | None, mean: Tensor | None) -> None:
         self._mask, self._mean = mask, mean
-        if self._applied:
+        if mask is None:
+            self.site.mask = None
+        elif self._applied:
             self.site.install(mask, mean)
 
     def _ones(self) -> Tensor:

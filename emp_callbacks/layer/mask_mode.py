@@ -172,14 +172,14 @@ class Feedback(MaskMode):
         return 0
 
     def restore(self, weight: MaskedWeight, mask: Tensor | None, stash: Tensor | None) -> None:
-        if len(weight.store.members) > 1:  # the others' values, but where the parameter came with its own
-            weight.store.take_over(weight.weight)
-            weight.unhide()
-        weight.store.stash = weight.store.hidden_by = None
+        # The masks of today hide what the parameter came with, and what other pruners of it put behind theirs.
+        weight.store.take_over(weight.weight)
+        weight.store.uncover(weight.weight)
         weight.mask = mask
         if mask is not None and stash is not None:
             put_pruned(weight.weight, mask, stash)
         weight.hide()
+        weight.seal()
 
 
 @final
@@ -223,12 +223,15 @@ class Freeze(MaskMode):
     def notice(self, weight: MaskedWeight) -> int:
         if weight.mask is None:
             return 0
-        lost = int(take_pruned(weight.weight, weight.mask).count_nonzero())
+        written = take_pruned(weight.weight, weight.mask)
+        lost = int(written.count_nonzero())
         if lost:
+            weight.store.written.append((weight.mask, written))
             zero_pruned(weight.weight, weight.mask)
         return lost
 
     def restore(self, weight: MaskedWeight, mask: Tensor | None, stash: Tensor | None) -> None:  # noqa: ARG002
+        weight.store.uncover(weight.weight)
         weight.mask = mask
         self.after_update(weight)
 

@@ -109,6 +109,9 @@ class UnitLayer(Layer):
         self._mask = mask
         return [member.mask(mask) for member in self._masking]
 
+    def put_back(self, mask: Tensor | None, mean: Tensor | None) -> None:  # noqa: ARG002
+        self._mask = mask
+
     def _ones(self) -> Tensor:
         return torch.ones(self.units, dtype=torch.bool)
 

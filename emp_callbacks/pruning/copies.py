@@ -118,6 +118,7 @@ class Average:
         """Take back what `hidden` gave, once the average's own weights and the masks are in place."""
         for source, own in self._copies:
             mask, found = _mask_for(own, source), hidden.get(source.name)
+            own.store.stash = own.store.hidden_by = None  # the average's own weights are in place, and no mask
             fits = mask is not None and found is not None and found.numel() == int((~mask).sum())
             Feedback().restore(own, mask, found.to(own.weight) if fits and found is not None else None)
 

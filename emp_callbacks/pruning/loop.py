@@ -127,7 +127,7 @@ class PruningLoop:
     def take_up(self, clock: Clock, averages: Sequence[dict[str, Tensor]] = ()) -> None:
         """Go on from a clock that a checkpoint brought back, together with masks, trajectory and averages."""
         self.clock = clock
-        self.keeper.notice()
+        self.keeper.restored()
         self._hidden = list(averages)
         for average in self._averages:
             average.restore(self._hidden.pop(0) if self._hidden else {})
@@ -170,9 +170,8 @@ class PruningLoop:
         """Return the dense values behind the masks of each average, in the order of `add_average`."""
         return [average.hidden() for average in self._averages]
 
-    def prepare_folder(self) -> None:
-        """Bring the weights to what forward sees, and say what a mask folder does not hold."""
-        self.keeper.settle_if_attached()
+    def say_what_folders_lack(self) -> None:
+        """Say what a mask folder does not hold."""
         if any(average.hides for average in self._averages):
             self._tell(
                 "the folder holds no dense values behind the masks of averages, so that these go on masked from there: "

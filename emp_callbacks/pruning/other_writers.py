@@ -29,6 +29,7 @@ class OtherWriters:
     def __init__(self, mode: MaskMode) -> None:
         self._mode = mode
         self._lost_told = self._late_told = False
+        self._lost: dict[str, int] = {}
         self._turn = 0
         self._late: dict[str, Tensor] = {}
 
@@ -39,14 +40,28 @@ class OtherWriters:
         """
         if self._mode.keeps_zero:
             self._obey([weight for weight in weights if weight.store.is_touched(weight.weight)])
+            self._say_what_is_lost()
             self._suspect(weights)
+        for weight in weights:
+            weight.store.written.clear()
 
     @torch.no_grad()
-    def notice(self, weights: Sequence[MaskedWeight]) -> None:
-        """Notice by the values themselves."""
+    def notice(self, weights: Sequence[MaskedWeight], *, loaded: bool = False) -> None:
+        """Notice by the values themselves.
+
+        Args:
+            weights: What is masked.
+            loaded: Whether they come from a checkpoint, whose own masks may follow: nothing is lost yet.
+        """
         self._say_what_came_late()
         self._obey(weights)
         seal(weights)
+        if not loaded:
+            self._say_what_is_lost()
+
+    def restored(self) -> None:
+        """A checkpoint's own masks took the place of those that its weights were hidden by."""
+        self._lost.clear()
 
     @contextmanager
     def masked(self, weights: Sequence[MaskedWeight]) -> Iterator[None]:
@@ -84,7 +99,10 @@ class OtherWriters:
         return found
 
     def _obey(self, weights: Iterable[MaskedWeight]) -> None:
-        lost = {weight.name: count for weight in weights if (count := self._notice_one(weight))}
+        self._lost |= {weight.name: count for weight in weights if (count := self._notice_one(weight))}
+
+    def _say_what_is_lost(self) -> None:
+        lost, self._lost = self._lost, {}
         if lost and not self._lost_told:
             self._lost_told = True
             name, count = max(lost.items(), key=lambda item: item[1])

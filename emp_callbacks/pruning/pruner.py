@@ -240,8 +240,8 @@ class EMPPruner(Readings):
         The weights themselves are in the model's own state_dict, masked. Between two refreshes it also holds the
         evidence gathered by this rank: where one rank saves for all, call `share_evidence()` on all ranks first.
         """
-        self._keeper.settle_if_attached()
-        return {**self._persistence.state(self.clock), "averages": self._loop.averages_hidden()}
+        with self._keeper.settled():
+            return {**self._persistence.state(self.clock), "averages": self._loop.averages_hidden()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`'s state, bit for bit, together with the model's and optimizer's own states.
@@ -267,8 +267,9 @@ class EMPPruner(Readings):
         Raises:
             OSError: A rank could not write; the folder's old checkpoint is still whole.
         """
-        self._loop.prepare_folder()
-        self._persistence.save(folder, self.clock)
+        self._loop.say_what_folders_lack()
+        with self._keeper.settled():
+            self._persistence.save(folder, self.clock)
 
     def load(self, folder: str | os.PathLike[str]) -> None:
         """Continue from a folder that `save()` wrote, on any number of ranks and under any strategy. Collective.

@@ -41,6 +41,7 @@ class WeightKeeper:
     ) -> None:
         self._mode, self._backend, self._on_gradients = mode, backend, on_gradients
         self.attached = False
+        self._revealed = 0  # blocks of `dense_owners` that are open
         self._gradient_hooks: list[RemovableHandle] = []
         self._load_hook: RemovableHandle | None = None
         self._writers = OtherWriters(mode)
@@ -78,7 +79,7 @@ class WeightKeeper:
         _AT_WORK.add(self)
         self._backend.attach(self)
         if self._applied:
-            hook = LoadHook(self.notice)
+            hook = LoadHook(self._notice_load)
             self._load_hook = self._backend.module.register_load_state_dict_post_hook(hook)  # type: ignore[no-untyped-call]
         self._hook_gradients()
         seal(self._applied)
@@ -138,6 +139,10 @@ class WeightKeeper:
         """Called by the backend once per step that will be applied, when the owners hold their final gradients."""
         self._on_gradients({id(owner) for owner in owners}, scale)
 
+    def before_closure(self, owners: Sequence[Tensor]) -> None:
+        """Called by the backend before the first closure of a step: what was written until now is no optimizer's."""
+        self._writers.before_update([*self._of(owners)])
+
     def before_update(self, owners: Sequence[Tensor]) -> None:
         """Called by the backend when gradients are ready and the update comes next."""
         weights = [*self._of(owners)]
@@ -147,7 +152,10 @@ class WeightKeeper:
 
     def after_update(self, owners: Sequence[Tensor]) -> None:
         """Called by the backend when the update is done, before anything reads the weights."""
-        self._hide([*self._of(owners)])
+        weights = [*self._of(owners)]
+        self._hide(weights)
+        if self._revealed:
+            self._reveal(weights)
 
     def _hide(self, weights: Sequence[MaskedWeight]) -> None:
         """Make the weights what forward sees; whoever writes them from here on is another."""
@@ -155,6 +163,10 @@ class WeightKeeper:
             self._mode.after_update(weight)
         if self._mode.keeps_zero:
             seal(weights)
+
+    def _reveal(self, weights: Sequence[MaskedWeight]) -> None:
+        for weight in weights:
+            self._mode.reveal(weight)
 
     def _of(self, owners: Sequence[Tensor]) -> Iterator[MaskedWeight]:
         for owner in owners:
@@ -174,6 +186,15 @@ class WeightKeeper:
         """
         if self.attached:
             self._writers.notice(self._applied)
+
+    def _notice_load(self) -> None:
+        if self.attached:
+            self._writers.notice(self._applied, loaded=True)
+
+    def restored(self) -> None:
+        """A checkpoint's masks and the values behind them are in place."""
+        self._writers.restored()
+        self.notice()
 
     def masked(self) -> AbstractContextManager[None]:
         """Inside the block the weights obey the masks, for an evaluation, whoever wrote them; see `OtherWriters`."""
@@ -205,10 +226,19 @@ class WeightKeeper:
         self._hide(self.weights)
         self.notice()
 
-    def settle_if_attached(self) -> None:
-        """Settle, unless the hooks are off: after `finalize()` the model is the user's alone."""
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """Inside the block every weight is what forward sees, also within `dense_owners`.
+
+        Unless the hooks are off: after `finalize()` the model is the user's alone.
+        """
         if self.attached:
             self.settle()
+        try:
+            yield
+        finally:
+            if self._revealed:
+                self._reveal(self.weights)
 
     @torch.no_grad()
     def install_again(self) -> None:
@@ -225,12 +255,16 @@ class WeightKeeper:
         """Inside the block the tensors that the optimizer updates hold the dense values."""
         if self.attached:
             self._writers.before_update(self._applied)
-        for weight in self.weights:
-            self._mode.reveal(weight)
+        self._reveal(self.weights)
+        self._revealed += 1
         try:
             yield
         finally:
-            self._hide(self.weights)
+            self._revealed -= 1
+            if self._revealed:  # a refresh has hidden some
+                self._reveal(self.weights)
+            else:
+                self._hide(self.weights)
 
     @contextmanager
     def dense_copies(self) -> Iterator[None]:

@@ -26,10 +26,18 @@ def masked(mode, **settings):
     return net, optimizer, pruner
 
 
-def step(net, optimizer, pruner):
-    optimizer.zero_grad()
-    net(torch.randn(8, 6)).square().mean().backward()
-    optimizer.step()
+def step(net, optimizer, pruner, by_closure=False):
+    def closure():
+        optimizer.zero_grad()
+        loss = net(torch.randn(8, 6, dtype=net[0].weight.dtype)).square().mean()
+        loss.backward()
+        return loss
+
+    if by_closure:
+        optimizer.step(closure)
+    else:
+        closure()
+        optimizer.step()
     return pruner.step()
 
 
@@ -60,19 +68,24 @@ def from_vector(net, values):
 WAYS = [copied, through_data, replaced, loaded, from_vector]
 
 
+CLOSURE = pytest.mark.parametrize("by_closure", [False, True], ids=["plain", "closure"])
+
+
+@CLOSURE
 @pytest.mark.parametrize("way", WAYS)
-def test_in_feedback_new_values_become_the_dense_ones(way):
+def test_in_feedback_new_values_become_the_dense_ones(way, by_closure):
     net, optimizer, pruner = masked("feedback")
     new = [p.detach().clone() for p in net_of(1).parameters()]
     way(net, new)
-    step(net, optimizer, pruner)
+    step(net, optimizer, pruner, by_closure)
     assert torch.equal(net[0].weight == 0, ~pruner.masks["0.weight"])
     with pruner.dense_weights():
         assert all(torch.equal(p, value) for p, value in zip(net.parameters(), new, strict=True))
 
 
+@CLOSURE
 @pytest.mark.parametrize("way", WAYS)
-def test_in_freeze_they_are_masked_and_the_loss_is_said_once(way):
+def test_in_freeze_they_are_masked_and_the_loss_is_said_once(way, by_closure):
     net, optimizer, pruner = masked("freeze")
     new = [p.detach().clone() for p in net_of(1).parameters()]
     name, mask = max(pruner.masks.items(), key=lambda item: int((~item[1]).sum()))
@@ -81,7 +94,7 @@ def test_in_freeze_they_are_masked_and_the_loss_is_said_once(way):
     def twice():
         for _ in range(2):
             way(net, new)
-            step(net, optimizer, pruner)
+            step(net, optimizer, pruner, by_closure)
 
     with pytest.warns(UserWarning, match=rf"wrote {lost} pruned entries of '{name}'.*mode='feedback'") as told:
         twice()
@@ -107,16 +120,51 @@ def test_a_masked_state_of_the_same_masks_leaves_the_dense_values_behind_them():
         assert torch.equal(net[0].weight, dense)
 
 
+@pytest.mark.parametrize("target", ["weights", "neurons"])
+def test_one_entry_written_between_two_steps_stays(target):
+    net, optimizer, pruner = masked("feedback", target=target)
+    row, column = (~pruner.weight_masks["0.weight"]).nonzero()[0].tolist()
+    with torch.no_grad():
+        net[0].weight[row, column] = 7.0
+    step(net, optimizer, pruner, by_closure=True)
+    assert net[0].weight[row, column] == 0
+    with pruner.dense_weights():
+        assert net[0].weight[row, column] == 7.0
+
+
+@pytest.mark.parametrize("way", [copied, loaded])
+def test_a_weight_that_is_written_as_zeros_has_no_values_of_before_behind_its_mask(way):
+    net, optimizer, pruner = masked("feedback")
+    way(net, [torch.zeros_like(p) for p in net.parameters()])
+    step(net, optimizer, pruner)
+    with pruner.dense_weights():
+        assert not net[0].weight.any()
+
+
+def test_what_is_called_inside_a_dense_block_leaves_it_dense(tmp_path):
+    net, optimizer, pruner = masked("feedback")
+    with pruner.dense_weights():
+        dense = net[0].weight.detach().clone()
+    with pruner.dense_weights():
+        for call in (pruner.scores, pruner.state_dict, lambda: pruner.save(tmp_path), pruner.refresh):
+            call()
+            assert torch.equal(net[0].weight, dense)
+        with pruner.dense_weights():
+            pass
+        step(net, optimizer, pruner)
+        assert torch.equal(net[0].weight, dense)
+    assert torch.equal(net[0].weight, dense * pruner.masks["0.weight"])
+    assert int((~pruner.masks["0.weight"]).sum()) == pruner.state_dict()["stash"]["0.weight"].numel()
+
+
+@CLOSURE
 @pytest.mark.parametrize("mode", ["feedback", "freeze"])
-def test_the_model_may_change_its_dtype(mode):
+def test_the_model_may_change_its_dtype(mode, by_closure):
     net, optimizer, pruner = masked(mode)
     with pruner.dense_weights():
         dense = net[0].weight.detach().double()
     net.double()
-    step_input = torch.randn(8, 6, dtype=torch.float64)
-    net(step_input).square().mean().backward()
-    optimizer.step()
-    pruner.step()
+    step(net, optimizer, pruner, by_closure)
     assert torch.equal(net[0].weight == 0, ~pruner.masks["0.weight"])
     with pruner.dense_weights():
         assert torch.equal(net[0].weight, dense)

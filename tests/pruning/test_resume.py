@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import warnings
 
 import pytest
 import torch
@@ -87,6 +88,19 @@ def test_stopped_after_any_step(kind, stop, order):
     resumed = Run(SETTINGS[kind]).load(file, order).train(stop, STEPS)
     assert len(whole.pruner.trajectory) >= 2
     assert_equal(whole, resumed)
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+@pytest.mark.parametrize("stop", [0, 1, 4])
+def test_gone_back_within_the_run(kind, stop):
+    whole = Run(SETTINGS[kind]).train(0, STEPS)
+    run = Run(SETTINGS[kind]).train(0, stop)
+    file = run.save()
+    with warnings.catch_warnings():
+        # Weights that are masked by later masks until the pruner has its own back are no loss.
+        warnings.filterwarnings("error", "something other than the optimizer")
+        run.train(stop, STEPS).load(file).train(stop, STEPS)
+    assert_equal(whole, run)
 
 
 def test_the_model_state_holds_masked_weights_and_the_pruner_the_dense_ones():
