@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from emp_callbacks.backends.optimizer_state import OptimizerState, states_of
+from emp_callbacks.backends.optimizer_state import OptimizerState, forget_histories, states_of
 from emp_callbacks.backends.step_watch import StepWatch, UpdateListener
 from emp_callbacks.layer.segment import Segment
 from emp_callbacks.targets import WeightTarget, anything
@@ -98,6 +98,10 @@ class Backend(ABC):
             TypeError: One is kept in a form in which a weight's part cannot be cleared.
         """
         return states_of(self.optimizers, segment)
+
+    def forget_histories(self) -> None:
+        """Clear what optimizers remember of all weights in one piece."""
+        forget_histories(self.optimizers)
 
     def attach(self, listener: UpdateListener) -> None:
         """Tell `listener` of every optimizer step from now on."""

@@ -41,6 +41,13 @@ def states_of(optimizers: Sequence[torch.optim.Optimizer], segment: Segment) -> 
     return list(found.values())
 
 
+def forget_histories(optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Let an LBFGS begin anew: it remembers all weights in one piece, of which no part can be cleared."""
+    for optimizer in [*optimizers, *(inner for outer in optimizers for inner in inner_optimizers(outer))]:
+        for state in optimizer.state.values() if isinstance(optimizer, torch.optim.LBFGS) else ():
+            state["n_iter"] = 0
+
+
 def inner_optimizers(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
     """Return the optimizers that a wrapper holds."""
     return [value for value in vars(optimizer).values() if isinstance(value, torch.optim.Optimizer)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -59,6 +59,7 @@ def describe(
         "scope": config.scope,
         "criterion": config.criterion_name,
         "target": config.target,
+        "unit": config.schedule.unit,
         "clock": asdict(clock),
         "shapes": _shapes(layers),
         "units": {layer.name: _unit_record(layer) for layer in layers if _has_own_mask(layer)},
@@ -118,12 +119,19 @@ def check_fits(state: Any, config: EMPConfig, mode: MaskMode, layers: Sequence[L
     try:
         check_state(state["trajectory"])
         _check_units(state["units"], layers)
-        return _clock(state["clock"])
+        return _clock_in(config.schedule.unit, _clock(state["clock"]), state)
     except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
         raise ValueError(
             f"the checkpoint is damaged: its position, units or trajectory cannot be read ({error}); go back to an "
             "older one"
         ) from error
+
+
+def _clock_in(unit: str | None, clock: Clock, state: dict[str, Any]) -> Clock:
+    """Return the clock for a schedule of this unit: a position in another is none of it."""
+    if state.get("unit", unit) == unit:
+        return clock
+    return replace(clock, last_position=clock.epochs if unit == "epoch" else clock.steps)
 
 
 def _clock(record: dict[str, Any]) -> Clock:

@@ -98,10 +98,10 @@ class Layer(ABC):
     def put_mask(self, mask: Tensor) -> list[Tensor]:
         """Take a new mask and return what it means for each of `weights`, in their layouts."""
 
-    def put_back(self, mask: Tensor | None, mean: Tensor | None) -> None:  # noqa: B027
-        """Take a mask, and what pruned features become, as a checkpoint held them; None: it was before the first refresh.
+    def put_back(self, mask: Tensor | None, mean: Tensor | None) -> None:
+        """Take a mask, and what pruned features become, as a checkpoint held them; `weights` get theirs elsewhere.
 
-        `weights` get theirs elsewhere.
+        None: the checkpoint is of before the first refresh.
         """
 
     @property

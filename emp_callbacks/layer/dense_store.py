@@ -83,6 +83,13 @@ class DenseStore:
             self.stash = self.hidden_by = self._seal = None
         self.unhide(values)
 
+    @property
+    def keeps_older(self) -> bool:
+        """Whether something else wrote zeros alone under the masks, and values of before are still behind them."""
+        if not self.written or self.stash is None:
+            return False
+        return not bool(self.written[-1][1].any()) and bool(self.stash.any())
+
     def behind(self, values: Tensor, mask: Tensor) -> Tensor | None:
         """Return the dense values behind one member's mask; None while the part itself holds them."""
         if self.stash is None or self.hidden_by is None or self.hidden_by is mask:

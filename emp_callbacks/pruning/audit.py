@@ -10,6 +10,7 @@ from torch import Tensor
 
 from emp_callbacks.backends import Backend
 from emp_callbacks.layer.mask_mode import MaskedWeight, MaskMode
+from emp_callbacks.targets import canonical_name
 
 COPIES = ("owner", "forward", "optimizer")
 
@@ -48,10 +49,15 @@ def audit_masks(weights: Sequence[MaskedWeight], mode: MaskMode, backend: Backen
     """
     if not weights:  # features and edges are masked in the forward pass, where no copy can differ
         return Audit(owner=0, forward=0, optimizer=0, worst="", worst_count=0)
+    # Where a weight was replaced since, what counts is what the model has.
+    named = backend.module.named_parameters(remove_duplicate=False) if backend.can_follow else ()
+    now = {canonical_name(name): parameter.detach() for name, parameter in named}
     counts = torch.zeros(len(weights), len(COPIES), dtype=torch.int64)
     for i, weight in enumerate(weights if mode.name != "observe" else ()):
         states = backend.optimizer_states(weight.segment) if mode.clears_states else []
-        for k, copies in enumerate(([weight.weight], backend.forward_copies(weight.segment))):
+        own = now.get(weight.name, weight.weight)
+        own = own if own.shape == weight.weight.shape else weight.weight
+        for k, copies in enumerate(([own], backend.forward_copies(weight.segment))):
             counts[i, k] = sum(_contradictions(weight, values, 0.0) for values in copies)
         # Codes of 8-bit optimizers are cleared like the rest, but their own rounding turns a 0 into a near code.
         exact = [(values, neutral) for values, neutral in states if values.is_floating_point()]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, final
 
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from emp_callbacks.config import EMPConfig
 from emp_callbacks.layer import MissingEvidence
 from emp_callbacks.layer.mask_mode import MaskMode
 from emp_callbacks.pruning.copies import Average, averages_in
-from emp_callbacks.pruning.refresher import Refresher
+from emp_callbacks.pruning.refresher import Refresher, few
 from emp_callbacks.pruning.signatures import warn_the_user
 from emp_callbacks.pruning.weight_keeper import WeightKeeper
 from emp_callbacks.schedule import Clock
@@ -53,7 +54,7 @@ class PruningLoop:
         self._hidden: list[dict[str, Tensor]] = []  # of averages that a checkpoint held and nobody added yet
         self._began = False
         self._told: set[str] = set()
-        self._calls = 0  # of step() before the first optimizer step that was seen; -1 after it
+        self._calls = 0  # of step() since the last optimizer step that was seen
         self.clock = Clock()
         self.keeper = WeightKeeper(refresher.weights, mode, backend, self._gradients_ready)
 
@@ -61,10 +62,25 @@ class PruningLoop:
 
     def step(self, end_of_epoch: bool) -> list[PruneEvent]:
         """Count one call after an optimizer step; see `EMPPruner.step`. Collective when it refreshes."""
+        if self.keeper.copied:
+            self._tell(
+                "this pruner is a copy, which sees no optimizer step: make a new one of the copied model and optimizer "
+                "and give it the state, EMPPruner(...).load_state_dict(pruner.state_dict())",
+                "copied",
+            )
         self._count(self._backend.take_applied())
         if end_of_epoch:
             self.clock.end_epoch()
         return self._refresh(self.clock.epochs - end_of_epoch, due=self._is_due)
+
+    @contextmanager
+    def at_rest(self, *, in_folder: bool = False) -> Iterator[None]:
+        """Inside the block weights are what forward sees, and a step of which `step()` was not told yet is counted."""
+        if in_folder:
+            self._say_what_folders_lack()
+        self._count(self._backend.take_applied(), called=False)
+        with self.keeper.settled():
+            yield
 
     def end_epoch(self) -> list[PruneEvent]:
         """Count a finished epoch after its last `step()`; refresh if one is due. Collective when it refreshes."""
@@ -138,6 +154,7 @@ class PruningLoop:
         """Take every hook off for good, with a warning where the schedule never asked for a refresh. Collective."""
         if self.needs_closing_refresh:
             self.close()
+        self._say_what_is_unreached()
         forgotten = self.keeper.attached and self._backend.take_applied() and not self.clock.steps
         idle = self.keeper.attached and self._schedule.unit is not None and not self._trajectory
         self.detach()
@@ -170,7 +187,7 @@ class PruningLoop:
         """Return the dense values behind the masks of each average, in the order of `add_average`."""
         return [average.hidden() for average in self._averages]
 
-    def say_what_folders_lack(self) -> None:
+    def _say_what_folders_lack(self) -> None:
         """Say what a mask folder does not hold."""
         if any(average.hides for average in self._averages):
             self._tell(
@@ -193,12 +210,27 @@ class PruningLoop:
     def _count(self, applied: bool, *, called: bool = True) -> None:
         """Count an optimizer step, if there was one; say once that there never is, where a schedule waits for it."""
         self.clock.steps += applied
-        self._calls = -1 if applied or self._calls < 0 else self._calls + called
-        if self._calls == _CALLS_WITHOUT_A_STEP and self._schedule.unit is not None:
+        self._calls = 0 if applied else self._calls + called
+        if self._calls != _CALLS_WITHOUT_A_STEP or self._schedule.unit is None:
+            return
+        if self.clock.steps:  # accumulated batches may be that many
+            self._say_what_is_unreached()
+        else:
             self._tell(
                 f"step() was called {self._calls} times and no optimizer that updates the pruned weights has made a "
                 "step, so nothing is refreshed. Give the pruner the optimizer whose step() runs",
                 "steps",
+            )
+
+    def _say_what_is_unreached(self) -> None:
+        """Warn where weights came into the model since the last refresh: no mask is on them."""
+        found = self._refresher.unreached() if self._trajectory and self.keeper.attached else []
+        if found:
+            self._tell(
+                f"no mask is on {few(found)}, which came into the model after the last refresh (thawed, a new head, "
+                "load_state_dict(assign=True), another optimizer?): call refresh() while an optimizer that the pruner "
+                "knows updates them, or make the pruner anew",
+                "unreached",
             )
 
     def _refresh(self, epoch: int, *, due: bool, by_hand: bool = False) -> list[PruneEvent]:

@@ -28,8 +28,9 @@ class OtherWriters:
 
     def __init__(self, mode: MaskMode) -> None:
         self._mode = mode
-        self._lost_told = self._late_told = False
+        self._lost_told = self._late_told = self._behind_told = False
         self._lost: dict[str, int] = {}
+        self._behind: list[str] = []
         self._turn = 0
         self._late: dict[str, Tensor] = {}
 
@@ -41,6 +42,7 @@ class OtherWriters:
         if self._mode.keeps_zero:
             self._obey([weight for weight in weights if weight.store.is_touched(weight.weight)])
             self._say_what_is_lost()
+            self._say_what_stays_behind()
             self._suspect(weights)
         for weight in weights:
             weight.store.written.clear()
@@ -56,12 +58,15 @@ class OtherWriters:
         self._say_what_came_late()
         self._obey(weights)
         seal(weights)
-        if not loaded:
+        if loaded:
+            self._behind = [weight.name for weight in weights if weight.store.keeps_older]
+        else:
             self._say_what_is_lost()
 
     def restored(self) -> None:
         """A checkpoint's own masks took the place of those that its weights were hidden by."""
         self._lost.clear()
+        self._behind.clear()
 
     @contextmanager
     def masked(self, weights: Sequence[MaskedWeight]) -> Iterator[None]:
@@ -110,6 +115,16 @@ class OtherWriters:
                 f"something other than the optimizer wrote {count} pruned entries of {name!r} (load_state_dict, an "
                 f"average, another tool?); mode {self._mode.name!r} keeps them at 0. Use mode='feedback' to keep such "
                 "values behind the mask"
+            )
+
+    def _say_what_stays_behind(self) -> None:
+        behind, self._behind = self._behind, []
+        if behind and not self._behind_told:
+            self._behind_told = True
+            warn_the_user(
+                f"load_state_dict brought zeros for what is pruned of {behind[0]!r}, as a masked model has, so "
+                "the dense values behind the mask are those of before. Load the pruner's own state with the model's, "
+                "or call finalize() and make a new pruner to go on from the masked weights"
             )
 
     def _notice_one(self, weight: MaskedWeight) -> int:

@@ -240,7 +240,7 @@ class EMPPruner(Readings):
         The weights themselves are in the model's own state_dict, masked. Between two refreshes it also holds the
         evidence gathered by this rank: where one rank saves for all, call `share_evidence()` on all ranks first.
         """
-        with self._keeper.settled():
+        with self._loop.at_rest():
             return {**self._persistence.state(self.clock), "averages": self._loop.averages_hidden()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -267,8 +267,7 @@ class EMPPruner(Readings):
         Raises:
             OSError: A rank could not write; the folder's old checkpoint is still whole.
         """
-        self._loop.say_what_folders_lack()
-        with self._keeper.settled():
+        with self._loop.at_rest(in_folder=True):
             self._persistence.save(folder, self.clock)
 
     def load(self, folder: str | os.PathLike[str]) -> None:

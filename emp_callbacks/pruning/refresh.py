@@ -129,6 +129,8 @@ def _refresh_scored(
     }
     # From here on nothing can fail. One layer after the other, so that no second mask of the whole model is held.
     rows = {}
+    if mode.clears_states:
+        backend.forget_histories()
     for decision in decisions:
         for i in decision.members:
             mask = new_mask(decision, i)

@@ -28,6 +28,7 @@ from emp_callbacks.pruning.decision import KeepRule
 from emp_callbacks.pruning.evidence import Evidence
 from emp_callbacks.pruning.refresh import refresh_dynamic, refresh_masks, scores_of
 from emp_callbacks.pruning.signatures import emptied_layers, uniform_scores, warn_the_user
+from emp_callbacks.targets import canonical_name
 from emp_callbacks.targets.forward_site import ForwardSite
 from emp_callbacks.trajectory import PruneEvent
 
@@ -90,22 +91,55 @@ class Refresher:
                     f"the weights that the optimizer updates have changed; sharded ({backend.name}), EMP goes on with "
                     "those that it began with: make the pruner anew, and load() its saved state, to follow"
                 )
-            layers = find_layers(config, self.criterion, backend)
+            layers = self._with_masked(find_layers(config, self.criterion, backend))
         except ValueError as error:
+            if all(self._is_held(layer) for layer in self.layers):  # all of them frozen
+                return ""
             return f"what is to be pruned has changed, and EMP does not follow: {error}"
         known = {_identity(layer): layer for layer in self.layers}
         added = [layer.name for layer in layers if _identity(layer) not in known]
         self._chosen = chosen
         self.layers[:] = [known.get(_identity(layer), layer) for layer in layers]
         self.weights[:] = masked_weights(self.layers)
-        self.left_out = find_left_out(config, backend, self.weights)
+        masked = {weight.name for weight in self.weights}
+        self.left_out = [one for one in find_left_out(config, backend, self.weights) if one.name not in masked]
         sites = [site for layer in self.layers for site in layer.sites]
         for site in sites:
             site.watch_with(backend.module)
         self.evidence.replace_sites(sites)
         gone = [name for (name, *_), layer in known.items() if layer not in self.layers]
-        told = [f"pruned from here on, too: {_few(added)}"] * bool(added) + [f"no more: {_few(gone)}"] * bool(gone)
+        told = [f"pruned from here on, too: {few(added)}"] * bool(added) + [f"no more: {few(gone)}"] * bool(gone)
         return "; ".join(told)
+
+    def _with_masked(self, layers: list[Layer]) -> list[Layer]:
+        """Return the layers together with those that are masked and still in the model: a frozen one keeps its mask."""
+        found = [_identity(layer) for layer in layers]
+        before = 0
+        for layer in self.layers:
+            if _identity(layer) in found:
+                before = 1 + [_identity(other) for other in layers].index(_identity(layer))
+            elif layer.mask is not None and self._is_held(layer):
+                layers.insert(before, layer)
+                before += 1
+        return layers
+
+    def _is_held(self, layer: Layer) -> bool:
+        """Whether the model still has the parameters that a layer masks."""
+        held = {id(parameter) for parameter in self._backend.module.parameters()}
+        return {id(weight.segment.owner) for weight in layer.weights} <= held
+
+    def unreached(self) -> list[str]:
+        """Return the names of weights to prune that are others than at the last look: no mask is on them."""
+        if not self._backend.can_follow:
+            return []
+        names = {id(p): canonical_name(name) for name, p in self._backend.module.named_parameters()}
+        try:
+            chosen = [id(parameter) for parameter in chosen_parameters(self._config, self._backend)]
+        except ValueError:  # no optimizer that is known updates what is there now
+            chosen = []
+        new = {names[one] for one in chosen if one not in self._chosen}
+        gone = {weight.name for weight in self.weights if id(weight.segment.owner) not in names}
+        return sorted(new | (gone & {*names.values()}))
 
     @torch.no_grad()
     def run(self, step: int, epoch: int, position: int, dense_owners: AbstractContextManager[None]) -> list[PruneEvent]:
@@ -225,7 +259,8 @@ def _identity(layer: Layer) -> tuple[str, tuple[int, ...]]:
     return layer.name, tuple(id(weight.segment.owner) for weight in layer.weights)
 
 
-def _few(names: Sequence[str]) -> str:
+def few(names: Sequence[str]) -> str:
+    """Return the first names and how many more there are, for a message."""
     return ", ".join(names[:4]) + f" and {len(names) - 4} more" * (len(names) > 4)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import final
+from typing import Any, final
 from weakref import WeakSet
 
 import torch
@@ -34,13 +34,14 @@ class WeightKeeper:
     Attributes:
         weights: As given, or as `replace` gave them.
         attached: Whether the hooks are on.
+        copied: Whether this is a copy of another, which has no hooks.
     """
 
     def __init__(
         self, weights: Sequence[MaskedWeight], mode: MaskMode, backend: Backend, on_gradients: OnGradients
     ) -> None:
         self._mode, self._backend, self._on_gradients = mode, backend, on_gradients
-        self.attached = False
+        self.attached = self.copied = False
         self._revealed = 0  # blocks of `dense_owners` that are open
         self._gradient_hooks: list[RemovableHandle] = []
         self._load_hook: RemovableHandle | None = None
@@ -61,6 +62,10 @@ class WeightKeeper:
     @property
     def _applied(self) -> Sequence[MaskedWeight]:
         return self.weights if self._mode.name != "observe" else ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The hooks on optimizers and modules are in no copy of these.
+        return {**vars(self), "attached": False, "copied": True, "_gradient_hooks": [], "_load_hook": None}
 
     # ---- hooks ----------------------------------------------------------------------------------------------------
 
@@ -245,6 +250,8 @@ class WeightKeeper:
         """Put the masks as they are in place again, also where weights have grown back. Collective."""
         clears = self._mode.clears_states
         states = [self._backend.optimizer_states(weight.segment) if clears else [] for weight in self.weights]
+        if clears:
+            self._backend.forget_histories()
         for weight, of_weight in zip(self.weights, states, strict=True):
             self._mode.install(weight, weight.mask_or_ones, of_weight)
         self._backend.refresh_copies()

@@ -76,3 +76,12 @@ def test_dense_weights_are_seen_and_hidden_again():
         assert not pruner.audit().clean
         assert bool((net[0].weight != 0).all())
     assert pruner.audit().clean
+
+
+def test_weights_that_took_the_place_of_masked_ones_are_counted():
+    net, _, pruner = trained("feedback")
+    pruned = ~pruner.masks["0.weight"]
+    state = {name: torch.ones_like(value) for name, value in net.state_dict().items()}
+    net.load_state_dict(state, assign=True)
+    audit = pruner.audit()
+    assert audit.owner == int(pruned.sum()) + int((~pruner.masks["1.weight"]).sum())

@@ -68,6 +68,19 @@ def from_vector(net, values):
 WAYS = [copied, through_data, replaced, loaded, from_vector]
 
 
+def test_a_masked_state_that_is_loaded_without_the_pruners_own_is_said():
+    net, optimizer, pruner = masked("feedback")
+    state, own = copy.deepcopy(net.state_dict()), pruner.state_dict()
+    net.load_state_dict(state)
+    pruner.load_state_dict(own)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(net, optimizer, pruner)
+    net.load_state_dict(state)
+    with pytest.warns(UserWarning, match=r"zeros for what is pruned of '0.weight'.*Load the pruner's own state"):
+        step(net, optimizer, pruner)
+
+
 CLOSURE = pytest.mark.parametrize("by_closure", [False, True], ids=["plain", "closure"])
 
 

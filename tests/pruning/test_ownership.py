@@ -158,3 +158,81 @@ def test_where_weights_cannot_be_followed_it_is_said_once(monkeypatch):
         warnings.simplefilter("error")
         step(net, optimizer, pruner)
     assert list(pruner.masks) == ["2.weight"]
+
+
+@pytest.mark.parametrize("mode", ["feedback", "project", "freeze"])
+@pytest.mark.parametrize("target", ["weights", "neurons"])
+def test_a_layer_that_is_frozen_keeps_its_mask(mode, target):
+    torch.manual_seed(0)
+    net = block()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
+    pruner = EMPPruner(net, optimizer, every_n_steps=1, mode=mode, target=target, density=0.5)
+    step(net, optimizer, pruner)
+    layers = list(pruner.masks)
+    pruned = ~pruner.weight_masks["0.weight"]
+    net[0].requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(net, optimizer, pruner)
+    assert list(pruner.masks) == layers
+    assert not {"0.weight", "2.weight"} & {one.name for one in pruner.left_out}
+    net[0].requires_grad_(True)
+    step(net, optimizer, pruner)
+    assert list(pruner.masks) == layers
+    if mode == "freeze":
+        assert not net[0].weight[pruned].any()
+    pruner.finalize()
+    assert torch.equal(net[0].weight == 0, ~pruner.weight_masks["0.weight"])
+
+
+def replaced_at_the_end(net, optimizer):
+    net[2] = nn.Linear(6, 3)
+    optimizer.add_param_group({"params": list(net[2].parameters())})
+    return optimizer
+
+
+def loaded_by_assignment(net, optimizer):
+    net.load_state_dict({name: value.clone() for name, value in net.state_dict().items()}, assign=True)
+    return torch.optim.SGD(net.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("change", [replaced_at_the_end, loaded_by_assignment])
+@pytest.mark.parametrize("mode", ["feedback", "freeze"])
+def test_weights_that_no_mask_reaches_are_said_at_the_end(change, mode):
+    torch.manual_seed(0)
+    net = block()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    pruner = EMPPruner(net, optimizer, every_n_steps=1, stop=1, mode=mode)
+    step(net, optimizer, pruner)
+    optimizer = change(net, optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(net, optimizer, pruner)
+    named = r"0\.weight, 2\.weight" if change is loaded_by_assignment else r"2\.weight"
+    with pytest.warns(UserWarning, match=f"no mask is on {named}, which came into the model after the last refresh"):
+        pruner.finalize()
+
+
+def test_an_optimizer_of_replaced_weights_is_said_after_a_hundred_calls():
+    torch.manual_seed(0)
+    net = block()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    pruner = EMPPruner(net, optimizer, every_n_steps=1)
+    step(net, optimizer, pruner)
+    optimizer = loaded_by_assignment(net, optimizer)
+    for _ in range(99):
+        step(net, optimizer, pruner)
+    with pytest.warns(UserWarning, match=r"no mask is on 0\.weight, 2\.weight"):
+        step(net, optimizer, pruner)
+
+
+def test_a_hundred_accumulated_batches_are_nothing_to_talk_about():
+    torch.manual_seed(0)
+    net = block()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    pruner = EMPPruner(net, optimizer, every_n_steps=1)
+    step(net, optimizer, pruner)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(150):
+            assert pruner.step() == []

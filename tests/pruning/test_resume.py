@@ -1,5 +1,6 @@
 """A run that is stopped and resumed equals the run that was not, bit for bit."""
 
+import copy
 import dataclasses
 import io
 import warnings
@@ -101,6 +102,74 @@ def test_gone_back_within_the_run(kind, stop):
         warnings.filterwarnings("error", "something other than the optimizer")
         run.train(stop, STEPS).load(file).train(stop, STEPS)
     assert_equal(whole, run)
+
+
+@pytest.mark.parametrize("stop", [1, 3])  # a refresh is due at step 3
+def test_a_state_between_an_optimizer_step_and_the_pruners_own_counts_it(stop):
+    settings = {"every_n_steps": 3, "beta": 0.5}
+    whole = Run(settings).train(0, STEPS)
+    run = Run(settings).train(0, stop - 1)
+    step, run.pruner.step = run.pruner.step, lambda **_: []
+    run.train(stop - 1, stop)
+    file = run.save()
+    run.pruner.step = step
+    resumed = Run(settings).load(file)
+    resumed.pruner.step()
+    assert_equal(whole, resumed.train(stop, STEPS))
+    run.pruner.step()
+    assert_equal(whole, run.train(stop, STEPS))
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "rows"),
+    [
+        ({"every_n_steps": 3}, {"every_n_epochs": 1}, [3, 6, 8]),
+        ({"every_n_epochs": 1}, {"every_n_steps": 3}, [2, 4, 6, 9]),
+    ],
+)
+def test_a_schedule_in_another_unit_goes_on_from_where_the_run_stands(before, now, rows):
+    run = Run(before).train(0, 6)
+    resumed = Run(now).load(run.save())
+    assert resumed.pruner.clock.last_position == (3 if "every_n_epochs" in now else 6)
+    resumed.train(6, 9)
+    assert [event.step for event in resumed.pruner.trajectory] == rows
+
+
+def test_a_copied_pruner_says_that_it_sees_no_step():
+    run = Run({"every_n_steps": 1}).train(0, 2)
+    other = copy.deepcopy(run)
+    with pytest.warns(UserWarning, match="this pruner is a copy, which sees no optimizer step: make a new one"):
+        other.train(2, 4)
+    assert other.pruner.steps == 2
+    assert run.train(2, 4).pruner.steps == 4
+
+
+@pytest.mark.parametrize("mode", ["project", "freeze"])
+def test_lbfgs_begins_anew_at_a_refresh(mode):
+    torch.manual_seed(0)
+    net, x, y = nn.Linear(12, 3), torch.randn(40, 12), torch.randn(40, 3)
+    optimizer = torch.optim.LBFGS(net.parameters(), max_iter=4)
+    pruner = EMPPruner(net, optimizer, mode=mode, density=0.4)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(net(x), y)
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        optimizer.step(closure)
+    pruner.refresh()
+    state = copy.deepcopy(net.state_dict())
+    optimizer.step(closure)
+    found = net.weight.detach().clone()
+    pruner.finalize()
+    net.load_state_dict(state)
+    optimizer.state.clear()
+    pruner = EMPPruner(net, optimizer, mode=mode, density=0.4)
+    pruner.refresh()
+    optimizer.step(closure)
+    assert torch.equal(net.weight, found)
 
 
 def test_the_model_state_holds_masked_weights_and_the_pruner_the_dense_ones():
