@@ -93,7 +93,7 @@ class Refresher:
                 )
             layers = self._with_masked(find_layers(config, self.criterion, backend))
         except ValueError as error:
-            if all(self._is_held(layer) for layer in self.layers):  # all of them frozen
+            if not any(weight.segment.owner.requires_grad for weight in self.weights):  # all of them are frozen
                 return ""
             return f"what is to be pruned has changed, and EMP does not follow: {error}"
         known = {_identity(layer): layer for layer in self.layers}
