@@ -135,7 +135,8 @@ class DenseStore:
     def take_over(self, values: Tensor) -> bool:
         """Make what something else wrote over hidden values the dense values, and hide it; keep the rest.
 
-        Zeros say nothing, as a masked copy of the weights brings them too; unless all that was written is 0.
+        Zeros say nothing, as a masked copy of the weights brings them too; unless all of the weight is 0, or what is
+        behind the mask is NaN or Inf.
 
         Returns:
             Whether there was any.
@@ -150,11 +151,11 @@ class DenseStore:
         found = bool(written.any())
         if touched or found:
             self.written.append((self.hidden_by, written))
-        if found:
-            self.stash = torch.where(written != 0, written, self.stash)
-            zero_pruned(values, self.hidden_by)
-        elif touched and not bool(values.any()):
+        if touched and not found and not bool(values.any()):
             self.stash = written
+        elif touched or found:
+            self.stash = torch.where((written == 0) & self.stash.isfinite(), self.stash, written)
+            zero_pruned(values, self.hidden_by)
         return found
 
 

@@ -108,8 +108,12 @@ class Refresher:
             site.watch_with(backend.module)
         self.evidence.replace_sites(sites)
         gone = [name for (name, *_), layer in known.items() if layer not in self.layers]
-        told = [f"pruned from here on, too: {few(added)}"] * bool(added) + [f"no more: {few(gone)}"] * bool(gone)
-        return "; ".join(told)
+        kinds = {
+            "pruned from here on, too": [name for name in added if name not in gone],
+            "replaced, so that its mask begins anew": [name for name in added if name in gone],
+            "no more in the model": [name for name in gone if name not in added],
+        }
+        return "; ".join(f"{kind}: {few(names)}" for kind, names in kinds.items() if names)
 
     def _with_masked(self, layers: list[Layer]) -> list[Layer]:
         """Return the layers together with those that are masked and still in the model: a frozen one keeps its mask."""
@@ -139,7 +143,11 @@ class Refresher:
             chosen = []
         new = {names[one] for one in chosen if one not in self._chosen}
         gone = {weight.name for weight in self.weights if id(weight.segment.owner) not in names}
-        return sorted(new | (gone & {*names.values()}))
+        # A parametrization (weight_norm) stands in for a weight of the same name.
+        there = {name.replace("parametrizations.", "").rpartition(".")[0] for name in names.values()} | {
+            *names.values()
+        }
+        return sorted(new | (gone & there))
 
     @torch.no_grad()
     def run(self, step: int, epoch: int, position: int, dense_owners: AbstractContextManager[None]) -> list[PruneEvent]:

@@ -81,6 +81,22 @@ def test_a_masked_state_that_is_loaded_without_the_pruners_own_is_said():
         step(net, optimizer, pruner)
 
 
+@pytest.mark.filterwarnings("ignore:load_state_dict brought zeros")
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_of_weights_that_diverged_a_masked_state_brings_back_all(bad):
+    net, optimizer, pruner = masked("feedback")
+    good = copy.deepcopy(net.state_dict())
+    with torch.no_grad(), pruner.dense_weights():
+        net[0].weight[:, 1] = bad
+    net.load_state_dict(good)
+    step(net, optimizer, pruner)
+    with pruner.dense_weights():
+        gone = ~pruner.masks["0.weight"][:, 1]
+        assert torch.equal(net[0].weight[:, 1] == 0, gone)
+        assert net[0].weight.isfinite().all()
+    pruner.refresh()
+
+
 CLOSURE = pytest.mark.parametrize("by_closure", [False, True], ids=["plain", "closure"])
 
 

@@ -135,7 +135,7 @@ def test_a_new_head_takes_the_place_of_the_old_one():
         dense = old.weight.detach().clone()
     net[2] = nn.Linear(6, 3)
     optimizer.add_param_group({"params": list(net[2].parameters())})
-    with pytest.warns(UserWarning, match=r"from here on, too: 2.weight"):
+    with pytest.warns(UserWarning, match=r"replaced, so that its mask begins anew: 2.weight"):
         (event,) = step(net, optimizer, pruner)
     assert event.n == 36 + 18
     assert pruner.masks["2.weight"].shape == (3, 6)
@@ -196,7 +196,13 @@ def loaded_by_assignment(net, optimizer):
     return torch.optim.SGD(net.parameters(), lr=0.1)
 
 
-@pytest.mark.parametrize("change", [replaced_at_the_end, loaded_by_assignment])
+def parametrized(net, optimizer):
+    nn.utils.parametrizations.weight_norm(net[2])
+    optimizer.add_param_group({"params": list(net[2].parametrizations.parameters())})
+    return optimizer
+
+
+@pytest.mark.parametrize("change", [replaced_at_the_end, loaded_by_assignment, parametrized])
 @pytest.mark.parametrize("mode", ["feedback", "freeze"])
 def test_weights_that_no_mask_reaches_are_said_at_the_end(change, mode):
     torch.manual_seed(0)
