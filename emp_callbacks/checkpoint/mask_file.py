@@ -24,6 +24,7 @@ from torch import Tensor
 from emp_callbacks.backends.base import Backend
 from emp_callbacks.checkpoint.evidence import check_evidence
 from emp_callbacks.checkpoint.mask_part import read_evidence, read_parts, sha256, write_part
+from emp_callbacks.checkpoint.seed import read_seed
 from emp_callbacks.checkpoint.state import (
     Found,
     FoundMask,
@@ -109,6 +110,7 @@ def read_masks(
             found: list[FoundMask] = [next(parts) if w.name in names else (None, None) for w in weights]
             fitting = fit_masks(mode, weights, found)
             batches, evidence = check_evidence(index.get("batches"), read_evidence(paths, layers), layers, sites)
+            seed = read_seed(index)
         except ValueError as error:
             raise ValueError(f"{folder / INDEX}: {error}") from error
         return digest, Found(
@@ -118,6 +120,7 @@ def read_masks(
             trajectory=index["trajectory"],
             batches=batches,
             evidence=evidence,
+            seed=seed,
         )
 
     digest, everything = on_all(backend, read)
