@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from emp_callbacks.backends.base import Backend
+from emp_callbacks.checkpoint.damage import check_clock_complete
 from emp_callbacks.checkpoint.evidence import check_evidence
 from emp_callbacks.checkpoint.mask_part import read_evidence, read_parts, sha256, write_part
 from emp_callbacks.checkpoint.seed import read_seed
@@ -215,6 +216,7 @@ def _read_index(
         check_format(index)
         _check_signature(index, text)
         clock = check_fits(index, config, mode, layers)
+        check_clock_complete(index["clock"])
         masked = index.get("masked")
         if not isinstance(masked, list) or not all(isinstance(name, str) for name in masked):
             raise ValueError("it does not say what is masked; go back to an older checkpoint")

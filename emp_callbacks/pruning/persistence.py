@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, final
 
 from emp_callbacks.backends import Backend
+from emp_callbacks.checkpoint.damage import check_averages, check_clock_complete, check_stash
 from emp_callbacks.checkpoint.mask_file import on_all, read_masks, save_masks
 from emp_callbacks.checkpoint.mask_part import evidence_part
 from emp_callbacks.checkpoint.seed import read_seed, seed_entry
@@ -53,6 +54,9 @@ class Persistence:
         """Put a state back and return its clock; see `EMPPruner.load_state_dict`."""
         found = read_state(state, self._config, self._mode, self._layers, self._sites)
         found = replace(found, seed=read_seed(state))
+        check_clock_complete(state["clock"])
+        check_stash(state["stash"])
+        check_averages(state.get("averages", ()))
         return self._put_back(found, self._trajectory.restore(found.trajectory))
 
     def save(self, folder: str | os.PathLike[str], clock: Clock) -> None:

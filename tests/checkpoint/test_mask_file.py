@@ -211,6 +211,7 @@ DAMAGES = {
     "edited": edit_unsigned,
     "no-clock": edit(clock=[1], message="position, units or trajectory cannot be read"),
     "negative-clock": clock(steps=-5),
+    "empty-clock": edit(clock={}, message="its clock says nothing of steps, epochs, last_position, steps_at_refresh, "),
     "true-clock": clock(epochs=True),
     "clock-of-words": clock(steps_at_epoch="4"),
     "epoch-of-nothing": clock(epoch_length=0.5),

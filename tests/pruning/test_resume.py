@@ -196,6 +196,30 @@ DAMAGES = {
     "seed": ("random", lambda s: {"seed": "0"}, "its seed is '0', not an integer"),
     "no seed": ("random", lambda s: {"seed": None}, "its seed is None, not an integer"),
     "truth": ("random", lambda s: {"seed": True}, "its seed is True, not an integer"),
+    "empty clock": (
+        "feedback",
+        lambda s: {"clock": {}},
+        "nothing of steps, epochs, last_position, steps_at_refresh, steps_at_epoch, epoch_length;",
+    ),
+    "half a clock": ("feedback", lambda s: {"clock": {"steps": 5, "epochs": 2}}, "nothing of last_position, steps_at"),
+    "whole numbers": (
+        "feedback",
+        lambda s: {"stash": {name: values.long() for name, values in s["stash"].items()}},
+        "dense values behind the mask of '0.weight' are torch.int64",
+    ),
+    "no averages": ("feedback", lambda s: {"averages": None}, "its averages are NoneType, not a list"),
+    "averages of 3": ("feedback", lambda s: {"averages": 3}, "its averages are int, not a list"),
+    "an average of 3": ("feedback", lambda s: {"averages": [3]}, "its averages are list, not a list of tensors by"),
+    "numbers": (
+        "feedback",
+        lambda s: {"averages": [{"0.weight": [1.0]}]},
+        "an average holds of '0.weight' is no tensor",
+    ),
+    "codes": (
+        "feedback",
+        lambda s: {"averages": [{"0.weight": torch.ones(3, dtype=torch.int8)}]},
+        "an average holds of '0.weight' is no tensor of floating",
+    ),
     "rows": ("feedback", lambda s: {"trajectory": {**s["trajectory"], "total": -1}}, "1 rows of -1"),
     "row": ("feedback", lambda s: {"trajectory": {"rows": [{"step": 1}], "total": 1, "path": None}}, "'layers'"),
     "no batches": (
