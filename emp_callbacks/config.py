@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -99,6 +99,9 @@ class EMPConfig:
 
     def __post_init__(self) -> None:
         _check_choice("target", self.target, TARGETS)
+        for name in ("observe_only", "certify", "dynamic"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         make_criterion(self.criterion, self.target)
         if self.scope is None:
             object.__setattr__(self, "scope", _DEFAULT_SCOPES.get(self.target, "global"))
@@ -230,6 +233,20 @@ class EMPConfig:
     def beta_at(self, position: int) -> float:
         """Return beta at a position of the schedule."""
         return self.beta.at(position) if isinstance(self.beta, BetaSchedule) else float(self.beta)
+
+
+def settled(config: Any, settings: Mapping[str, Any]) -> EMPConfig:
+    """Return a configuration with some settings put over it, or over the defaults.
+
+    Raises:
+        ValueError: A value or a combination is invalid.
+        TypeError: A setting has an unknown name, or `config` is something else.
+    """
+    check_names(settings)
+    if config is not None and not isinstance(config, EMPConfig):
+        remedy = "pass its entries by name: **settings" if isinstance(config, Mapping) else "pass settings by name"
+        raise TypeError(f"config must be an EMPConfig, got {type(config).__name__}; {remedy}, as in every_n_steps=100")
+    return EMPConfig(**settings) if config is None else replace(config, **settings)
 
 
 def check_names(settings: Iterable[str]) -> None:

@@ -36,6 +36,9 @@ BAD = [
     ({"density": 0.0}, r"density must be a fraction in \(0, 1\], got 0.0"),
     ({"density": 0.5, "beta": 2.0}, "density=0.5 fixes the keep count, so beta=2.0 would do nothing"),
     ({"density": 0.5, "min_density": 0.6}, "min_density=0.6 is above density=0.5"),
+    ({"observe_only": "no"}, "observe_only must be True or False, got 'no'"),
+    ({"certify": 1}, "certify must be True or False, got 1"),
+    ({"dynamic": None}, "dynamic must be True or False, got None"),
     ({"positions": ""}, "positions must be a key of the batch, a function of it .*, got ''"),
     ({"positions": 3}, "positions must be a key of the batch, a function of it .*, got 3"),
     ({"positions": "nowhere.at_all"}, "positions 'nowhere.at_all' cannot be imported"),
@@ -74,6 +77,17 @@ def test_defaults_and_overrides():
 def test_wrong_arguments_are_named():
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module or a DeepSpeed engine, got dict"):
         EMPPruner({})
+    with pytest.raises(TypeError, match=r"config must be an EMPConfig, got dict; .*name: \*\*settings, as in every_n"):
+        EMPPruner(nn.Linear(2, 2), None, {"every_n_steps": 1})
+    with pytest.raises(TypeError, match=r"config must be an EMPConfig, got int; pass settings by name, as in every"):
+        EMPPruner(nn.Linear(2, 2), None, 3, mode="freeze")
+    scheduler = torch.optim.lr_scheduler.StepLR(torch.optim.SGD([torch.zeros(1, requires_grad=True)]), 1)
+    for given in (scheduler, [scheduler]):
+        with pytest.raises(TypeError, match=r"optimizer must be .*Optimizer \(.*got StepLR; pass its .optimizer$"):
+            EMPPruner(nn.Linear(2, 2), given)
+    for given, kind in ((5, "int"), ({"lr": 1}, "dict"), ("adam", "str"), (EMPConfig(), "EMPConfig"), ([{}], "dict")):
+        with pytest.raises(TypeError, match=rf"optimizer must be .*Optimizer \(.*got {kind}; pass what updates the"):
+            EMPPruner(nn.Linear(2, 2), given)
     with pytest.raises(TypeError, match=r"optimizer must be a torch.optim.Optimizer .* got float"):
         EMPPruner(nn.Linear(2, 2), [torch.optim.SGD([torch.zeros(1, requires_grad=True)]), 0.1])
 

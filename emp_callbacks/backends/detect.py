@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,11 +68,16 @@ def _check_not_an_inside(parameters: Sequence[nn.Parameter]) -> None:
             raise TypeError("the model is the inside of a FullyShardedDataParallel; pass the outermost wrapper instead")
 
 
-def _optimizers(optimizer: Optimizers) -> list[torch.optim.Optimizer]:
-    given = (
-        [] if optimizer is None else [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
-    )
+def _optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
+    if optimizer is None:
+        return []
+    several = isinstance(optimizer, Iterable) and not isinstance(optimizer, (Mapping, str))
+    given = list(optimizer) if several else [optimizer]
     for one in given:
         if not isinstance(one, torch.optim.Optimizer):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer (or a list of them), got {type(one).__name__}")
+            inner = isinstance(getattr(one, "optimizer", None), torch.optim.Optimizer)
+            remedy = "pass its .optimizer" if inner else "pass what updates the model, or None to prune it by hand"
+            raise TypeError(
+                f"optimizer must be a torch.optim.Optimizer (or a list of them), got {type(one).__name__}; {remedy}"
+            )
     return given

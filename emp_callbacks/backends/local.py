@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from emp_callbacks.backends.base import Backend
+from emp_callbacks.backends.shared_memory import check_apart
 from emp_callbacks.layer.segment import Segment
 from emp_callbacks.targets import WeightTarget
 
@@ -22,6 +23,7 @@ class LocalBackend(Backend):
     can_follow = True
 
     def segments(self, targets: Sequence[WeightTarget]) -> list[Segment]:
+        check_apart(targets)
         return [
             Segment(
                 name=target.name,

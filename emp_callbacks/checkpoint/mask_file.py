@@ -22,8 +22,10 @@ import torch
 from torch import Tensor
 
 from emp_callbacks.backends.base import Backend
+from emp_callbacks.checkpoint.damage import check_clock_complete
 from emp_callbacks.checkpoint.evidence import check_evidence
 from emp_callbacks.checkpoint.mask_part import read_evidence, read_parts, sha256, write_part
+from emp_callbacks.checkpoint.seed import read_seed
 from emp_callbacks.checkpoint.state import (
     Found,
     FoundMask,
@@ -109,6 +111,7 @@ def read_masks(
             found: list[FoundMask] = [next(parts) if w.name in names else (None, None) for w in weights]
             fitting = fit_masks(mode, weights, found)
             batches, evidence = check_evidence(index.get("batches"), read_evidence(paths, layers), layers, sites)
+            seed = read_seed(index)
         except ValueError as error:
             raise ValueError(f"{folder / INDEX}: {error}") from error
         return digest, Found(
@@ -118,6 +121,7 @@ def read_masks(
             trajectory=index["trajectory"],
             batches=batches,
             evidence=evidence,
+            seed=seed,
         )
 
     digest, everything = on_all(backend, read)
@@ -212,6 +216,7 @@ def _read_index(
         check_format(index)
         _check_signature(index, text)
         clock = check_fits(index, config, mode, layers)
+        check_clock_complete(index["clock"])
         masked = index.get("masked")
         if not isinstance(masked, list) or not all(isinstance(name, str) for name in masked):
             raise ValueError("it does not say what is masked; go back to an older checkpoint")

@@ -34,6 +34,7 @@ class Found:
         trajectory: What `Trajectory.state()` returned.
         batches: The optimizer steps whose gradients were gathered.
         evidence: What `Evidence.tensors()` returned.
+        seed: `Criterion.seed` of the run; None where there is none.
     """
 
     clock: Clock
@@ -42,6 +43,7 @@ class Found:
     trajectory: Mapping[str, Any]
     batches: list[int]
     evidence: dict[str, Tensor]
+    seed: int | None = None
 
 
 def masked_weights(layers: Sequence[Layer]) -> list[MaskedWeight]:

@@ -25,6 +25,7 @@ class Criterion(ABC):
         zero_scores_zero: Whether a component whose weights are 0 has the score 0.
         certificate: What the sum of the pruned scores bounds: the error of a layer's outputs, or the change of the loss
             to first order; None if nothing.
+        seed: What its random numbers follow from, kept with the run; None where it draws none.
     """
 
     targets: ClassVar[tuple[str, ...]]
@@ -32,6 +33,7 @@ class Criterion(ABC):
     signed: Literal["absolute", "shift"] = "absolute"
     zero_scores_zero: ClassVar[bool] = False
     certificate: ClassVar[Literal["output_error", "loss_change"] | None] = None
+    seed: int | None = None
 
     @abstractmethod
     def score(self, layer: Any) -> Tensor:

@@ -16,8 +16,11 @@ class Random(Criterion):
 
     Args:
         seed: Default: torch's initial seed, so that `seed_everything(k)` decides. A generator of its own draws the
-            numbers; torch's global random state is neither read nor moved.
+            numbers; torch's global random state is neither read nor moved. A resumed run goes on with the seed that
+            its checkpoint holds.
     """
+
+    seed: int
 
     targets = ("weights", "heads", "neurons", "features", "kan_nodes")
 

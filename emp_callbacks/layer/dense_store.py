@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol, final
 from weakref import ref
 
@@ -13,7 +14,10 @@ from emp_callbacks.core.bit_patterns import as_bits
 from emp_callbacks.core.masked_values import put_pruned, take_pruned, zero_pruned
 from emp_callbacks.layer.segment import Segment
 
-_SAMPLES = 16
+_SAMPLES = 4096  # a look at them takes a CPU some microseconds
+_ACCELERATOR_SAMPLES = 16
+_CANDIDATES = 1 << 15  # places among which the masks' pruned ones are looked for
+_GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 class Member(Protocol):
@@ -43,7 +47,7 @@ class DenseStore:
         self.written: list[tuple[Tensor, Tensor]] = []
         self._joined: tuple[list[Tensor], Tensor | None] = [], None
         self._seal: tuple[int, int] | None = None
-        self._sampled: tuple[Tensor | None, Tensor | None] = None, None
+        self._sampled: tuple[Tensor | None, tuple[int, ...], Tensor | None] = None, (), None
 
     @property
     def mask(self) -> Tensor | None:
@@ -107,30 +111,33 @@ class DenseStore:
     def is_touched(self, values: Tensor) -> bool:
         """Whether the values moved or were written since `seal`. Reads no value on an accelerator.
 
-        A write through `.data` leaves no trace but the values: on a CPU a few that should be 0 are looked at.
+        A write through `.data` leaves no trace but the values: on a CPU some thousand that should be 0 are looked at.
         """
         if self._seal is None:
             return False
         if self._seal != (values.data_ptr(), _version(values)):
             return True
         places = self._sample(values) if waits_for_nothing(values) else None
-        return places is not None and bool(as_bits(values.view(-1)).numpy()[places.numpy()].any())
+        return places is not None and bool(as_bits(_in_memory_order(values)).numpy().take(places.numpy()).any())
 
     def count_sampled(self, values: Tensor) -> Tensor | None:
         """Return how many of a few values that should be 0 are not, on their device, without waiting for it."""
         places = None if self._seal is None else self._sample(values)
-        return None if places is None else values.view(-1)[places].count_nonzero()
+        return None if places is None else _in_memory_order(values)[places].count_nonzero()
 
     def _sample(self, values: Tensor) -> Tensor | None:
-        """Return the flat places of a few values that the masks prune; None where there are none to be had."""
+        """Return the places, in order of memory, of some values that the masks prune; None where there are none."""
         mask = self.mask if self.hidden_by is None else self.hidden_by
-        if mask is None or not values.is_contiguous() or not mask.is_contiguous():
+        if mask is None or not _is_dense(values):
             return None
-        if self._sampled[0] is not mask:
-            every = max(1, mask.numel() // 4096)
-            places = (~mask.view(-1)[::every]).nonzero().view(-1) * every
-            self._sampled = mask, places[:: max(1, places.numel() // _SAMPLES)]
-        return self._sampled[1]
+        if self._sampled[0] is not mask or self._sampled[1] != values.stride():
+            alike = mask.stride() == values.stride() and mask.device == values.device
+            kept = _in_memory_order(mask if alike else torch.empty_like(values, dtype=torch.bool).copy_(mask))
+            candidates = _spread(kept.numel(), _CANDIDATES).to(kept.device)
+            pruned = candidates[~kept[candidates]]
+            chosen = _spread(len(pruned), _SAMPLES if waits_for_nothing(values) else _ACCELERATOR_SAMPLES)
+            self._sampled = mask, values.stride(), pruned[chosen.to(pruned.device)]
+        return self._sampled[2]
 
     def take_over(self, values: Tensor) -> bool:
         """Make what something else wrote over hidden values the dense values, and hide it; keep the rest.
@@ -162,6 +169,33 @@ class DenseStore:
 def waits_for_nothing(values: Tensor) -> bool:
     """Whether values can be read at once, as a CPU's can."""
     return values.device.type == "cpu"
+
+
+def _is_dense(values: Tensor) -> bool:
+    """Whether the values fill a range of memory, each place once, in whatever order of the dimensions."""
+    if values.is_contiguous():
+        return True
+    filled = 1
+    for stride, size in sorted(zip(values.stride(), values.shape, strict=True)):
+        if size != 1 and stride != filled:
+            return False
+        filled *= size
+    return True
+
+
+def _in_memory_order(values: Tensor) -> Tensor:
+    """Return dense values flat, in the same memory."""
+    return values.as_strided((values.numel(),), (1,))
+
+
+def _spread(size: int, most: int) -> Tensor:
+    """Return up to `most` of the indices below `size`: one of each of as many equal parts.
+
+    Where in its part it lies changes from part to part, so that no row or column length repeats it.
+    """
+    count = min(size, most)
+    parts = torch.arange(count, dtype=torch.float64)
+    return ((parts + parts * _GOLDEN % 1) * (size / max(1, count))).long()
 
 
 def _version(values: Tensor) -> int:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any, final
 
 from emp_callbacks.backends import Backend
+from emp_callbacks.checkpoint.damage import check_averages, check_clock_complete, check_stash
 from emp_callbacks.checkpoint.mask_file import on_all, read_masks, save_masks
 from emp_callbacks.checkpoint.mask_part import evidence_part
+from emp_callbacks.checkpoint.seed import read_seed, seed_entry
 from emp_callbacks.checkpoint.state import Found, describe, pack_state, put_back, read_state
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.layer.mask_mode import MaskMode
@@ -20,12 +23,12 @@ from emp_callbacks.trajectory import Trajectory
 
 @final
 class Persistence:
-    """Masks, the dense values behind them, evidence, trajectory and clock as one state.
+    """Masks, the dense values behind them, evidence, the criterion's seed, trajectory and clock as one state.
 
     Args:
         config: The settings, some of which a state must share.
         mode: What the masks mean.
-        refresher: Knows layers, masked weights and evidence.
+        refresher: Knows layers, masked weights, criterion and evidence.
         trajectory: The rows so far.
         backend: The parallel strategy.
     """
@@ -35,7 +38,7 @@ class Persistence:
     ) -> None:
         self._config, self._mode, self._trajectory, self._backend = config, mode, trajectory, backend
         self._layers, self._weights, self._evidence = refresher.layers, refresher.weights, refresher.evidence
-        self._dynamic = refresher.dynamic
+        self._dynamic, self._criterion = refresher.dynamic, refresher.criterion
 
     @property
     def _sites(self) -> list[ForwardSite]:
@@ -44,11 +47,16 @@ class Persistence:
     def state(self, clock: Clock) -> dict[str, Any]:
         """Return this rank's state; see `EMPPruner.state_dict`."""
         state = pack_state(self._config, self._mode, self._layers, self._trajectory, clock)
-        return {**state, "evidence": {"batches": [*self._evidence.batches], "tensors": self._evidence.tensors()}}
+        evidence = {"batches": [*self._evidence.batches], "tensors": self._evidence.tensors()}
+        return {**state, **seed_entry(self._criterion.seed), "evidence": evidence}
 
     def install(self, state: dict[str, Any]) -> Clock:
         """Put a state back and return its clock; see `EMPPruner.load_state_dict`."""
         found = read_state(state, self._config, self._mode, self._layers, self._sites)
+        found = replace(found, seed=read_seed(state))
+        check_clock_complete(state["clock"])
+        check_stash(state["stash"])
+        check_averages(state.get("averages", ()))
         return self._put_back(found, self._trajectory.restore(found.trajectory))
 
     def save(self, folder: str | os.PathLike[str], clock: Clock) -> None:
@@ -56,7 +64,8 @@ class Persistence:
         self._evidence.share()
         state = describe(self._config, self._mode, self._layers, self._trajectory, clock)
         evidence = evidence_part(self._evidence.tensors(), self._layers)
-        save_masks(folder, {**state, "batches": self._evidence.batches}, self._weights, self._backend, evidence)
+        state |= {**seed_entry(self._criterion.seed), "batches": self._evidence.batches}
+        save_masks(folder, state, self._weights, self._backend, evidence)
 
     def load(self, folder: str | os.PathLike[str]) -> Clock:
         """Read what `save` wrote and return its clock; see `EMPPruner.load`. Collective."""
@@ -71,6 +80,8 @@ class Persistence:
     def _put_back(self, found: Found, lost: str) -> Clock:
         """Put in place what was read and checked as a whole, and say what of the trajectory is lost."""
         put_back(self._mode, self._layers, found.masks, found.units)
+        if found.seed is not None:
+            self._criterion.seed = found.seed
         self._backend.refresh_copies()
         self._evidence.restore(found.batches, found.evidence)
         if lost and self._backend.rank == 0:

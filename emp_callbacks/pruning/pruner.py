@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from emp_callbacks.backends import detect_backend
-from emp_callbacks.config import EMPConfig, check_names
+from emp_callbacks.config import EMPConfig, settled
 from emp_callbacks.layer.mask_mode import MASK_MODES, MaskMode, Observe
 from emp_callbacks.pruning.copies import Average, MaskedCopy
 from emp_callbacks.pruning.loop import REMEDY, PruningLoop
@@ -73,8 +72,7 @@ class EMPPruner(Readings):
         trajectory_path: str | os.PathLike[str] | None = None,
         **settings: Any,
     ) -> None:
-        check_names(settings)
-        self.config = EMPConfig(**settings) if config is None else replace(config, **settings)
+        self.config = settled(config, settings)
         self._backend = detect_backend(model, optimizer)
         self._mode: MaskMode = Observe() if self.config.observe_only else MASK_MODES[self.config.mode]()
         self._refresher = Refresher(self.config, self._mode, self._backend)

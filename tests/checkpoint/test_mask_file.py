@@ -54,6 +54,18 @@ def test_a_run_resumed_from_a_folder_equals_the_run_that_was_not_stopped(kind, s
     assert_equal(whole, resumed.train(stop, STEPS))
 
 
+@pytest.mark.parametrize("seed", [5, 2**64 - 1])
+def test_random_scores_of_a_resumed_process_follow_the_seed_in_the_folder(seed, tmp_path):
+    whole, stopped = (Run(SETTINGS["random"], seed=seed).train(0, last) for last in (STEPS, 3))
+    stopped.pruner.save(tmp_path)
+    assert index_of(tmp_path)["seed"] == seed
+    resumed = Run(SETTINGS["random"], seed=1)
+    resumed.net.load_state_dict(stopped.net.state_dict())
+    resumed.optimizer.load_state_dict(stopped.optimizer.state_dict())
+    resumed.pruner.load(tmp_path)
+    assert_equal(whole, resumed.train(3, STEPS))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_masks_cost_one_bit_per_weight_and_the_stash_what_is_pruned(dtype, tmp_path):
     net = nn.Linear(301, 203, bias=False, dtype=dtype)
@@ -199,12 +211,14 @@ DAMAGES = {
     "edited": edit_unsigned,
     "no-clock": edit(clock=[1], message="position, units or trajectory cannot be read"),
     "negative-clock": clock(steps=-5),
+    "empty-clock": edit(clock={}, message="its clock says nothing of steps, epochs, last_position, steps_at_refresh, "),
     "true-clock": clock(epochs=True),
     "clock-of-words": clock(steps_at_epoch="4"),
     "epoch-of-nothing": clock(epoch_length=0.5),
     "position-ahead": clock(last_position=4000),
     "refresh-ahead": clock(steps_at_refresh=6),
     "units": edit(units={"a": {"units": 3, "pruned": [], "mean": None}}, message="units of \\['a'\\]"),
+    "seed": edit(seed="0", message="its seed is '0', not an integer"),
     "rows": edit(
         trajectory={"rows": [{"step": 1}], "total": 1, "path": None},
         message="position, units or trajectory cannot be read",

@@ -140,8 +140,9 @@ def some_rows():
 
 
 def persistence(layers, rows, backend):
-    evidence = Evidence(layers, [], make_criterion("magnitude", "weights"), backend)
-    parts = SimpleNamespace(layers=layers, weights=masked_weights(layers), dynamic=[], evidence=evidence)
+    criterion, weights = make_criterion("magnitude", "weights"), masked_weights(layers)
+    evidence = Evidence(layers, [], criterion, backend)
+    parts = SimpleNamespace(layers=layers, weights=weights, dynamic=[], criterion=criterion, evidence=evidence)
     return Persistence(EMPConfig(), MASK_MODES["feedback"](), parts, rows, backend)
 
 

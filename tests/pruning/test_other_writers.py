@@ -112,6 +112,41 @@ def test_in_feedback_new_values_become_the_dense_ones(way, by_closure):
         assert all(torch.equal(p, value) for p, value in zip(net.parameters(), new, strict=True))
 
 
+def test_a_row_that_is_written_through_data_becomes_dense():
+    torch.manual_seed(0)
+    net = nn.Linear(64, 64)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    pruner = EMPPruner(net, optimizer)
+    pruner.refresh()
+    mask = pruner.masks["weight"]
+    for row in range(64):
+        new = torch.arange(1.0, 65) + row
+        net.weight.data[row] = new
+        net(torch.randn(8, 64)).square().mean().backward()
+        optimizer.step()
+        assert torch.equal(net.weight[row], new * mask[row])
+        with pruner.dense_weights():
+            assert torch.equal(net.weight[row], new)
+
+
+@pytest.mark.parametrize("channels", [slice(None), 5])
+def test_so_does_a_filter_in_channels_last(channels):
+    torch.manual_seed(0)
+    net = nn.Conv2d(8, 16, 3).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    pruner = EMPPruner(net, optimizer)
+    pruner.refresh()
+    with pruner.dense_weights():
+        expected = net.weight.detach().clone()
+    expected[channels] = torch.arange(1.0, 1 + expected[channels].numel()).view_as(expected[channels])
+    net.weight.data[channels] = expected[channels]
+    net(torch.randn(2, 8, 8, 8)).square().mean().backward()
+    optimizer.step()
+    assert torch.equal(net.weight == 0, ~pruner.masks["weight"])
+    with pruner.dense_weights():
+        assert torch.equal(net.weight, expected)
+
+
 @CLOSURE
 @pytest.mark.parametrize("way", WAYS)
 def test_in_freeze_they_are_masked_and_the_loss_is_said_once(way, by_closure):

@@ -20,6 +20,8 @@ SETTINGS = {
     "epochs": {"mode": "feedback", "every_n_epochs": 2},
     "observe": {"observe_only": True, "every_n_steps": 3},
     "random": {"criterion": "random", "every_n_steps": 2, "density": 0.5},
+    "random neurons": {"criterion": "random", "every_n_steps": 2, "target": "neurons", "beta": 0.8},
+    "random features": {"criterion": "random", "every_n_steps": 2, "target": "features", "beta": 0.8},
     "taylor": {"criterion": "taylor", "every_n_steps": 3, "evidence_steps": 2},
     "wanda": {"criterion": "wanda", "every_n_steps": 3, "scope": "row"},
     "epoch window": {"criterion": "saliency", "every_n_epochs": 2, "evidence_steps": 1, "mode": "freeze"},
@@ -34,8 +36,8 @@ SETTINGS = {
 
 
 class Run:
-    def __init__(self, settings, path=None):
-        torch.manual_seed(0)
+    def __init__(self, settings, path=None, seed=0):
+        torch.manual_seed(seed)
         self.net = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4))
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=0.02, weight_decay=0.1)
         self.pruner = EMPPruner(self.net, self.optimizer, trajectory_path=path, **settings)
@@ -172,6 +174,27 @@ def test_lbfgs_begins_anew_at_a_refresh(mode):
     assert torch.equal(net.weight, found)
 
 
+@pytest.mark.parametrize("kind", ["random", "random neurons", "random features"])
+@pytest.mark.parametrize("seed", [5, 2**64 - 1])
+def test_random_scores_of_a_resumed_process_follow_the_seed_of_the_run(kind, seed):
+    whole, stopped = (Run(SETTINGS[kind], seed=seed).train(0, last) for last in (STEPS, 3))
+    file = stopped.save()
+    resumed = Run(SETTINGS[kind], seed=1).load(file).train(3, STEPS)
+    assert_equal(whole, resumed)
+    for name, scores in whole.pruner.scores().items():
+        assert torch.equal(scores, resumed.pruner.scores()[name])
+    assert resumed.pruner.state_dict()["seed"] == seed
+
+
+def test_an_older_state_without_the_seed_leaves_the_seed_of_the_process():
+    state = Run(SETTINGS["random"], seed=5).train(0, 3).pruner.state_dict()
+    del state["seed"]
+    own = Run(SETTINGS["random"], seed=1)
+    before = own.pruner.scores()
+    own.pruner.load_state_dict(state)
+    assert all(torch.equal(scores, before[name]) for name, scores in own.pruner.scores().items())
+
+
 def test_the_model_state_holds_masked_weights_and_the_pruner_the_dense_ones():
     run = Run(SETTINGS["feedback"]).train(0, 4)
     states = torch.load(run.save(), weights_only=True)
@@ -253,6 +276,33 @@ DAMAGES = {
     "format": ("feedback", lambda s: {"format": 2}, r"of this version \(format 2, not 3\)"),
     "no format": ("feedback", lambda s: {"format": None}, "not the state of an EMP pruner"),
     "clock": ("feedback", lambda s: {"clock": {**s["clock"], "last_position": 400}}, "a clock that is ahead of itself"),
+    "seed": ("random", lambda s: {"seed": "0"}, "its seed is '0', not an integer"),
+    "no seed": ("random", lambda s: {"seed": None}, "its seed is None, not an integer"),
+    "truth": ("random", lambda s: {"seed": True}, "its seed is True, not an integer"),
+    "empty clock": (
+        "feedback",
+        lambda s: {"clock": {}},
+        "nothing of steps, epochs, last_position, steps_at_refresh, steps_at_epoch, epoch_length;",
+    ),
+    "half a clock": ("feedback", lambda s: {"clock": {"steps": 5, "epochs": 2}}, "nothing of last_position, steps_at"),
+    "whole numbers": (
+        "feedback",
+        lambda s: {"stash": {name: values.long() for name, values in s["stash"].items()}},
+        "dense values behind the mask of '0.weight' are torch.int64",
+    ),
+    "no averages": ("feedback", lambda s: {"averages": None}, "its averages are NoneType, not a list"),
+    "averages of 3": ("feedback", lambda s: {"averages": 3}, "its averages are int, not a list"),
+    "an average of 3": ("feedback", lambda s: {"averages": [3]}, "its averages are list, not a list of tensors by"),
+    "numbers": (
+        "feedback",
+        lambda s: {"averages": [{"0.weight": [1.0]}]},
+        "an average holds of '0.weight' is no tensor",
+    ),
+    "codes": (
+        "feedback",
+        lambda s: {"averages": [{"0.weight": torch.ones(3, dtype=torch.int8)}]},
+        "an average holds of '0.weight' is no tensor of floating",
+    ),
     "rows": ("feedback", lambda s: {"trajectory": {**s["trajectory"], "total": -1}}, "1 rows of -1"),
     "row": ("feedback", lambda s: {"trajectory": {"rows": [{"step": 1}], "total": 1, "path": None}}, "'layers'"),
     "no batches": (
