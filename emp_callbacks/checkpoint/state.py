@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -137,6 +137,8 @@ def _clock_in(unit: str | None, clock: Clock, state: dict[str, Any]) -> Clock:
 
 
 def _clock(record: dict[str, Any]) -> Clock:
+    if missing := [field.name for field in fields(Clock) if field.name not in record]:
+        raise ValueError(f"its clock says nothing of {', '.join(missing)}")
     clock = Clock(**record)
     counts = [value for value in asdict(clock).values() if value is not None or clock.epoch_length is not None]
     if not all(type(value) is int and value >= 0 for value in counts):
@@ -237,6 +239,7 @@ def read_state(
         ValueError: The state does not fit.
     """
     clock = check_fits(state, config, mode, layers)
+    _check_averages(state.get("averages", ()))
     weights = masked_weights(layers)
     masks, stash = _tensors(state, "masks"), _tensors(state, "stash")
     check_masked(masks, state["units"], layers)
@@ -254,7 +257,30 @@ def read_state(
         trajectory=state["trajectory"],
         batches=batches,
         evidence=tensors,
+        seed=read_seed(state),
     )
+
+
+def read_seed(state: Mapping[str, Any]) -> int | None:
+    """Return the seed of a run's random scores; None where the state, of another criterion or older, has none.
+
+    Raises:
+        ValueError: It is no integer.
+    """
+    seed = state.get("seed")
+    if "seed" in state and type(seed) is not int:
+        raise ValueError(f"the checkpoint is damaged: its seed is {seed!r}, not an integer; go back to an older one")
+    return seed
+
+
+def _check_averages(averages: Any) -> None:
+    """Raise ValueError unless these are, for each average, dense values by name."""
+    several = isinstance(averages, (list, tuple)) and all(isinstance(held, Mapping) for held in averages)
+    values = [value for held in averages for value in held.values()] if several else []
+    if not several or not all(isinstance(value, Tensor) and value.is_floating_point() for value in values):
+        raise ValueError(
+            "the checkpoint is damaged: its averages are no floating-point tensors by name; go back to an older one"
+        )
 
 
 def _tensors(state: dict[str, Any], key: str) -> dict[str, Tensor]:
@@ -282,5 +308,10 @@ def _fit(mode: MaskMode, weight: MaskedWeight, flat: Tensor | None, stash: Tenso
         held = "none" if stash is None else stash.numel()
         raise ValueError(
             f"{pruned} dense values belong behind the mask of {weight.name!r}, the checkpoint holds {held}"
+        )
+    if not stash.is_floating_point():  # NaN and Inf a run may have behind a mask
+        raise ValueError(
+            f"the checkpoint is damaged: the dense values behind the mask of {weight.name!r} are {stash.dtype}; go "
+            "back to an older one"
         )
     return mask, stash.to(device=weight.weight.device, dtype=weight.weight.dtype, copy=True)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from typing import Any, final
 
 from emp_callbacks.backends import Backend
-from emp_callbacks.checkpoint.damage import check_averages, check_clock_complete, check_stash
 from emp_callbacks.checkpoint.mask_file import on_all, read_masks, save_masks
 from emp_callbacks.checkpoint.mask_part import evidence_part
-from emp_callbacks.checkpoint.seed import read_seed, seed_entry
 from emp_callbacks.checkpoint.state import Found, describe, pack_state, put_back, read_state
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.layer.mask_mode import MaskMode
@@ -44,19 +41,19 @@ class Persistence:
     def _sites(self) -> list[ForwardSite]:
         return [*(site for layer in self._layers for site in layer.sites), *self._dynamic]
 
+    @property
+    def _seed(self) -> dict[str, int]:
+        return {} if self._criterion.seed is None else {"seed": self._criterion.seed}
+
     def state(self, clock: Clock) -> dict[str, Any]:
         """Return this rank's state; see `EMPPruner.state_dict`."""
         state = pack_state(self._config, self._mode, self._layers, self._trajectory, clock)
         evidence = {"batches": [*self._evidence.batches], "tensors": self._evidence.tensors()}
-        return {**state, **seed_entry(self._criterion.seed), "evidence": evidence}
+        return {**state, **self._seed, "evidence": evidence}
 
     def install(self, state: dict[str, Any]) -> Clock:
         """Put a state back and return its clock; see `EMPPruner.load_state_dict`."""
         found = read_state(state, self._config, self._mode, self._layers, self._sites)
-        found = replace(found, seed=read_seed(state))
-        check_clock_complete(state["clock"])
-        check_stash(state["stash"])
-        check_averages(state.get("averages", ()))
         return self._put_back(found, self._trajectory.restore(found.trajectory))
 
     def save(self, folder: str | os.PathLike[str], clock: Clock) -> None:
@@ -64,7 +61,7 @@ class Persistence:
         self._evidence.share()
         state = describe(self._config, self._mode, self._layers, self._trajectory, clock)
         evidence = evidence_part(self._evidence.tensors(), self._layers)
-        state |= {**seed_entry(self._criterion.seed), "batches": self._evidence.batches}
+        state |= {**self._seed, "batches": self._evidence.batches}
         save_masks(folder, state, self._weights, self._backend, evidence)
 
     def load(self, folder: str | os.PathLike[str]) -> Clock:

@@ -282,7 +282,7 @@ DAMAGES = {
     "empty clock": (
         "feedback",
         lambda s: {"clock": {}},
-        "nothing of steps, epochs, last_position, steps_at_refresh, steps_at_epoch, epoch_length;",
+        "nothing of steps, epochs, last_position, steps_at_refresh, steps_at_epoch, epoch_length\\)",
     ),
     "half a clock": ("feedback", lambda s: {"clock": {"steps": 5, "epochs": 2}}, "nothing of last_position, steps_at"),
     "whole numbers": (
@@ -290,18 +290,18 @@ DAMAGES = {
         lambda s: {"stash": {name: values.long() for name, values in s["stash"].items()}},
         "dense values behind the mask of '0.weight' are torch.int64",
     ),
-    "no averages": ("feedback", lambda s: {"averages": None}, "its averages are NoneType, not a list"),
-    "averages of 3": ("feedback", lambda s: {"averages": 3}, "its averages are int, not a list"),
-    "an average of 3": ("feedback", lambda s: {"averages": [3]}, "its averages are list, not a list of tensors by"),
+    "no averages": ("feedback", lambda s: {"averages": None}, "its averages are no floating-point tensors by name"),
+    "averages of 3": ("feedback", lambda s: {"averages": 3}, "its averages are no floating-point tensors by name"),
+    "an average of 3": ("feedback", lambda s: {"averages": [3]}, "its averages are no floating-point tensors by name"),
     "numbers": (
         "feedback",
         lambda s: {"averages": [{"0.weight": [1.0]}]},
-        "an average holds of '0.weight' is no tensor",
+        "its averages are no floating-point tensors by name",
     ),
     "codes": (
         "feedback",
         lambda s: {"averages": [{"0.weight": torch.ones(3, dtype=torch.int8)}]},
-        "an average holds of '0.weight' is no tensor of floating",
+        "its averages are no floating-point tensors by name",
     ),
     "rows": ("feedback", lambda s: {"trajectory": {**s["trajectory"], "total": -1}}, "1 rows of -1"),
     "row": ("feedback", lambda s: {"trajectory": {"rows": [{"step": 1}], "total": 1, "path": None}}, "'layers'"),
