@@ -108,16 +108,20 @@ class DenseStore:
         """Remember where the values lie and how often they were written: nobody but us writes them from here on."""
         self._seal = values.data_ptr(), _version(values)
 
-    def is_touched(self, values: Tensor) -> bool:
+    def is_touched(self, values: Tensor, *, sampled: bool = True) -> bool:
         """Whether the values moved or were written since `seal`. Reads no value on an accelerator.
 
         A write through `.data` leaves no trace but the values: on a CPU some thousand that should be 0 are looked at.
+
+        Args:
+            values: The part of the tensor.
+            sampled: Whether to look at values at all.
         """
         if self._seal is None:
             return False
         if self._seal != (values.data_ptr(), _version(values)):
             return True
-        places = self._sample(values) if waits_for_nothing(values) else None
+        places = self._sample(values) if sampled and waits_for_nothing(values) else None
         return places is not None and bool(as_bits(_in_memory_order(values)).numpy().take(places.numpy()).any())
 
     def count_sampled(self, values: Tensor) -> Tensor | None:

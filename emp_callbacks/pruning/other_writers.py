@@ -34,13 +34,17 @@ class OtherWriters:
         self._turn = 0
         self._late: dict[str, Tensor] = {}
 
-    def before_update(self, weights: Sequence[MaskedWeight]) -> None:
+    def before_update(self, weights: Sequence[MaskedWeight], *, again: bool = False) -> None:
         """Notice what left a trace, without waiting for an accelerator.
 
         Told of all weights before the first is changed: parts of one flat buffer count their writes together.
+
+        Args:
+            weights: What is rewritten next.
+            again: Whether the same step was begun by a closure before: values are not looked at twice.
         """
         if self._mode.keeps_zero:
-            self._obey([weight for weight in weights if weight.store.is_touched(weight.weight)])
+            self._obey([one for one in weights if one.store.is_touched(one.weight, sampled=not again)])
             self._say_what_is_lost()
             self._say_what_stays_behind()
             self._suspect(weights)

@@ -42,6 +42,7 @@ class WeightKeeper:
     ) -> None:
         self._mode, self._backend, self._on_gradients = mode, backend, on_gradients
         self.attached = self.copied = False
+        self._begun = False  # a step, by a closure
         self._revealed = 0  # blocks of `dense_owners` that are open
         self._gradient_hooks: list[RemovableHandle] = []
         self._load_hook: RemovableHandle | None = None
@@ -147,11 +148,13 @@ class WeightKeeper:
     def before_closure(self, owners: Sequence[Tensor]) -> None:
         """Called by the backend before the first closure of a step: what was written until now is no optimizer's."""
         self._writers.before_update([*self._of(owners)])
+        self._begun = True
 
     def before_update(self, owners: Sequence[Tensor]) -> None:
         """Called by the backend when gradients are ready and the update comes next."""
         weights = [*self._of(owners)]
-        self._writers.before_update(weights)  # all before the first is changed: see there
+        self._writers.before_update(weights, again=self._begun)  # all before the first is changed: see there
+        self._begun = False
         for weight in weights:
             self._mode.before_update(weight)
 
