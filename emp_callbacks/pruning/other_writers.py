@@ -9,6 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from emp_callbacks.core.bit_patterns import as_bits
 from emp_callbacks.core.masked_values import put_pruned, take_pruned, zero_pruned
 from emp_callbacks.layer import dense_store
 from emp_callbacks.layer.mask_mode import MaskedWeight, MaskMode
@@ -31,6 +32,7 @@ class OtherWriters:
         self._lost_told = self._late_told = self._behind_told = False
         self._lost: dict[str, int] = {}
         self._behind: list[str] = []
+        self._left: dict[MaskedWeight, tuple[torch.dtype, Tensor]] = {}
         self._turn = 0
         self._late: dict[str, Tensor] = {}
 
@@ -95,16 +97,27 @@ class OtherWriters:
                         put_pruned(weight.weight, weight.mask, taken)
 
     @torch.no_grad()
+    def leave(self, weights: Sequence[MaskedWeight]) -> None:
+        """Remember the weights as they are when the hooks are taken off."""
+        self._left = {weight: _fingerprint(weight.weight) for weight in weights if weight.segment.replicated}
+
+    @torch.no_grad()
     def replaced(self, weights: Sequence[MaskedWeight]) -> list[str]:
-        """Return the weights whose pruned entries are not 0, so that they are others than were masked; take them over.
+        """Return the masked weights that are others than `leave` found; take over what hides behind them.
 
         For a pruner that is through, before its state is used again.
         """
         found = []
-        for weight in weights if self._mode.keeps_zero else ():
-            if weight.mask is not None and bool(take_pruned(weight.weight, weight.mask).any()):
+        for weight in weights:
+            if weight.mask is None:
+                continue
+            left, now = self._left.get(weight), weight.weight
+            others = left is not None and left[0] == now.dtype and int(left[1]) != int(_fingerprint(now)[1])
+            grown = self._mode.keeps_zero and bool(take_pruned(now, weight.mask).any())
+            if others or grown:
                 found.append(weight.name)
-                weight.store.take_over(weight.weight)
+                weight.store.take_over(now)
+        self.leave(weights)
         return found
 
     def _obey(self, weights: Iterable[MaskedWeight]) -> None:
@@ -156,6 +169,11 @@ class OtherWriters:
                 "clipping, an average?), and the next step put EMP's own values over the pruned entries: write the "
                 "parameter itself, under torch.no_grad()"
             )
+
+
+def _fingerprint(values: Tensor) -> tuple[torch.dtype, Tensor]:
+    """Return a number that other values hardly have, on their device: nothing waits for it."""
+    return values.dtype, as_bits(values).sum(dtype=torch.int64)
 
 
 def seal(weights: Iterable[MaskedWeight]) -> None:

@@ -117,6 +117,7 @@ class WeightKeeper:
             self._load_hook.remove()
         for weight in self._applied:
             weight.leave()
+        self._writers.leave(self._applied)
         _AT_WORK.discard(self)
         self.attached = False
 
