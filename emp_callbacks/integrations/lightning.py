@@ -162,14 +162,14 @@ class EMPCallback(EvaluationHooks, *_callback_classes()):  # type: ignore[misc]
         )
         try:
             averages = None if self.config.observe_only else LightningAverages(trainer, pruner)
-            self._restore(trainer, pruner, continued)
+            self._restore(trainer, pruner, self._brought(pl_module), continued)
         except BaseException:
             pruner.detach()
             raise
         if self._companion is not None:
             self._companion.detach()
         self._companion = CheckpointCompanion(trainer.strategy, pruner.save) if pruner.sharded else None
-        self.pruner, self._module, self._restored = pruner, pl_module, None
+        self.pruner, self._module, self._restored, self._stands_for = pruner, pl_module, None, None
         self._averages, self._fits = averages, True
 
     def _continued(self) -> dict[str, Any] | None:
@@ -184,13 +184,13 @@ class EMPCallback(EvaluationHooks, *_callback_classes()):  # type: ignore[misc]
             )
         return self.pruner.state_dict()
 
-    def _restore(self, trainer: Any, pruner: EMPPruner, continued: dict[str, Any] | None) -> None:
-        state = self._restored or continued
+    def _restore(self, trainer: Any, pruner: EMPPruner, brought: Any, continued: dict[str, Any] | None) -> None:
+        state = brought or continued
         if not state:
             pruner.start_at(steps_so_far(trainer), trainer.current_epoch, _epoch_length(trainer))
         elif state == IN_FILES:
             pruner.load(masks_folder(trainer.ckpt_path))
-        elif pruner.sharded and self._restored:
+        elif pruner.sharded and brought:
             raise ValueError(
                 "the checkpoint is of an unsharded run, this run shards the model: carry the masks over with "
                 "EMPPruner.save(folder) and load(folder), or resume with strategy='auto' or 'ddp'"
@@ -265,6 +265,7 @@ class EMPCallback(EvaluationHooks, *_callback_classes()):  # type: ignore[misc]
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:  # noqa: ARG002
         self._fits = False
         self._evaluation_ends()
+        self._forget()
         if self._averages is not None:
             self._averages.detach()
         if self.pruner is not None:
@@ -273,7 +274,7 @@ class EMPCallback(EvaluationHooks, *_callback_classes()):  # type: ignore[misc]
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        if self.pruner is not None:
+        if self.pruner is not None and self._subject in (None, self._module):
             if not self._fits and (names := self.pruner.replaced_weights()):
                 warn_the_user(
                     f"a checkpoint is made whose weights ({names[0]!r}, ...) are not those that EMP's masks in it were "
@@ -281,7 +282,7 @@ class EMPCallback(EvaluationHooks, *_callback_classes()):  # type: ignore[misc]
                 )
             self.pruner.share_evidence()  # Lightning asks every rank and keeps the answer of rank 0
             return dict(IN_FILES) if self.pruner.sharded else self.pruner.state_dict()
-        return self._restored or {}
+        return self._brought(self._subject) or {}
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002
         """Take the state of an EMPCallback with other settings, where it can only be meant for this one.
@@ -310,7 +311,7 @@ class EMPCallback(EvaluationHooks, *_callback_classes()):  # type: ignore[misc]
             self.pruner.load_state_dict(state_dict)  # a restore in the middle of a fit, as a learning-rate finder's
         else:
             # Weights and optimizer may come back after this hook; the pruner takes its state in as the stage starts.
-            self._restored = state_dict
+            self._restored, self._stands_for = state_dict, None
 
     # ---- inside ---------------------------------------------------------------------------------------------------
 

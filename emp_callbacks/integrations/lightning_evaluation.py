@@ -25,6 +25,8 @@ class EvaluationHooks:
     config: EMPConfig
     pruner: EMPPruner | None
     _restored: dict[str, Any] | None
+    _stands_for: Any = None  # the module whose fit had nothing left to train: what it resumed holds for it from then on
+    _subject: Any = None  # the module of the current or last stage
     _module: Any
     _fits: bool
     _evaluation: ExitStack | None = None
@@ -55,10 +57,26 @@ class EvaluationHooks:
     def on_predict_end(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002
         self._evaluation_ends()
 
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:  # noqa: ARG002
+        self._subject = pl_module
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:  # noqa: ARG002
+        if stage == "fit" and self._restored is not None:
+            self._stands_for = pl_module
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop what a checkpoint brought to a stage that is over, also one that failed or had no batch."""
+        if self._stands_for is None:
+            self._restored = None
+
+    def _brought(self, pl_module: Any) -> dict[str, Any] | None:
+        """Return what a checkpoint brought for this module."""
+        return self._restored if self._stands_for in (None, pl_module) else None
+
     def _evaluation_begins(self, trainer: Any, pl_module: Any) -> None:
         self._evaluation = ExitStack()
-        if not self._fits and self._restored is not None:
-            state, self._restored = self._restored, None
+        if not self._fits and (state := self._brought(pl_module)) is not None:
             if self.config.target in _MASKED_BY_HOOKS:
                 self._evaluate_with(trainer, pl_module, state)
         elif self.pruner is not None and self._module is pl_module:

@@ -113,6 +113,79 @@ def test_folds_start_clean(tmp_path):
         assert all(torch.equal(together.masks[name], mask) for name, mask in masks.items())
 
 
+class BrokenData(pl.LightningDataModule):
+    def test_dataloader(self):
+        raise OSError("disk")
+
+
+def evaluation_that_fails(folder, emp, checkpoint):
+    with pytest.raises(OSError, match="disk"):
+        make_trainer(pl, folder, [emp]).test(evaluated(), datamodule=BrokenData(), ckpt_path=checkpoint)
+
+
+def evaluation_without_batches(folder, emp, checkpoint):
+    make_trainer(pl, folder, [emp], limit_test_batches=0).test(evaluated(), data(1), ckpt_path=checkpoint)
+
+
+def resume_that_fails(folder, emp, checkpoint):
+    module = evaluated()
+    module.configure_optimizers = lambda: torch.optim.AdamW([module.net[0].weight], lr=0.02)
+    with pytest.raises(ValueError, match="doesn't match the size"):
+        make_trainer(pl, folder, [emp], max_epochs=9).fit(module, data(), ckpt_path=checkpoint)
+
+
+def fit_with_nothing_left(folder, emp, checkpoint):
+    make_trainer(pl, folder, [emp], max_epochs=4).fit(evaluated(), data(), ckpt_path=checkpoint)
+
+
+@pytest.mark.filterwarnings("ignore:.*Total length of")
+@pytest.mark.parametrize(
+    "stage", [evaluation_that_fails, evaluation_without_batches, resume_that_fails, fit_with_nothing_left]
+)
+@pytest.mark.parametrize("mode", ["feedback", "project", "freeze"])
+def test_a_stage_that_failed_or_had_no_batch_leaves_nothing_to_the_next_fit(mode, stage, tmp_path):
+    fit(tmp_path / "old", EMPCallback(mode=mode, summary=False), epochs=4)
+    emp, module = EMPCallback(mode=mode, summary=False), evaluated()
+    stage(tmp_path, emp, tmp_path / "old/epoch=3.ckpt")
+    fit(tmp_path / "new", emp, epochs=2, module=module)
+    alone, alike = EMPCallback(mode=mode, summary=False), evaluated()
+    fit(tmp_path / "alone", alone, epochs=2, module=alike)
+    assert [e.step for e in emp.trajectory] == [5, 10]
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), alike.parameters(), strict=True))
+
+
+def test_a_resume_after_one_that_failed_goes_on(tmp_path):
+    wanted, _ = fit(tmp_path / "old", EMPCallback(summary=False), epochs=4)
+    emp, module = EMPCallback(summary=False), evaluated()
+    resume_that_fails(tmp_path, emp, tmp_path / "old/epoch=1.ckpt")
+    make_trainer(pl, tmp_path, [emp], max_epochs=4).fit(module, data(), ckpt_path=tmp_path / "old/epoch=1.ckpt")
+    assert [e.step for e in emp.trajectory] == [5, 10, 15, 20]
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), wanted.parameters(), strict=True))
+
+
+def test_a_resume_with_nothing_left_to_train_stands_for_its_module(tmp_path):
+    emp = EMPCallback(**FEATURES, summary=False)
+    module, trainer = fit(tmp_path, emp)
+    trainer.test(module, data(2), verbose=False)
+    wanted = module.losses[-2:]
+    resumed, again = EMPCallback(**FEATURES, summary=False), evaluated()
+    trainer = make_trainer(pl, tmp_path, [resumed], max_epochs=3)
+    trainer.fit(again, data(), ckpt_path=tmp_path / "epoch=2.ckpt")
+    for _ in range(2):
+        trainer.test(again, data(2), verbose=False)
+        assert again.losses[-2:] == wanted
+    trainer.save_checkpoint(tmp_path / "again.ckpt")
+    assert emp.state_key in torch.load(tmp_path / "again.ckpt", weights_only=False)["callbacks"]
+
+
+def test_a_learning_rate_finder_brings_no_masks_of_another_module(tmp_path):
+    emp = EMPCallback(summary=False)
+    fit(tmp_path, emp)
+    finder = pl.callbacks.LearningRateFinder(num_training_steps=3, early_stop_threshold=None, update_attr=False)
+    make_trainer(pl, tmp_path, [emp, finder]).fit(evaluated(), data())
+    assert [e.step for e in emp.trajectory] == [5, 10, 15]
+
+
 def test_weights_replaced_between_two_fits_are_said_and_are_the_dense_values(tmp_path):
     emp = EMPCallback(summary=False)
     module, _ = fit(tmp_path, emp, module=evaluated(lr=0.0))
