@@ -57,8 +57,14 @@ class EvaluationHooks:
     def on_predict_end(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002
         self._evaluation_ends()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy made in the middle of a stage has no part in it: it keeps the record, and begins its own.
+        return {**self.__dict__, **dict.fromkeys(("_evaluation", "_companion", "_averages")), "_fits": False}
+
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:  # noqa: ARG002
         self._subject = pl_module
+        if self.pruner is not None and not self._fits:
+            self.pruner.detach()  # of a copy made during a fit
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:  # noqa: ARG002
         if stage == "fit" and self._restored is not None:

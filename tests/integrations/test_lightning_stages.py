@@ -3,6 +3,7 @@
 import copy
 import csv
 import json
+import pickle
 import sys
 from pathlib import Path
 
@@ -484,6 +485,82 @@ def test_copies_of_the_callback_are_its_settings_only():
     assert copy.deepcopy(emp).state_key == emp.state_key
     with pytest.raises(IndexError, match="this callback has no rows"):
         emp.trajectory[-1]
+
+
+class Importable(pl.LightningModule):
+    """A module of a class that pickle finds by its name."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4))
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self.training_step(batch, batch_idx)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.03)
+
+
+class Copier(pl.Callback):
+    """Copies an EMPCallback in the second epoch or in its validation, and goes on copying until the epoch is over."""
+
+    def __init__(self, emp, duplicate, hook):
+        self.emp, self.duplicate = emp, duplicate
+        setattr(self, hook, self.look)
+
+    def look(self, trainer, pl_module, *_):
+        if trainer.current_epoch == 1:
+            self.copy = self.duplicate(self.emp)
+
+
+def pickled(value):
+    return pickle.loads(pickle.dumps(value))
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_validation_batch_end"])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
+@pytest.mark.parametrize("settings", [{"mode": mode} for mode in ("feedback", "project", "freeze")] + [FEATURES])
+def test_a_copy_made_during_a_fit_keeps_the_record_and_begins_its_own(settings, duplicate, hook, tmp_path):
+    settings = {**settings, "every_n_steps": 3, "summary": False}
+    emp = EMPCallback(**settings)
+    copier = Copier(emp, duplicate, hook)
+    make_trainer(pl, tmp_path, [emp, copier]).fit(Importable(), data(), data(1))
+    assert [e.step for e in emp.trajectory if e.group == emp.trajectory[0].group][:5] == [3, 6, 9, 12, 15]
+    assert [(e.step, e.keep) for e in copier.copy.trajectory] == [
+        (e.step, e.keep) for e in emp.trajectory if e.step < 10
+    ]
+    fresh, modules = EMPCallback(**settings), [Importable(), Importable()]
+    for module, callback in zip(modules, (copier.copy, fresh), strict=True):
+        make_trainer(pl, tmp_path, [callback], max_epochs=2).fit(module, data(), data(1))
+    assert [(e.step, e.keep) for e in copier.copy.trajectory] == [(e.step, e.keep) for e in fresh.trajectory]
+    assert fresh.masks
+    assert all(torch.equal(copier.copy.masks[n], mask) for n, mask in fresh.masks.items())
+    assert all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in modules), strict=True))
+
+
+def test_a_module_copied_with_its_callback_goes_on_from_there(tmp_path):
+    ends = []
+    for stop in (False, True):
+        emp, kept = EMPCallback(every_n_steps=3, summary=False), []
+
+        class Pair(pl.Callback):
+            def on_train_epoch_end(self, trainer, pl_module):
+                if trainer.current_epoch == 1:
+                    kept.append(copy.deepcopy((emp, pl_module)))  # noqa: B023
+
+        module = evaluated()
+        make_trainer(pl, tmp_path, [emp, Pair()], max_epochs=2).fit(module, data())
+        emp, module = kept[0] if stop else (emp, module)
+        make_trainer(pl, tmp_path, [emp], max_epochs=1).fit(module, data())
+        with emp.pruner.dense_weights():
+            ends.append(([e.step for e in emp.trajectory], [p.detach().clone() for p in module.parameters()]))
+    (steps, wanted), (again, got) = ends
+    assert steps == again == [3, 6, 9, 12, 15]
+    assert all(torch.equal(a, b) for a, b in zip(wanted, got, strict=True))
 
 
 @pytest.mark.compiler
