@@ -147,6 +147,10 @@ class EMPCallback(EvaluationHooks, *_callback_classes()):  # type: ignore[misc]
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if not self._fits:
             self._begin(trainer, pl_module)
+        assert self.pruner is not None
+        # Due already where the checkpoint was made after a step (an epoch's last?) and before EMP saw the batch's end.
+        if events := self.pruner.step(end_of_epoch=trainer.current_epoch == self.pruner.epochs + 1):
+            log(trainer, events, self._own_name)
         publish(trainer, self._values() or {self._density_name: 1.0})
 
     def _begin(self, trainer: Any, pl_module: Any) -> None:

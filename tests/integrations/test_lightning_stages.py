@@ -240,6 +240,43 @@ def test_a_restore_in_the_middle_of_a_fit_takes_effect_at_once(mode, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(dense, after, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:.*resumed from a checkpoint")
+@pytest.mark.parametrize("at", [5, 6])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"mode": mode, "every_n_steps": 3} for mode in ("feedback", "project", "freeze")),
+        {"every_n_epochs": 1},
+        {"every_n_steps": 5},
+        {**FEATURES, "every_n_steps": 3},
+        {**FEATURES, "every_n_epochs": 1},
+        {"criterion": "taylor", "evidence_steps": 2, "every_n_steps": 3},
+    ],
+)
+def test_a_checkpoint_between_a_step_and_the_end_of_its_batch_loses_nothing(settings, at, tmp_path):
+    class Saver(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == at and trainer.ckpt_path is None:
+                trainer.save_checkpoint(tmp_path / "between.ckpt")
+
+    class ByStep(Importable):
+        def training_step(self, batch, batch_idx):
+            generator = torch.Generator().manual_seed(self.trainer.global_step)
+            x, y = torch.randn(8, 6, generator=generator), torch.randint(0, 4, (8,), generator=generator)
+            return nn.functional.cross_entropy(self.net(x), y)
+
+    ends = []
+    for checkpoint in (None, tmp_path / "between.ckpt"):
+        emp, module = EMPCallback(**settings, summary=False), ByStep()
+        trainer = make_trainer(pl, tmp_path, [Saver(), emp], num_sanity_val_steps=1)
+        trainer.fit(module, data(), data(1), ckpt_path=checkpoint)
+        ends.append(([(e.step, e.epoch, e.keep) for e in emp.trajectory], [p.detach() for p in module.parameters()]))
+    (rows, wanted), (again, got) = ends
+    assert again == rows
+    assert rows
+    assert all(torch.equal(a, b) for a, b in zip(wanted, got, strict=True))
+
+
 # ---- which state is whose -----------------------------------------------------------------------------------------
 
 
