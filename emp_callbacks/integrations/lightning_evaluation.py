@@ -10,6 +10,7 @@ from emp_callbacks.config import EMPConfig
 from emp_callbacks.integrations.lightning_checkpoint import IN_FILES, masks_folder
 from emp_callbacks.integrations.lightning_strategy import sharding_model
 from emp_callbacks.pruning.pruner import EMPPruner
+from emp_callbacks.pruning.signatures import warn_the_user
 
 _MASKED_BY_HOOKS = ("features", "attention_edges")
 
@@ -82,12 +83,28 @@ class EvaluationHooks:
 
     def _evaluation_begins(self, trainer: Any, pl_module: Any) -> None:
         self._evaluation = ExitStack()
-        if not self._fits and (state := self._brought(pl_module)) is not None:
+        state = None if self._fits else self._brought(pl_module)
+        if state is not None:
             if self.config.target in _MASKED_BY_HOOKS:
                 self._evaluate_with(trainer, pl_module, state)
-        elif self.pruner is not None and self._module is pl_module:
+            return
+        if not self._fits and not trainer.sanity_checking and trainer.is_global_zero:
+            self._say_if_unmasked(trainer.ckpt_path, pl_module)
+        if self.pruner is not None and self._module is pl_module:
             # DeepSpeed's strategy clears module hooks for every evaluation; after a fit, hooks alone mask features.
             self._evaluation.enter_context(self.pruner.masked_forward())
+
+    def _say_if_unmasked(self, checkpoint: Any, pl_module: Any) -> None:
+        """Warn where the evaluation loaded weights without masks, and masks are no part of the weights."""
+        if checkpoint is None or self.config.target not in _MASKED_BY_HOOKS or self.config.observe_only:
+            return
+        masked = self.pruner is not None and self._module is pl_module and self.pruner.trajectory
+        how = "behind the masks of the last fit, which may be others than its own" if masked else "without masks"
+        warn_the_user(
+            f"{checkpoint} holds no EMP state (save_weights_only=True, or a run without this callback), so this "
+            f"evaluation runs {how}: masks of {self.config.target} are no part of the weights. Load a checkpoint that "
+            "was saved with save_weights_only=False"
+        )
 
     def _evaluate_with(self, trainer: Any, pl_module: Any, state: dict[str, Any]) -> None:
         """Mask as the checkpoint says that this evaluation loaded; weights came masked."""

@@ -78,6 +78,33 @@ def test_predictions_too(tmp_path):
     assert torch.equal(got[0], wanted[0])
 
 
+@pytest.mark.parametrize("settings", [FEATURES, {**FEATURES, "dynamic": True}, {**FEATURES, "observe_only": True}, {}])
+def test_weights_alone_are_said_where_masks_are_no_part_of_them(settings, tmp_path, recwarn):
+    def said():
+        told = [str(warning.message) for warning in recwarn if "holds no EMP state" in str(warning.message)]
+        recwarn.clear()
+        return told
+
+    emp, saver = EMPCallback(**settings, summary=False), ModelCheckpoint(tmp_path, "{epoch}", save_weights_only=True)
+    module, trainer = evaluated(), make_trainer(pl, tmp_path, [emp, saver])
+    trainer.fit(module, data(), data(1))
+    trainer.test(module, data(2), verbose=False)
+    assert said() == []
+    weights, named = tmp_path / "epoch=2.ckpt", settings.get("target") and "observe_only" not in settings
+    trainer.test(module, data(2), ckpt_path=weights, verbose=False)
+    here = said()
+    fresh = make_trainer(pl, tmp_path, [EMPCallback(**settings)])
+    fresh.validate(evaluated(), data(2), ckpt_path=weights, verbose=False)
+    elsewhere = said()
+    assert len(here) == len(elsewhere) == (1 if named else 0)
+    if named:
+        assert "this evaluation runs behind the masks of the last fit, which may be others than its own" in here[0]
+        assert "this evaluation runs without masks: masks of features are no part of the weights." in elsewhere[0]
+        assert elsewhere[0].endswith("Load a checkpoint that was saved with save_weights_only=False")
+    fresh.validate(evaluated(), data(2), verbose=False)
+    assert said() == []
+
+
 def test_an_earlier_checkpoint_is_tested_behind_its_own_masks(tmp_path):
     emp = EMPCallback(**FEATURES, summary=False)
     module, trainer = fit(tmp_path, emp, epochs=4)
