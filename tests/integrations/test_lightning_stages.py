@@ -512,20 +512,41 @@ def test_the_table_says_what_is_left_out(tmp_path, capsys):
     assert "not pruned: 12.6% of all weights (a vector: bias, norm or scale: 100%)" in capsys.readouterr().out
 
 
-@pytest.mark.filterwarnings("ignore:left out of pruning")
-def test_a_backbone_that_is_thawed_is_pruned(tmp_path):
-    class Finetuning(pl.callbacks.BaseFinetuning):
-        def freeze_before_training(self, pl_module):
-            self.freeze(pl_module.net[0])
+class Finetuning(pl.callbacks.BaseFinetuning):
+    def freeze_before_training(self, pl_module):
+        self.freeze(pl_module.net[0])
 
-        def finetune_function(self, pl_module, epoch, optimizer):
-            if epoch == 1:
-                self.unfreeze_and_add_param_group(pl_module.net[0], optimizer, initial_denom_lr=1)
+    def finetune_function(self, pl_module, epoch, optimizer):
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.net[0], optimizer, initial_denom_lr=1)
 
+
+def updating_what_is_not_frozen():
     module = make_module(pl)
     module.configure_optimizers = lambda: torch.optim.AdamW(
         [p for p in module.parameters() if p.requires_grad], lr=0.02
     )
+    return module
+
+
+@pytest.mark.filterwarnings("ignore:left out of pruning")
+def test_a_resume_that_finds_a_thawed_layer_frozen_says_so(tmp_path):
+    def trainer():
+        callbacks = [EMPCallback(summary=False), Finetuning(), ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)]
+        return make_trainer(pl, tmp_path, callbacks)
+
+    trainer().fit(updating_what_is_not_frozen(), data(), data(1))
+    message = (
+        r"the checkpoint's masks belong to other parameters: net.0.weight is masked there and not chosen here: .* What "
+        r"is frozen now, or in no optimizer yet \(layers that were thawed during that run\), must be thawed"
+    )
+    with pytest.raises(ValueError, match=message):
+        trainer().fit(updating_what_is_not_frozen(), data(), data(1), ckpt_path=tmp_path / "epoch=1.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore:left out of pruning")
+def test_a_backbone_that_is_thawed_is_pruned(tmp_path):
+    module = updating_what_is_not_frozen()
     emp = EMPCallback(summary=False)
     make_trainer(pl, tmp_path, [emp, Finetuning()]).fit(module, data(), data(1))
     assert [e.n for e in emp.trajectory] == [36, 90, 90]
