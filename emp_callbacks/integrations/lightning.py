@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import fields
 from importlib import import_module
@@ -17,15 +16,16 @@ from emp_callbacks.extras import is_installed, needs
 from emp_callbacks.integrations.lightning_averages import LightningAverages
 from emp_callbacks.integrations.lightning_checkpoint import IN_FILES, CheckpointCompanion, masks_folder
 from emp_callbacks.integrations.lightning_evaluation import EvaluationHooks
+from emp_callbacks.integrations.lightning_progress import epoch_length, is_last_step, steps_so_far
 from emp_callbacks.integrations.lightning_record import (
     ElsewhereTrajectory,
+    check_record,
     density,
     file_name,
     log,
     log_values,
     own_name,
     publish,
-    steps_so_far,
 )
 from emp_callbacks.integrations.lightning_strategy import check_strategy, sharding_model
 from emp_callbacks.pruning.pruner import EMPPruner
@@ -60,7 +60,7 @@ class EMPCallback(EvaluationHooks, *_callback_classes()):  # type: ignore[misc]
         trajectory_path: JSON-lines file for the trajectory; default `emp_trajectory.jsonl` in the trainer's log_dir.
         summary: Print the per-layer table when the fit ends.
         name: Tells several callbacks apart: `emp/NAME/density` in loggers, `emp_trajectory_NAME.jsonl`. Default:
-            nothing for one callback, the target's name where there are several.
+            nothing for one callback, the target's name where there are several. Two with the same settings need one.
         **settings: Fields of EMPConfig by name: `EMPCallback(every_n_epochs=1, beta=1.2)`. Without a schedule,
             `every_n_epochs=1`.
 
@@ -86,6 +86,7 @@ class EMPCallback(EvaluationHooks, *_callback_classes()):  # type: ignore[misc]
         if settings.get("every_n_epochs") is None and settings.get("every_n_steps") is None:
             settings["every_n_epochs"] = 1
         check_names(settings)
+        check_record(trajectory_path, summary, name)
         self.config = EMPConfig(**settings)  # jsonargparse reads a recipe's valid keys from this call
         self.trajectory_path = trajectory_path
         self.summary = summary
@@ -191,7 +192,7 @@ class EMPCallback(EvaluationHooks, *_callback_classes()):  # type: ignore[misc]
     def _restore(self, trainer: Any, pruner: EMPPruner, brought: Any, continued: dict[str, Any] | None) -> None:
         state = brought or continued
         if not state:
-            pruner.start_at(steps_so_far(trainer), trainer.current_epoch, _epoch_length(trainer))
+            pruner.start_at(steps_so_far(trainer), trainer.current_epoch, epoch_length(trainer))
         elif state == IN_FILES:
             pruner.load(masks_folder(trainer.ckpt_path))
         elif pruner.sharded and brought:
@@ -205,12 +206,12 @@ class EMPCallback(EvaluationHooks, *_callback_classes()):  # type: ignore[misc]
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002
         assert self.pruner is not None
         self._epoch_is_counted = False
-        self.pruner.start_epoch(_epoch_length(trainer))
+        self.pruner.start_epoch(epoch_length(trainer))
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
         if batch_idx == 0 and self.pruner is not None:
             # Once more: another callback may accumulate other numbers of batches from this epoch on.
-            self.pruner.start_epoch(_epoch_length(trainer))
+            self.pruner.start_epoch(epoch_length(trainer))
         if self.pruner is not None and self.pruner.reads_positions:
             self.pruner.count_positions(positions_of(batch, self.config.positions))
 
@@ -222,7 +223,7 @@ class EMPCallback(EvaluationHooks, *_callback_classes()):  # type: ignore[misc]
         assert self.pruner is not None
         self._epoch_is_counted = bool(trainer.is_last_batch)
         events = self.pruner.step(end_of_epoch=self._epoch_is_counted)
-        if not events and self.pruner.needs_closing_refresh and _is_last_step(trainer):
+        if not events and self.pruner.needs_closing_refresh and is_last_step(trainer):
             events = self.pruner.close()
         if events:
             log(trainer, events, self._own_name)
@@ -332,18 +333,3 @@ class EMPCallback(EvaluationHooks, *_callback_classes()):  # type: ignore[misc]
         if trainer.fast_dev_run:
             return None
         return self.trajectory_path or trajectory_file(folder, file_name(self._own_name))
-
-
-def _epoch_length(trainer: Any) -> int | None:
-    """Return the optimizer steps of an epoch; None where the data do not say, or the module steps by itself."""
-    batches: float = trainer.num_training_batches
-    if not math.isfinite(batches) or not trainer.lightning_module.automatic_optimization:
-        return None
-    steps: int = math.ceil(batches / trainer.accumulate_grad_batches)
-    return steps
-
-
-def _is_last_step(trainer: Any) -> bool:
-    if trainer.should_stop or (trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps):
-        return True
-    return bool(trainer.is_last_batch and trainer.max_epochs == trainer.current_epoch + 1)

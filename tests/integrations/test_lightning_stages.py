@@ -304,6 +304,25 @@ def test_a_checkpoint_between_a_step_and_the_end_of_its_batch_loses_nothing(sett
     assert all(torch.equal(a, b) for a, b in zip(wanted, got, strict=True))
 
 
+# ---- arguments ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"summary": 3}, "summary must be True or False, got 3"),
+        ({"summary": "no"}, "summary must be True or False, got 'no'"),
+        ({"name": 3}, r"name must be a string that can be part of a file's name \(no slashes\) or None, got 3"),
+        ({"name": "a/b"}, r"name must be a string that can be part of a file's name \(no slashes\) or None, got 'a/b'"),
+        ({"trajectory_path": 3}, "trajectory_path must be a path, a URL or None, got 3"),
+        ({"trajectory_path": b"rows"}, "trajectory_path must be a path, a URL or None, got b'rows'"),
+    ],
+)
+def test_wrong_arguments_are_told_before_anything_runs(argument, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        EMPCallback(**argument)
+
+
 # ---- which state is whose -----------------------------------------------------------------------------------------
 
 
