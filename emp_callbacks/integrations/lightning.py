@@ -20,6 +20,7 @@ from emp_callbacks.integrations.lightning_progress import epoch_length, is_last_
 from emp_callbacks.integrations.lightning_record import (
     ElsewhereTrajectory,
     check_record,
+    check_told_apart,
     density,
     file_name,
     log,
@@ -137,6 +138,13 @@ class EMPCallback(EvaluationHooks, *_callback_classes()):  # type: ignore[misc]
     def left_out(self) -> list[LeftOut]:
         """Every parameter that is not pruned: its name, why not, and its size; empty before the first fit."""
         return [] if self.pruner is None else self.pruner.left_out
+
+    # ---- a stage begins -------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        # Lightning looks only at those that its Trainer was made with, and does not know of `name`.
+        check_told_apart(self, [other for other in trainer.callbacks if isinstance(other, EMPCallback)])
+        super().setup(trainer, pl_module, stage)
 
     # ---- a fit ----------------------------------------------------------------------------------------------------
 

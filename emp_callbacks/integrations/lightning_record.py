@@ -36,6 +36,20 @@ def check_record(trajectory_path: Any, summary: Any, name: Any) -> None:
         raise ValueError(f"name must be a string that can be part of a file's name (no slashes) or None, got {name!r}")
 
 
+def check_told_apart(callback: Any, callbacks: Sequence[Any]) -> None:
+    """Raise ValueError where another callback has the same key in checkpoints: one state would be put into both.
+
+    Args:
+        callback: The callback.
+        callbacks: All EMPCallbacks of the Trainer.
+    """
+    if any(other is not callback and other.state_key == callback.state_key for other in callbacks):
+        raise ValueError(
+            f"two EMPCallbacks have the same settings ({callback.state_key}), so a checkpoint cannot tell them apart: "
+            "give each a name of its own, EMPCallback(name='first', ...)"
+        )
+
+
 def own_name(callback: Any, callbacks: Sequence[Any]) -> str:
     """Return what tells a callback's file and numbers from those of others in the Trainer; "" where it is alone.
 

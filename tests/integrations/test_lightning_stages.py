@@ -391,6 +391,26 @@ def test_callbacks_that_differ_in_the_criterion_alone_may_stand_side_by_side(tmp
     }
 
 
+def by_the_module(trainer, module):
+    module.configure_callbacks = lambda: [EMPCallback(beta=2.0), EMPCallback(beta=2.0)]
+
+
+def one_by_one(trainer, module):
+    trainer.callbacks += [EMPCallback(beta=2.0), EMPCallback(beta=2.0)]
+
+
+@pytest.mark.parametrize("give", [by_the_module, one_by_one])
+def test_callbacks_that_nothing_tells_apart_are_refused_with_the_remedy(give, tmp_path):
+    trainer, module = make_trainer(pl, tmp_path, []), evaluated()
+    give(trainer, module)
+    message = (
+        r"two EMPCallbacks have the same settings \(EMPCallback\[\].*'beta': 2.0\}\), so a checkpoint cannot tell them "
+        r"apart: give each a name of its own, EMPCallback\(name='first', ...\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        trainer.fit(module, data())
+
+
 # ---- epochs and steps ---------------------------------------------------------------------------------------------
 
 
