@@ -112,12 +112,10 @@ def check_fits(state: Any, config: EMPConfig, mode: MaskMode, layers: Sequence[L
     shapes, held = _shapes(layers), state.get("shapes")
     if not isinstance(held, dict) or not isinstance(state.get("units"), dict):
         raise ValueError("the checkpoint is damaged: it holds no parameter shapes; go back to an older one")
-    if shapes != held or not {layer.name for layer in layers} >= set(state["units"]):
-        differ = sorted(n for n in {*shapes, *held} if shapes.get(n) != held.get(n)) or sorted(state["units"])
-        raise ValueError(
-            f"the checkpoint's masks belong to other parameters: {', '.join(differ[:5])} differ in name or shape "
-            f"({len(differ)} in all); resume with the same model, include and exclude"
-        )
+    unknown = sorted(state["units"].keys() - {layer.name for layer in layers})
+    if shapes != held or unknown:
+        differ = sorted(n for n in {*shapes, *held} if shapes.get(n) != held.get(n)) or unknown
+        raise ValueError(f"the checkpoint's masks belong to other parameters: {_difference(shapes, held, differ)}")
     try:
         check_state(state["trajectory"])
         _check_units(state["units"], layers)
@@ -127,6 +125,24 @@ def check_fits(state: Any, config: EMPConfig, mode: MaskMode, layers: Sequence[L
             f"the checkpoint is damaged: its position, units or trajectory cannot be read ({error}); go back to an "
             "older one"
         ) from error
+
+
+def _difference(shapes: dict[str, Any], held: dict[str, Any], differ: list[str]) -> str:
+    """Return in what way this run's parameters, of which some differ, are not those that the checkpoint holds."""
+    missing = [name for name in differ if name not in shapes]
+    if missing:
+        return (
+            f"{_some(missing)} masked there and not chosen here: resume with the same model, include and exclude. What "
+            "is frozen now, or in no optimizer yet (layers that were thawed during that run), must be thawed and given "
+            "to the optimizer before the state is loaded, or be named in include"
+        )
+    what = "of another shape there" if held.keys() & {*differ} else "chosen here and not there"
+    return f"{_some(differ)} {what}: resume with the same model, include and exclude"
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - 5
+    return ", ".join(names[:5]) + (f" and {more} more are" if more > 0 else " is" if len(names) == 1 else " are")
 
 
 def _clock_in(unit: str | None, clock: Clock, state: dict[str, Any]) -> Clock:

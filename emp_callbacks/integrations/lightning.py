@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import fields
 from importlib import import_module
@@ -17,15 +16,17 @@ from emp_callbacks.extras import is_installed, needs
 from emp_callbacks.integrations.lightning_averages import LightningAverages
 from emp_callbacks.integrations.lightning_checkpoint import IN_FILES, CheckpointCompanion, masks_folder
 from emp_callbacks.integrations.lightning_evaluation import EvaluationHooks
+from emp_callbacks.integrations.lightning_progress import epoch_length, is_last_step, steps_so_far
 from emp_callbacks.integrations.lightning_record import (
     ElsewhereTrajectory,
+    check_record,
+    check_told_apart,
     density,
     file_name,
     log,
     log_values,
     own_name,
     publish,
-    steps_so_far,
 )
 from emp_callbacks.integrations.lightning_strategy import check_strategy, sharding_model
 from emp_callbacks.pruning.pruner import EMPPruner
@@ -60,7 +61,7 @@ class EMPCallback(EvaluationHooks, *_callback_classes()):  # type: ignore[misc]
         trajectory_path: JSON-lines file for the trajectory; default `emp_trajectory.jsonl` in the trainer's log_dir.
         summary: Print the per-layer table when the fit ends.
         name: Tells several callbacks apart: `emp/NAME/density` in loggers, `emp_trajectory_NAME.jsonl`. Default:
-            nothing for one callback, the target's name where there are several.
+            nothing for one callback, the target's name where there are several. Two with the same settings need one.
         **settings: Fields of EMPConfig by name: `EMPCallback(every_n_epochs=1, beta=1.2)`. Without a schedule,
             `every_n_epochs=1`.
 
@@ -86,6 +87,7 @@ class EMPCallback(EvaluationHooks, *_callback_classes()):  # type: ignore[misc]
         if settings.get("every_n_epochs") is None and settings.get("every_n_steps") is None:
             settings["every_n_epochs"] = 1
         check_names(settings)
+        check_record(trajectory_path, summary, name)
         self.config = EMPConfig(**settings)  # jsonargparse reads a recipe's valid keys from this call
         self.trajectory_path = trajectory_path
         self.summary = summary
@@ -137,6 +139,13 @@ class EMPCallback(EvaluationHooks, *_callback_classes()):  # type: ignore[misc]
         """Every parameter that is not pruned: its name, why not, and its size; empty before the first fit."""
         return [] if self.pruner is None else self.pruner.left_out
 
+    # ---- a stage begins -------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        # Lightning looks only at those that its Trainer was made with, and does not know of `name`.
+        check_told_apart(self, [other for other in trainer.callbacks if isinstance(other, EMPCallback)])
+        super().setup(trainer, pl_module, stage)
+
     # ---- a fit ----------------------------------------------------------------------------------------------------
 
     def on_sanity_check_start(self, trainer: Any, pl_module: Any) -> None:
@@ -147,6 +156,10 @@ class EMPCallback(EvaluationHooks, *_callback_classes()):  # type: ignore[misc]
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if not self._fits:
             self._begin(trainer, pl_module)
+        assert self.pruner is not None
+        # Due already where the checkpoint was made after a step (an epoch's last?) and before EMP saw the batch's end.
+        if events := self.pruner.step(end_of_epoch=trainer.current_epoch == self.pruner.epochs + 1):
+            log(trainer, events, self._own_name)
         publish(trainer, self._values() or {self._density_name: 1.0})
 
     def _begin(self, trainer: Any, pl_module: Any) -> None:
@@ -162,14 +175,14 @@ class EMPCallback(EvaluationHooks, *_callback_classes()):  # type: ignore[misc]
         )
         try:
             averages = None if self.config.observe_only else LightningAverages(trainer, pruner)
-            self._restore(trainer, pruner, continued)
+            self._restore(trainer, pruner, self._brought(pl_module), continued)
         except BaseException:
             pruner.detach()
             raise
         if self._companion is not None:
             self._companion.detach()
         self._companion = CheckpointCompanion(trainer.strategy, pruner.save) if pruner.sharded else None
-        self.pruner, self._module, self._restored = pruner, pl_module, None
+        self.pruner, self._module, self._restored, self._stands_for = pruner, pl_module, None, None
         self._averages, self._fits = averages, True
 
     def _continued(self) -> dict[str, Any] | None:
@@ -184,13 +197,13 @@ class EMPCallback(EvaluationHooks, *_callback_classes()):  # type: ignore[misc]
             )
         return self.pruner.state_dict()
 
-    def _restore(self, trainer: Any, pruner: EMPPruner, continued: dict[str, Any] | None) -> None:
-        state = self._restored or continued
+    def _restore(self, trainer: Any, pruner: EMPPruner, brought: Any, continued: dict[str, Any] | None) -> None:
+        state = brought or continued
         if not state:
-            pruner.start_at(steps_so_far(trainer), trainer.current_epoch, _epoch_length(trainer))
+            pruner.start_at(steps_so_far(trainer), trainer.current_epoch, epoch_length(trainer))
         elif state == IN_FILES:
             pruner.load(masks_folder(trainer.ckpt_path))
-        elif pruner.sharded and self._restored:
+        elif pruner.sharded and brought:
             raise ValueError(
                 "the checkpoint is of an unsharded run, this run shards the model: carry the masks over with "
                 "EMPPruner.save(folder) and load(folder), or resume with strategy='auto' or 'ddp'"
@@ -201,12 +214,12 @@ class EMPCallback(EvaluationHooks, *_callback_classes()):  # type: ignore[misc]
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002
         assert self.pruner is not None
         self._epoch_is_counted = False
-        self.pruner.start_epoch(_epoch_length(trainer))
+        self.pruner.start_epoch(epoch_length(trainer))
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
         if batch_idx == 0 and self.pruner is not None:
             # Once more: another callback may accumulate other numbers of batches from this epoch on.
-            self.pruner.start_epoch(_epoch_length(trainer))
+            self.pruner.start_epoch(epoch_length(trainer))
         if self.pruner is not None and self.pruner.reads_positions:
             self.pruner.count_positions(positions_of(batch, self.config.positions))
 
@@ -218,7 +231,7 @@ class EMPCallback(EvaluationHooks, *_callback_classes()):  # type: ignore[misc]
         assert self.pruner is not None
         self._epoch_is_counted = bool(trainer.is_last_batch)
         events = self.pruner.step(end_of_epoch=self._epoch_is_counted)
-        if not events and self.pruner.needs_closing_refresh and _is_last_step(trainer):
+        if not events and self.pruner.needs_closing_refresh and is_last_step(trainer):
             events = self.pruner.close()
         if events:
             log(trainer, events, self._own_name)
@@ -265,6 +278,7 @@ class EMPCallback(EvaluationHooks, *_callback_classes()):  # type: ignore[misc]
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:  # noqa: ARG002
         self._fits = False
         self._evaluation_ends()
+        self._forget()
         if self._averages is not None:
             self._averages.detach()
         if self.pruner is not None:
@@ -273,7 +287,7 @@ class EMPCallback(EvaluationHooks, *_callback_classes()):  # type: ignore[misc]
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        if self.pruner is not None:
+        if self.pruner is not None and self._subject in (None, self._module):
             if not self._fits and (names := self.pruner.replaced_weights()):
                 warn_the_user(
                     f"a checkpoint is made whose weights ({names[0]!r}, ...) are not those that EMP's masks in it were "
@@ -281,7 +295,7 @@ class EMPCallback(EvaluationHooks, *_callback_classes()):  # type: ignore[misc]
                 )
             self.pruner.share_evidence()  # Lightning asks every rank and keeps the answer of rank 0
             return dict(IN_FILES) if self.pruner.sharded else self.pruner.state_dict()
-        return self._restored or {}
+        return self._brought(self._subject) or {}
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002
         """Take the state of an EMPCallback with other settings, where it can only be meant for this one.
@@ -310,7 +324,7 @@ class EMPCallback(EvaluationHooks, *_callback_classes()):  # type: ignore[misc]
             self.pruner.load_state_dict(state_dict)  # a restore in the middle of a fit, as a learning-rate finder's
         else:
             # Weights and optimizer may come back after this hook; the pruner takes its state in as the stage starts.
-            self._restored = state_dict
+            self._restored, self._stands_for = state_dict, None
 
     # ---- inside ---------------------------------------------------------------------------------------------------
 
@@ -327,18 +341,3 @@ class EMPCallback(EvaluationHooks, *_callback_classes()):  # type: ignore[misc]
         if trainer.fast_dev_run:
             return None
         return self.trajectory_path or trajectory_file(folder, file_name(self._own_name))
-
-
-def _epoch_length(trainer: Any) -> int | None:
-    """Return the optimizer steps of an epoch; None where the data do not say, or the module steps by itself."""
-    batches: float = trainer.num_training_batches
-    if not math.isfinite(batches) or not trainer.lightning_module.automatic_optimization:
-        return None
-    steps: int = math.ceil(batches / trainer.accumulate_grad_batches)
-    return steps
-
-
-def _is_last_step(trainer: Any) -> bool:
-    if trainer.should_stop or (trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps):
-        return True
-    return bool(trainer.is_last_batch and trainer.max_epochs == trainer.current_epoch + 1)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from emp_callbacks.integrations.lightning_progress import steps_so_far
 from emp_callbacks.trajectory import PruneEvent, Trajectory
 
 TRAJECTORY_FILE = "emp_trajectory.jsonl"
@@ -21,6 +23,30 @@ class ElsewhereTrajectory(Trajectory):
         raise IndexError(
             "this callback has no rows: no fit has refreshed in this process. After a fit in processes of its own "
             "(strategy='ddp_spawn', 'ddp_notebook') read them with Trajectory.read(PATH) from the run's folder"
+        )
+
+
+def check_record(trajectory_path: Any, summary: Any, name: Any) -> None:
+    """Raise ValueError unless these say where a callback's rows and numbers go."""
+    if trajectory_path is not None and not isinstance(trajectory_path, (str, os.PathLike)):
+        raise ValueError(f"trajectory_path must be a path, a URL or None, got {trajectory_path!r}")
+    if not isinstance(summary, bool):
+        raise ValueError(f"summary must be True or False, got {summary!r}")
+    if name is not None and (not isinstance(name, str) or "/" in name or "\\" in name):
+        raise ValueError(f"name must be a string that can be part of a file's name (no slashes) or None, got {name!r}")
+
+
+def check_told_apart(callback: Any, callbacks: Sequence[Any]) -> None:
+    """Raise ValueError where another callback has the same key in checkpoints: one state would be put into both.
+
+    Args:
+        callback: The callback.
+        callbacks: All EMPCallbacks of the Trainer.
+    """
+    if any(other is not callback and other.state_key == callback.state_key for other in callbacks):
+        raise ValueError(
+            f"two EMPCallbacks have the same settings ({callback.state_key}), so a checkpoint cannot tell them apart: "
+            "give each a name of its own, EMPCallback(name='first', ...)"
         )
 
 
@@ -102,11 +128,3 @@ def log(trainer: Any, events: Sequence[PruneEvent], name: str) -> None:
 def publish(trainer: Any, values: dict[str, float]) -> None:
     """Let ModelCheckpoint, EarlyStopping and file names use the values."""
     trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
-
-
-def steps_so_far(trainer: Any) -> int:
-    """Return the batches in which an optimizer stepped, however many of them did: the x of Lightning's own metrics.
-
-    `trainer.global_step` counts every optimizer by itself.
-    """
-    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)

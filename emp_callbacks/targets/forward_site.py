@@ -91,6 +91,10 @@ class ForwardSite(ABC):
     @sums.setter
     def sums(self, sums: dict[str, Tensor]) -> None:
         self._sums = dict(sums)
+        self._recall()
+
+    def _recall(self) -> None:
+        """Learn from sums that a checkpoint kept what the forward passes before it had shown."""
 
     @property
     def reads_positions(self) -> bool:

@@ -3,6 +3,7 @@
 import copy
 import csv
 import json
+import pickle
 import sys
 from pathlib import Path
 
@@ -77,6 +78,33 @@ def test_predictions_too(tmp_path):
     assert torch.equal(got[0], wanted[0])
 
 
+@pytest.mark.parametrize("settings", [FEATURES, {**FEATURES, "dynamic": True}, {**FEATURES, "observe_only": True}, {}])
+def test_weights_alone_are_said_where_masks_are_no_part_of_them(settings, tmp_path, recwarn):
+    def said():
+        told = [str(warning.message) for warning in recwarn if "holds no EMP state" in str(warning.message)]
+        recwarn.clear()
+        return told
+
+    emp, saver = EMPCallback(**settings, summary=False), ModelCheckpoint(tmp_path, "{epoch}", save_weights_only=True)
+    module, trainer = evaluated(), make_trainer(pl, tmp_path, [emp, saver])
+    trainer.fit(module, data(), data(1))
+    trainer.test(module, data(2), verbose=False)
+    assert said() == []
+    weights, named = tmp_path / "epoch=2.ckpt", settings.get("target") and "observe_only" not in settings
+    trainer.test(module, data(2), ckpt_path=weights, verbose=False)
+    here = said()
+    fresh = make_trainer(pl, tmp_path, [EMPCallback(**settings)])
+    fresh.validate(evaluated(), data(2), ckpt_path=weights, verbose=False)
+    elsewhere = said()
+    assert len(here) == len(elsewhere) == (1 if named else 0)
+    if named:
+        assert "this evaluation runs behind the masks of the last fit, which may be others than its own" in here[0]
+        assert "this evaluation runs without masks: masks of features are no part of the weights." in elsewhere[0]
+        assert elsewhere[0].endswith("Load a checkpoint that was saved with save_weights_only=False")
+    fresh.validate(evaluated(), data(2), verbose=False)
+    assert said() == []
+
+
 def test_an_earlier_checkpoint_is_tested_behind_its_own_masks(tmp_path):
     emp = EMPCallback(**FEATURES, summary=False)
     module, trainer = fit(tmp_path, emp, epochs=4)
@@ -111,6 +139,79 @@ def test_folds_start_clean(tmp_path):
         masks, rows = alone[-1]
         assert [(e.step, e.keep) for e in together.trajectory] == rows
         assert all(torch.equal(together.masks[name], mask) for name, mask in masks.items())
+
+
+class BrokenData(pl.LightningDataModule):
+    def test_dataloader(self):
+        raise OSError("disk")
+
+
+def evaluation_that_fails(folder, emp, checkpoint):
+    with pytest.raises(OSError, match="disk"):
+        make_trainer(pl, folder, [emp]).test(evaluated(), datamodule=BrokenData(), ckpt_path=checkpoint)
+
+
+def evaluation_without_batches(folder, emp, checkpoint):
+    make_trainer(pl, folder, [emp], limit_test_batches=0).test(evaluated(), data(1), ckpt_path=checkpoint)
+
+
+def resume_that_fails(folder, emp, checkpoint):
+    module = evaluated()
+    module.configure_optimizers = lambda: torch.optim.AdamW([module.net[0].weight], lr=0.02)
+    with pytest.raises(ValueError, match="doesn't match the size"):
+        make_trainer(pl, folder, [emp], max_epochs=9).fit(module, data(), ckpt_path=checkpoint)
+
+
+def fit_with_nothing_left(folder, emp, checkpoint):
+    make_trainer(pl, folder, [emp], max_epochs=4).fit(evaluated(), data(), ckpt_path=checkpoint)
+
+
+@pytest.mark.filterwarnings("ignore:.*Total length of")
+@pytest.mark.parametrize(
+    "stage", [evaluation_that_fails, evaluation_without_batches, resume_that_fails, fit_with_nothing_left]
+)
+@pytest.mark.parametrize("mode", ["feedback", "project", "freeze"])
+def test_a_stage_that_failed_or_had_no_batch_leaves_nothing_to_the_next_fit(mode, stage, tmp_path):
+    fit(tmp_path / "old", EMPCallback(mode=mode, summary=False), epochs=4)
+    emp, module = EMPCallback(mode=mode, summary=False), evaluated()
+    stage(tmp_path, emp, tmp_path / "old/epoch=3.ckpt")
+    fit(tmp_path / "new", emp, epochs=2, module=module)
+    alone, alike = EMPCallback(mode=mode, summary=False), evaluated()
+    fit(tmp_path / "alone", alone, epochs=2, module=alike)
+    assert [e.step for e in emp.trajectory] == [5, 10]
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), alike.parameters(), strict=True))
+
+
+def test_a_resume_after_one_that_failed_goes_on(tmp_path):
+    wanted, _ = fit(tmp_path / "old", EMPCallback(summary=False), epochs=4)
+    emp, module = EMPCallback(summary=False), evaluated()
+    resume_that_fails(tmp_path, emp, tmp_path / "old/epoch=1.ckpt")
+    make_trainer(pl, tmp_path, [emp], max_epochs=4).fit(module, data(), ckpt_path=tmp_path / "old/epoch=1.ckpt")
+    assert [e.step for e in emp.trajectory] == [5, 10, 15, 20]
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), wanted.parameters(), strict=True))
+
+
+def test_a_resume_with_nothing_left_to_train_stands_for_its_module(tmp_path):
+    emp = EMPCallback(**FEATURES, summary=False)
+    module, trainer = fit(tmp_path, emp)
+    trainer.test(module, data(2), verbose=False)
+    wanted = module.losses[-2:]
+    resumed, again = EMPCallback(**FEATURES, summary=False), evaluated()
+    trainer = make_trainer(pl, tmp_path, [resumed], max_epochs=3)
+    trainer.fit(again, data(), ckpt_path=tmp_path / "epoch=2.ckpt")
+    for _ in range(2):
+        trainer.test(again, data(2), verbose=False)
+        assert again.losses[-2:] == wanted
+    trainer.save_checkpoint(tmp_path / "again.ckpt")
+    assert emp.state_key in torch.load(tmp_path / "again.ckpt", weights_only=False)["callbacks"]
+
+
+def test_a_learning_rate_finder_brings_no_masks_of_another_module(tmp_path):
+    emp = EMPCallback(summary=False)
+    fit(tmp_path, emp)
+    finder = pl.callbacks.LearningRateFinder(num_training_steps=3, early_stop_threshold=None, update_attr=False)
+    make_trainer(pl, tmp_path, [emp, finder]).fit(evaluated(), data())
+    assert [e.step for e in emp.trajectory] == [5, 10, 15]
 
 
 def test_weights_replaced_between_two_fits_are_said_and_are_the_dense_values(tmp_path):
@@ -164,6 +265,62 @@ def test_a_restore_in_the_middle_of_a_fit_takes_effect_at_once(mode, tmp_path):
     (plain, dense), (found, after) = run(False), run(True)
     assert [(e.step, e.keep) for e in found.trajectory] == [(e.step, e.keep) for e in plain.trajectory]
     assert all(torch.equal(a, b) for a, b in zip(dense, after, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:.*resumed from a checkpoint")
+@pytest.mark.parametrize("at", [5, 6])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"mode": mode, "every_n_steps": 3} for mode in ("feedback", "project", "freeze")),
+        {"every_n_epochs": 1},
+        {"every_n_steps": 5},
+        {**FEATURES, "every_n_steps": 3},
+        {**FEATURES, "every_n_epochs": 1},
+        {"criterion": "taylor", "evidence_steps": 2, "every_n_steps": 3},
+    ],
+)
+def test_a_checkpoint_between_a_step_and_the_end_of_its_batch_loses_nothing(settings, at, tmp_path):
+    class Saver(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == at and trainer.ckpt_path is None:
+                trainer.save_checkpoint(tmp_path / "between.ckpt")
+
+    class ByStep(Importable):
+        def training_step(self, batch, batch_idx):
+            generator = torch.Generator().manual_seed(self.trainer.global_step)
+            x, y = torch.randn(8, 6, generator=generator), torch.randint(0, 4, (8,), generator=generator)
+            return nn.functional.cross_entropy(self.net(x), y)
+
+    ends = []
+    for checkpoint in (None, tmp_path / "between.ckpt"):
+        emp, module = EMPCallback(**settings, summary=False), ByStep()
+        trainer = make_trainer(pl, tmp_path, [Saver(), emp], num_sanity_val_steps=1)
+        trainer.fit(module, data(), data(1), ckpt_path=checkpoint)
+        ends.append(([(e.step, e.epoch, e.keep) for e in emp.trajectory], [p.detach() for p in module.parameters()]))
+    (rows, wanted), (again, got) = ends
+    assert again == rows
+    assert rows
+    assert all(torch.equal(a, b) for a, b in zip(wanted, got, strict=True))
+
+
+# ---- arguments ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"summary": 3}, "summary must be True or False, got 3"),
+        ({"summary": "no"}, "summary must be True or False, got 'no'"),
+        ({"name": 3}, r"name must be a string that can be part of a file's name \(no slashes\) or None, got 3"),
+        ({"name": "a/b"}, r"name must be a string that can be part of a file's name \(no slashes\) or None, got 'a/b'"),
+        ({"trajectory_path": 3}, "trajectory_path must be a path, a URL or None, got 3"),
+        ({"trajectory_path": b"rows"}, "trajectory_path must be a path, a URL or None, got b'rows'"),
+    ],
+)
+def test_wrong_arguments_are_told_before_anything_runs(argument, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        EMPCallback(**argument)
 
 
 # ---- which state is whose -----------------------------------------------------------------------------------------
@@ -232,6 +389,26 @@ def test_callbacks_that_differ_in_the_criterion_alone_may_stand_side_by_side(tmp
         "emp_trajectory_weights.jsonl",
         "emp_trajectory_weights-2.jsonl",
     }
+
+
+def by_the_module(trainer, module):
+    module.configure_callbacks = lambda: [EMPCallback(beta=2.0), EMPCallback(beta=2.0)]
+
+
+def one_by_one(trainer, module):
+    trainer.callbacks += [EMPCallback(beta=2.0), EMPCallback(beta=2.0)]
+
+
+@pytest.mark.parametrize("give", [by_the_module, one_by_one])
+def test_callbacks_that_nothing_tells_apart_are_refused_with_the_remedy(give, tmp_path):
+    trainer, module = make_trainer(pl, tmp_path, []), evaluated()
+    give(trainer, module)
+    message = (
+        r"two EMPCallbacks have the same settings \(EMPCallback\[\].*'beta': 2.0\}\), so a checkpoint cannot tell them "
+        r"apart: give each a name of its own, EMPCallback\(name='first', ...\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        trainer.fit(module, data())
 
 
 # ---- epochs and steps ---------------------------------------------------------------------------------------------
@@ -374,20 +551,41 @@ def test_the_table_says_what_is_left_out(tmp_path, capsys):
     assert "not pruned: 12.6% of all weights (a vector: bias, norm or scale: 100%)" in capsys.readouterr().out
 
 
-@pytest.mark.filterwarnings("ignore:left out of pruning")
-def test_a_backbone_that_is_thawed_is_pruned(tmp_path):
-    class Finetuning(pl.callbacks.BaseFinetuning):
-        def freeze_before_training(self, pl_module):
-            self.freeze(pl_module.net[0])
+class Finetuning(pl.callbacks.BaseFinetuning):
+    def freeze_before_training(self, pl_module):
+        self.freeze(pl_module.net[0])
 
-        def finetune_function(self, pl_module, epoch, optimizer):
-            if epoch == 1:
-                self.unfreeze_and_add_param_group(pl_module.net[0], optimizer, initial_denom_lr=1)
+    def finetune_function(self, pl_module, epoch, optimizer):
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.net[0], optimizer, initial_denom_lr=1)
 
+
+def updating_what_is_not_frozen():
     module = make_module(pl)
     module.configure_optimizers = lambda: torch.optim.AdamW(
         [p for p in module.parameters() if p.requires_grad], lr=0.02
     )
+    return module
+
+
+@pytest.mark.filterwarnings("ignore:left out of pruning")
+def test_a_resume_that_finds_a_thawed_layer_frozen_says_so(tmp_path):
+    def trainer():
+        callbacks = [EMPCallback(summary=False), Finetuning(), ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)]
+        return make_trainer(pl, tmp_path, callbacks)
+
+    trainer().fit(updating_what_is_not_frozen(), data(), data(1))
+    message = (
+        r"the checkpoint's masks belong to other parameters: net.0.weight is masked there and not chosen here: .* What "
+        r"is frozen now, or in no optimizer yet \(layers that were thawed during that run\), must be thawed"
+    )
+    with pytest.raises(ValueError, match=message):
+        trainer().fit(updating_what_is_not_frozen(), data(), data(1), ckpt_path=tmp_path / "epoch=1.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore:left out of pruning")
+def test_a_backbone_that_is_thawed_is_pruned(tmp_path):
+    module = updating_what_is_not_frozen()
     emp = EMPCallback(summary=False)
     make_trainer(pl, tmp_path, [emp, Finetuning()]).fit(module, data(), data(1))
     assert [e.n for e in emp.trajectory] == [36, 90, 90]
@@ -411,6 +609,82 @@ def test_copies_of_the_callback_are_its_settings_only():
     assert copy.deepcopy(emp).state_key == emp.state_key
     with pytest.raises(IndexError, match="this callback has no rows"):
         emp.trajectory[-1]
+
+
+class Importable(pl.LightningModule):
+    """A module of a class that pickle finds by its name."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4))
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self.training_step(batch, batch_idx)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.03)
+
+
+class Copier(pl.Callback):
+    """Copies an EMPCallback in the second epoch or in its validation, and goes on copying until the epoch is over."""
+
+    def __init__(self, emp, duplicate, hook):
+        self.emp, self.duplicate = emp, duplicate
+        setattr(self, hook, self.look)
+
+    def look(self, trainer, pl_module, *_):
+        if trainer.current_epoch == 1:
+            self.copy = self.duplicate(self.emp)
+
+
+def pickled(value):
+    return pickle.loads(pickle.dumps(value))
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_validation_batch_end"])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
+@pytest.mark.parametrize("settings", [{"mode": mode} for mode in ("feedback", "project", "freeze")] + [FEATURES])
+def test_a_copy_made_during_a_fit_keeps_the_record_and_begins_its_own(settings, duplicate, hook, tmp_path):
+    settings = {**settings, "every_n_steps": 3, "summary": False}
+    emp = EMPCallback(**settings)
+    copier = Copier(emp, duplicate, hook)
+    make_trainer(pl, tmp_path, [emp, copier]).fit(Importable(), data(), data(1))
+    assert [e.step for e in emp.trajectory if e.group == emp.trajectory[0].group][:5] == [3, 6, 9, 12, 15]
+    assert [(e.step, e.keep) for e in copier.copy.trajectory] == [
+        (e.step, e.keep) for e in emp.trajectory if e.step < 10
+    ]
+    fresh, modules = EMPCallback(**settings), [Importable(), Importable()]
+    for module, callback in zip(modules, (copier.copy, fresh), strict=True):
+        make_trainer(pl, tmp_path, [callback], max_epochs=2).fit(module, data(), data(1))
+    assert [(e.step, e.keep) for e in copier.copy.trajectory] == [(e.step, e.keep) for e in fresh.trajectory]
+    assert fresh.masks
+    assert all(torch.equal(copier.copy.masks[n], mask) for n, mask in fresh.masks.items())
+    assert all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in modules), strict=True))
+
+
+def test_a_module_copied_with_its_callback_goes_on_from_there(tmp_path):
+    ends = []
+    for stop in (False, True):
+        emp, kept = EMPCallback(every_n_steps=3, summary=False), []
+
+        class Pair(pl.Callback):
+            def on_train_epoch_end(self, trainer, pl_module):
+                if trainer.current_epoch == 1:
+                    kept.append(copy.deepcopy((emp, pl_module)))  # noqa: B023
+
+        module = evaluated()
+        make_trainer(pl, tmp_path, [emp, Pair()], max_epochs=2).fit(module, data())
+        emp, module = kept[0] if stop else (emp, module)
+        make_trainer(pl, tmp_path, [emp], max_epochs=1).fit(module, data())
+        with emp.pruner.dense_weights():
+            ends.append(([e.step for e in emp.trajectory], [p.detach().clone() for p in module.parameters()]))
+    (steps, wanted), (again, got) = ends
+    assert steps == again == [3, 6, 9, 12, 15]
+    assert all(torch.equal(a, b) for a, b in zip(wanted, got, strict=True))
 
 
 @pytest.mark.compiler
