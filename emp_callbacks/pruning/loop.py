@@ -158,7 +158,7 @@ class PruningLoop:
         forgotten = self.keeper.attached and self._backend.take_applied() and not self.clock.steps
         idle = self.keeper.attached and self._schedule.unit is not None and not self._trajectory
         self.detach()
-        if idle and (forgotten or self._calls or self.clock.steps):
+        if idle and "late" not in self._told and (forgotten or self._calls or self.clock.steps):
             self._tell(
                 f"the schedule ({self._schedule.told}) asked for no refresh in {self.clock.steps} steps and "
                 f"{self.clock.epochs} finished epochs: nothing was pruned. {remedy}",

@@ -513,6 +513,15 @@ def test_a_schedule_that_asked_for_nothing_is_told_in_the_trainers_words(tmp_pat
         make_trainer(pl, tmp_path, [emp], max_epochs=2).fit(make_module(pl), data())
 
 
+def test_refreshes_that_were_late_to_the_end_are_told_as_late_only(tmp_path, recwarn):
+    emp, module = EMPCallback(**FEATURES, every_n_steps=3, summary=False), make_module(pl).eval()
+    make_trainer(pl, tmp_path, [emp], max_epochs=2).fit(module, data())
+    told = [str(warning.message) for warning in recwarn]
+    assert len(emp.trajectory) == 0
+    assert sum("the refresh due at step 3 is late: nothing passed 'net.1'" in message for message in told) == 1
+    assert not [message for message in told if "asked for no refresh" in message]
+
+
 # ---- what others see ----------------------------------------------------------------------------------------------
 
 
