@@ -274,6 +274,8 @@ class EMPCallback(EvaluationHooks, *_callback_classes()):  # type: ignore[misc]
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002
         if self._fits:  # begun by the sanity check, and no batch followed
             self._end_fit()
+        if self.pruner is not None:
+            self.pruner.replaced_weights()  # by averages, at the end: that is what this fit leaves
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:  # noqa: ARG002
         self._fits = False

@@ -1,6 +1,7 @@
 """Lightning's averages of weights beside EMP: what is validated, saved and left at the end is masked, in every mode."""
 
 import copy
+import warnings
 
 import pytest
 import pytorch_lightning as pl
@@ -35,7 +36,11 @@ def test_validated_saved_and_final_weights_obey_the_mask(mode, kind, order, tmp_
     module, emp = make_module(pl), EMPCallback(mode=mode, every_n_epochs=1, summary=False)
     saver = ModelCheckpoint(dirpath=tmp_path, save_last=True)
     callbacks = [emp, AVERAGES[kind]()][::order]
-    make_trainer(pl, tmp_path, [*callbacks, saver], max_epochs=4).fit(module, data(), data(1))
+    trainer = make_trainer(pl, tmp_path, [*callbacks, saver], max_epochs=4)
+    trainer.fit(module, data(), data(1))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "a checkpoint is made whose weights")  # the average is what the fit leaves
+        trainer.save_checkpoint(tmp_path / "after.ckpt")
     mask = emp.masks["net.0.weight"]
     saved = torch.load(tmp_path / "last.ckpt", weights_only=False)["state_dict"]["net.0.weight"]
     pruned = int((~mask).sum())

@@ -228,8 +228,10 @@ def test_weights_replaced_between_two_fits_are_said_and_are_the_dense_values(tmp
     assert emp.pruner.steps == 20, "the clock goes on"
 
 
-def test_a_checkpoint_of_weights_that_are_not_the_masks_is_said(tmp_path):
-    emp = EMPCallback(summary=False)
+@pytest.mark.parametrize("stop", [None, 1])
+@pytest.mark.parametrize("mode", ["feedback", "project", "freeze"])
+def test_a_checkpoint_of_weights_that_are_not_the_masks_is_said(mode, stop, tmp_path):
+    emp = EMPCallback(mode=mode, stop=stop, summary=False)
     module, trainer = fit(tmp_path, emp, epochs=4)
     trainer.test(module, data(1), ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False)
     with pytest.warns(UserWarning, match=r"a checkpoint is made whose weights \('net.*are not those"):
