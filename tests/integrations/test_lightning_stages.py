@@ -719,8 +719,9 @@ def test_padding_in_the_batch_is_no_evidence(positions, tmp_path):
     class Sequences(pl.LightningModule):
         def __init__(self):
             super().__init__()
-            torch.manual_seed(0)  # weights whose sizes differ less than the inputs'
             self.net = nn.Linear(4, 2)
+            # Sizes that differ, but less than those of the inputs.
+            self.net.weight = nn.Parameter(torch.linspace(1, 2, 8).view(2, 4))
 
         def training_step(self, batch, batch_idx):
             return self.net(batch["x"])[:, 0].square().mean()
