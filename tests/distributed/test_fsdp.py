@@ -1,6 +1,8 @@
 """FSDP2 and FSDP1 on two and three real gloo processes give exactly the masks of one process."""
 
+import copy
 import functools
+import warnings
 
 import pytest
 import torch
@@ -158,6 +160,34 @@ def low_precision(rank, world_size, way):
     return {"violations": watch.violations, "seen": watch.seen, "right": right}
 
 
+def go_back(rank, world_size, mode):
+    """Train, go back to a state of in between within the run, train again; return what differs from the first time."""
+    model = WAYS["fsdp2"](make_net())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.1)
+    pruner = EMPPruner(model, optimizer, every_n_steps=4, mode=mode)
+    parts = (model, optimizer, pruner)
+
+    def run(first, last):
+        for step in range(first, last):
+            x = torch.randn(12, 7, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+            optimizer.zero_grad()
+            model(x[rank::world_size]).square().mean().backward()
+            optimizer.step()
+            pruner.step()
+        with pruner._keeper.dense_owners():
+            return full_masks(pruner), gathered(pruner, lambda w: w.weight)
+
+    run(0, 6)
+    states = [copy.deepcopy(part.state_dict()) for part in parts]
+    first = run(6, 14)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "something other than the optimizer")
+        for part, state in zip(parts, states, strict=True):
+            part.load_state_dict(copy.deepcopy(state))
+        second = run(6, 14)
+    return [name for a, b in zip(first, second, strict=True) for name in a if not torch.equal(a[name], b[name])]
+
+
 # ---- what the ranks do --------------------------------------------------------------------------------------------
 
 
@@ -166,6 +196,7 @@ def all_of_it(rank, world_size, folder):
         result = {
             "trained": {case: train(rank, world_size, *case) for case in CASES[world_size]},
             "ties": {(way, *case): tied_weights(way, *case) for way in ("fsdp2", "fsdp1") for case in TIES},
+            "back": {mode: go_back(rank, world_size, mode) for mode in ("feedback", "project", "freeze")},
             "bf16": {way: low_precision(rank, world_size, way) for way in ("fsdp2", "fsdp1")},
         }
     torch.save(result, f"{folder}/rank{rank}.pt")
@@ -242,6 +273,12 @@ def test_ties_uneven_and_empty_shards_are_cut_as_in_one_process(world_size, way,
     sizes = [sizes for _, _, sizes in results]
     assert any(0 in row for row in sizes)  # the case that it is about
     assert torch.tensor(sizes).sum(0).tolist() == [91, 1, 15]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("mode", ["feedback", "project", "freeze"])
+def test_going_back_within_a_run_is_exact(world_size, mode, ranks):
+    assert all(result["back"][mode] == [] for result in ranks(world_size))
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
