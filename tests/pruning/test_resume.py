@@ -106,6 +106,17 @@ def test_gone_back_within_the_run(kind, stop):
     assert_equal(whole, run)
 
 
+def test_zeros_that_were_kept_come_back_as_zeros():
+    run = Run(SETTINGS["feedback"])
+    with torch.no_grad():
+        run.net[0].weight[0] = 0
+    file = run.save()
+    run.train(0, STEPS)
+    assert (~run.pruner.masks["0.weight"][0]).any()
+    run.load(file)
+    assert not run.net[0].weight[0].any()
+
+
 @pytest.mark.parametrize("stop", [1, 3])  # a refresh is due at step 3
 def test_a_state_between_an_optimizer_step_and_the_pruners_own_counts_it(stop):
     settings = {"every_n_steps": 3, "beta": 0.5}
