@@ -52,8 +52,7 @@ class FeatureSite(ForwardSite):
         return not self.form.dynamic and self.form.axis == "channel"
 
     def _recall(self) -> None:
-        if self.size is None:
-            self.size = next((len(total) for total in self.sums.values() if total.dim()), None)
+        self.size = self.size or next((len(total) for total in self.sums.values() if total.dim()), None)
 
     def statistics(self) -> dict[str, Tensor]:
         """Return this rank's sums since `reset`, float64, always the same keys and shapes.
