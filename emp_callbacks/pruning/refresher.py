@@ -144,10 +144,8 @@ class Refresher:
         new = {names[one] for one in chosen if one not in self._chosen}
         gone = {weight.name for weight in self.weights if id(weight.segment.owner) not in names}
         # A parametrization (weight_norm) stands in for a weight of the same name.
-        there = {name.replace("parametrizations.", "").rpartition(".")[0] for name in names.values()} | {
-            *names.values()
-        }
-        return sorted(new | (gone & there))
+        stood_in_for = {name.replace("parametrizations.", "").rpartition(".")[0] for name in names.values()}
+        return sorted(new | (gone & stood_in_for.union(names.values())))
 
     @torch.no_grad()
     def run(self, step: int, epoch: int, position: int, dense_owners: AbstractContextManager[None]) -> list[PruneEvent]:
