@@ -74,16 +74,17 @@ class DenseStore:
 
     def unhide(self, values: Tensor) -> None:
         """Move it back; twice is once."""
+        self.written.clear()
         if self.stash is not None and self.hidden_by is not None:
             put_pruned(values, self.hidden_by, self.stash)
             self.stash = self.hidden_by = self._seal = None
 
     def uncover(self, values: Tensor) -> None:
         """Put in place what something else wrote since the last update, exactly; else move the hidden values back."""
+        for mask, written in self.written:
+            there, own = mask.to(values.device), written.to(values)
+            put_pruned(values, there, torch.where(own != 0, own, take_pruned(values, there)))
         if self.written:
-            while self.written:
-                mask, written = self.written.pop()
-                put_pruned(values, mask.to(values.device), written.to(values))
             self.stash = self.hidden_by = self._seal = None
         self.unhide(values)
 

@@ -62,6 +62,9 @@ class OtherWriters:
             loaded: Whether they come from a checkpoint, whose own masks may follow: nothing is lost yet.
         """
         self._say_what_came_late()
+        for weight in weights if loaded else ():
+            if weight.store.is_touched(weight.weight):  # else by another pruner's hook on the same load
+                weight.store.written.clear()
         self._obey(weights)
         seal(weights)
         if loaded:

@@ -255,3 +255,30 @@ def test_an_average_of_the_old_head_does_not_end_the_training_of_the_new_one():
     with pytest.warns(UserWarning, match=r"an average does not follow .*'2.weight' has shape \(4, 16\)"):
         pruner.step()
     assert torch.equal(ema.module[0].weight == 0, ~pruner.masks["0.weight"])
+
+
+def test_what_was_written_into_an_average_is_nothing_to_a_later_checkpoint():
+    net = net_of()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    ema = torch_ema(net)
+    pruner = EMPPruner(net, optimizer, every_n_steps=2)
+    pruner.add_average(ema)
+
+    def train(first, last):
+        for step in range(first, last):
+            backward(net, step)
+            optimizer.step()
+            pruner.step()
+            update(ema, net)
+
+    train(0, 3)
+    states = copy.deepcopy([part.state_dict() for part in (net, ema, optimizer, pruner)])
+    train(3, 6)
+    with torch.no_grad():
+        for p in ema.module.parameters():
+            p.fill_(7.0)
+    train(6, 8)
+    for part, state in zip((net, ema, optimizer, pruner), copy.deepcopy(states), strict=True):
+        part.load_state_dict(state)
+    for name, value in states[1].items():
+        assert torch.equal(ema.state_dict()[name], value), name

@@ -106,6 +106,18 @@ def test_gone_back_within_the_run(kind, stop):
     assert_equal(whole, run)
 
 
+@pytest.mark.parametrize("mode", ["feedback", "freeze"])
+def test_of_two_states_loaded_one_after_the_other_the_last_counts(mode):
+    run = Run({"mode": mode, "every_n_steps": 2, "density": 0.5}).train(0, 1)
+    early = run.save()
+    later = run.train(1, 4).save()
+    want = run.net[0].weight.detach().clone()
+    run.train(4, STEPS)
+    run.net.load_state_dict(torch.load(early, weights_only=True)["net"])
+    run.load(later)
+    assert torch.equal(run.net[0].weight, want)
+
+
 def test_zeros_that_were_kept_come_back_as_zeros():
     run = Run(SETTINGS["feedback"])
     with torch.no_grad():
