@@ -27,14 +27,14 @@ def check_evidence(
         ValueError: A name, a shape or a type is not what this run would gather.
     """
     if not isinstance(batches, list) or not all(type(step) is int for step in batches):
-        raise _damaged(f"the steps of its gradients are {batches!r}")
+        raise damaged(f"the steps of its gradients are {batches!r}")
     if not isinstance(tensors, Mapping):
-        raise _damaged(f"its evidence is {type(tensors).__name__}")
+        raise damaged(f"its evidence is {type(tensors).__name__}")
     for name, value in tensors.items():
         if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_nested:
-            raise _damaged(f"evidence {name!r} is no tensor of numbers")
+            raise damaged(f"evidence {name!r} is no tensor of numbers")
         if not _fits(str(name), value, layers, sites, len(batches)):
-            raise _damaged(f"evidence {name!r}, {tuple(value.shape)}, {value.dtype}, is not of this model")
+            raise damaged(f"evidence {name!r}, {tuple(value.shape)}, {value.dtype}, is not of this model")
     return list(batches), dict(tensors)
 
 
@@ -68,5 +68,6 @@ def _is_int(text: str) -> bool:
     return text.removeprefix("-").isdecimal()
 
 
-def _damaged(what: str) -> ValueError:
+def damaged(what: str) -> ValueError:
+    """Return the error for a state that says something impossible."""
     return ValueError(f"the checkpoint is damaged: {what}; go back to an older one")

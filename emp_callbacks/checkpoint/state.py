@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emp_callbacks.checkpoint.evidence import check_evidence
+from emp_callbacks.checkpoint.evidence import check_evidence, damaged
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.core.packing import pack_bits, unpack_bits
 from emp_callbacks.layer import FeatureLayer, Layer, UnitLayer, WeightLayer
 from emp_callbacks.layer.mask_mode import MaskedWeight, MaskMode
 from emp_callbacks.schedule import Clock
+from emp_callbacks.targets import few
 from emp_callbacks.targets.forward_site import ForwardSite
 from emp_callbacks.trajectory import Trajectory, check_state
 
@@ -111,7 +112,7 @@ def check_fits(state: Any, config: EMPConfig, mode: MaskMode, layers: Sequence[L
             )
     shapes, held = _shapes(layers), state.get("shapes")
     if not isinstance(held, dict) or not isinstance(state.get("units"), dict):
-        raise ValueError("the checkpoint is damaged: it holds no parameter shapes; go back to an older one")
+        raise damaged("it holds no parameter shapes")
     unknown = sorted(state["units"].keys() - {layer.name for layer in layers})
     if shapes != held or unknown:
         differ = sorted(n for n in {*shapes, *held} if shapes.get(n) != held.get(n)) or unknown
@@ -121,10 +122,7 @@ def check_fits(state: Any, config: EMPConfig, mode: MaskMode, layers: Sequence[L
         _check_units(state["units"], layers)
         return _clock_in(config.schedule.unit, _clock(state["clock"]), state)
     except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
-        raise ValueError(
-            f"the checkpoint is damaged: its position, units or trajectory cannot be read ({error}); go back to an "
-            "older one"
-        ) from error
+        raise damaged(f"its position, units or trajectory cannot be read ({error})") from error
 
 
 def _difference(shapes: dict[str, Any], held: dict[str, Any], differ: list[str]) -> str:
@@ -141,8 +139,7 @@ def _difference(shapes: dict[str, Any], held: dict[str, Any], differ: list[str])
 
 
 def _some(names: list[str]) -> str:
-    more = len(names) - 5
-    return ", ".join(names[:5]) + (f" and {more} more are" if more > 0 else " is" if len(names) == 1 else " are")
+    return few(names, most=5) + (" is" if len(names) == 1 else " are")
 
 
 def _clock_in(unit: str | None, clock: Clock, state: dict[str, Any]) -> Clock:
@@ -199,9 +196,7 @@ def check_masked(names: Collection[str], units: Mapping[str, Any], layers: Seque
         found = [weight.name in names for weight in layer.weights]
         found += [layer.name in units] if found and isinstance(layer, UnitLayer) else []
         if any(found) and not all(found):
-            raise ValueError(
-                f"the checkpoint is damaged: of {layer.name!r} it holds only some of the masks; go back to an older one"
-            )
+            raise damaged(f"of {layer.name!r} it holds only some of the masks")
 
 
 def _unit_mask(record: dict[str, Any]) -> Tensor:
@@ -285,7 +280,7 @@ def read_seed(state: Mapping[str, Any]) -> int | None:
     """
     seed = state.get("seed")
     if "seed" in state and type(seed) is not int:
-        raise ValueError(f"the checkpoint is damaged: its seed is {seed!r}, not an integer; go back to an older one")
+        raise damaged(f"its seed is {seed!r}, not an integer")
     return seed
 
 
@@ -294,15 +289,13 @@ def _check_averages(averages: Any) -> None:
     several = isinstance(averages, (list, tuple)) and all(isinstance(held, Mapping) for held in averages)
     values = [value for held in averages for value in held.values()] if several else []
     if not several or not all(isinstance(value, Tensor) and value.is_floating_point() for value in values):
-        raise ValueError(
-            "the checkpoint is damaged: its averages are no floating-point tensors by name; go back to an older one"
-        )
+        raise damaged("its averages are no floating-point tensors by name")
 
 
 def _tensors(state: dict[str, Any], key: str) -> dict[str, Tensor]:
     held = state.get(key)
     if not isinstance(held, dict) or not all(isinstance(value, Tensor) for value in held.values()):
-        raise ValueError(f"the checkpoint is damaged: its {key} are no tensors by name; go back to an older one")
+        raise damaged(f"its {key} are no tensors by name")
     return held
 
 
@@ -326,8 +319,5 @@ def _fit(mode: MaskMode, weight: MaskedWeight, flat: Tensor | None, stash: Tenso
             f"{pruned} dense values belong behind the mask of {weight.name!r}, the checkpoint holds {held}"
         )
     if not stash.is_floating_point():  # NaN and Inf a run may have behind a mask
-        raise ValueError(
-            f"the checkpoint is damaged: the dense values behind the mask of {weight.name!r} are {stash.dtype}; go "
-            "back to an older one"
-        )
+        raise damaged(f"the dense values behind the mask of {weight.name!r} are {stash.dtype}")
     return mask, stash.to(device=weight.weight.device, dtype=weight.weight.dtype, copy=True)

@@ -14,7 +14,7 @@ from emp_callbacks.pruning.loop import PruningLoop
 from emp_callbacks.pruning.refresher import Refresher
 from emp_callbacks.pruning.weight_keeper import WeightKeeper
 from emp_callbacks.schedule import Clock
-from emp_callbacks.targets import NOT_A_WEIGHT, SURPRISING, LeftOut
+from emp_callbacks.targets import NOT_A_WEIGHT, SURPRISING, LeftOut, few
 from emp_callbacks.trajectory import LayerStats, PruneEvent, Trajectory
 
 _MANY = 0.1
@@ -154,6 +154,6 @@ def surprising(left_out: list[LeftOut], share_of: int) -> str:
         # Small tensors of odd names (tokens, tables of positions) surprise nobody.
         enough = _MANY * share_of if reason == NOT_A_WEIGHT else 0
         if sum(one.size for one in found) > enough:
-            names = ", ".join(one.name for one in found[:2]) + f" and {len(found) - 2} more" * (len(found) > 2)
+            names = few([one.name for one in found], most=2)
             parts.append(f"{sum(one.size for one in found) / share_of:.0%} of all weights, {reason}: {names}")
     return f"left out of pruning: {'; '.join(parts)}. Name them in include to prune them too" if parts else ""

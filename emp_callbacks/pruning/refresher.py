@@ -28,7 +28,7 @@ from emp_callbacks.pruning.decision import KeepRule
 from emp_callbacks.pruning.evidence import Evidence
 from emp_callbacks.pruning.refresh import refresh_dynamic, refresh_masks, scores_of
 from emp_callbacks.pruning.signatures import emptied_layers, uniform_scores, warn_the_user
-from emp_callbacks.targets import canonical_name
+from emp_callbacks.targets import canonical_name, few
 from emp_callbacks.targets.forward_site import ForwardSite
 from emp_callbacks.trajectory import PruneEvent
 
@@ -117,20 +117,18 @@ class Refresher:
 
     def _with_masked(self, layers: list[Layer]) -> list[Layer]:
         """Return the layers together with those that are masked and still in the model: a frozen one keeps its mask."""
+        held = {id(parameter) for parameter in self._backend.module.parameters()}
         found = [_identity(layer) for layer in layers]
         before = 0
         for layer in self.layers:
-            if _identity(layer) in found:
-                before = 1 + [_identity(other) for other in layers].index(_identity(layer))
-            elif layer.mask is not None and self._is_held(layer):
+            name, owners = _identity(layer)
+            if (name, owners) in found:
+                before = 1 + found.index((name, owners))
+            elif layer.mask is not None and held.issuperset(owners):
                 layers.insert(before, layer)
+                found.insert(before, (name, owners))
                 before += 1
         return layers
-
-    def _is_held(self, layer: Layer) -> bool:
-        """Whether the model still has the parameters that a layer masks."""
-        held = {id(parameter) for parameter in self._backend.module.parameters()}
-        return {id(weight.segment.owner) for weight in layer.weights} <= held
 
     def unreached(self) -> list[str]:
         """Return the names of weights to prune that are others than at the last look: no mask is on them."""
@@ -263,11 +261,6 @@ class Refresher:
 
 def _identity(layer: Layer) -> tuple[str, tuple[int, ...]]:
     return layer.name, tuple(id(weight.segment.owner) for weight in layer.weights)
-
-
-def few(names: Sequence[str]) -> str:
-    """Return the first names and how many more there are, for a message."""
-    return ", ".join(names[:4]) + f" and {len(names) - 4} more" * (len(names) > 4)
 
 
 def _rule_at(position: int, config: EMPConfig) -> KeepRule:

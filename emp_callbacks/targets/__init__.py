@@ -5,7 +5,7 @@ from emp_callbacks.targets.feature_form import FeatureForm
 from emp_callbacks.targets.features import FeatureSite, feature_sites
 from emp_callbacks.targets.heads import attention_heads
 from emp_callbacks.targets.kan import kan_nodes
-from emp_callbacks.targets.names import canonical_name, match_names
+from emp_callbacks.targets.names import canonical_name, few, match_names
 from emp_callbacks.targets.neurons import neurons
 from emp_callbacks.targets.units import MemberTarget, UnitTarget
 from emp_callbacks.targets.weights import (
@@ -36,6 +36,7 @@ __all__ = [
     "canonical_name",
     "edge_sites",
     "feature_sites",
+    "few",
     "kan_nodes",
     "left_out",
     "match_names",

@@ -23,6 +23,11 @@ def canonical_name(name: str) -> str:
     return name
 
 
+def few(names: Sequence[str], most: int = 4) -> str:
+    """Return the first names and how many more there are, for a message."""
+    return ", ".join(names[:most]) + f" and {len(names) - most} more" * (len(names) > most)
+
+
 def match_names(ours: Sequence[str], theirs: Sequence[str]) -> dict[str, str]:
     """Return which of the names in another model (key) mean the same as one of ours (value).
 
