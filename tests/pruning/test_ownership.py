@@ -21,6 +21,16 @@ def step(net, optimizer, pruner):
     return pruner.step()
 
 
+def begun(**settings):
+    """One step, and so a refresh, of a block whose weights are all pruned."""
+    torch.manual_seed(0)
+    net = block()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    pruner = EMPPruner(net, optimizer, every_n_steps=1, **settings)
+    step(net, optimizer, pruner)
+    return net, optimizer, pruner
+
+
 class Pair(nn.Module):
     def __init__(self):
         super().__init__()
@@ -125,11 +135,7 @@ def test_thawed_layers_are_pruned_from_the_next_refresh(mode):
 
 @pytest.mark.filterwarnings("ignore:left out of pruning")
 def test_a_new_head_takes_the_place_of_the_old_one():
-    torch.manual_seed(0)
-    net = block()
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    pruner = EMPPruner(net, optimizer, every_n_steps=1)
-    step(net, optimizer, pruner)
+    net, optimizer, pruner = begun()
     old = net[2]
     with pruner.dense_weights():
         dense = old.weight.detach().clone()
@@ -205,11 +211,7 @@ def parametrized(net, optimizer):
 @pytest.mark.parametrize("change", [replaced_at_the_end, loaded_by_assignment, parametrized])
 @pytest.mark.parametrize("mode", ["feedback", "freeze"])
 def test_weights_that_no_mask_reaches_are_said_at_the_end(change, mode):
-    torch.manual_seed(0)
-    net = block()
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    pruner = EMPPruner(net, optimizer, every_n_steps=1, stop=1, mode=mode)
-    step(net, optimizer, pruner)
+    net, optimizer, pruner = begun(stop=1, mode=mode)
     optimizer = change(net, optimizer)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -220,11 +222,7 @@ def test_weights_that_no_mask_reaches_are_said_at_the_end(change, mode):
 
 
 def test_an_optimizer_of_replaced_weights_is_said_after_a_hundred_calls():
-    torch.manual_seed(0)
-    net = block()
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    pruner = EMPPruner(net, optimizer, every_n_steps=1)
-    step(net, optimizer, pruner)
+    net, optimizer, pruner = begun()
     optimizer = loaded_by_assignment(net, optimizer)
     for _ in range(99):
         step(net, optimizer, pruner)
@@ -233,11 +231,7 @@ def test_an_optimizer_of_replaced_weights_is_said_after_a_hundred_calls():
 
 
 def test_a_hundred_accumulated_batches_are_nothing_to_talk_about():
-    torch.manual_seed(0)
-    net = block()
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    pruner = EMPPruner(net, optimizer, every_n_steps=1)
-    step(net, optimizer, pruner)
+    net, optimizer, pruner = begun()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(150):
