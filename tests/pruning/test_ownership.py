@@ -231,7 +231,7 @@ def test_an_optimizer_of_replaced_weights_is_said_after_a_hundred_calls():
 
 
 def test_a_hundred_accumulated_batches_are_nothing_to_talk_about():
-    net, optimizer, pruner = begun()
+    _, _, pruner = begun()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(150):
