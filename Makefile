@@ -2,6 +2,7 @@
 # make test-quick   the tests that start no process and compile nothing (2 minutes on two cores)
 # make test         lint and all tests (15 minutes on two cores)
 # make lint         ruff, mypy, import-linter
+# make gpu          the tests that need a CUDA device, and the time of a refresh there (1 minute)
 # make test-minimum all tests but DeepSpeed's, on the lowest versions that pyproject.toml allows and the oldest Python
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ NEEDS  := import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is
 MINIMUM_PYTHON ?= $(shell python3.10 -c '' 2>/dev/null && echo python3.10 || echo $(PYTHON))
 MINIMUM_VENV   := .venv-minimum
 
-.PHONY: quickstart test-quick test test-minimum lint clean
+.PHONY: quickstart test-quick test gpu test-minimum lint clean
 .NOTPARALLEL:
 
 quickstart: $(VENV)/.installed-study
@@ -25,6 +26,9 @@ test-quick: $(VENV)/.installed-dev
 
 test: $(VENV)/.installed-all lint
 	$(BIN)/python -m pytest
+
+gpu: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest tests/gpu -s
 
 test-minimum: $(MINIMUM_VENV)/.installed-test
 	@$(MINIMUM_VENV)/bin/python --version

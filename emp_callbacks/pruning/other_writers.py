@@ -87,6 +87,7 @@ class OtherWriters:
         shown = []
         with torch.no_grad():
             for weight in weights if self._mode.keeps_zero else ():
+                _follow_the_model(weight)
                 if weight.mask is not None and bool((taken := take_pruned(weight.weight, weight.mask)).any()):
                     zero_pruned(weight.weight, weight.mask)
                     shown.append((weight, taken, weight.weight.clone()))
@@ -112,6 +113,7 @@ class OtherWriters:
         """
         found = []
         for weight in weights:
+            _follow_the_model(weight)
             if weight.mask is None:
                 continue
             left, now = self._left.get(weight), weight.weight
@@ -148,8 +150,7 @@ class OtherWriters:
             )
 
     def _notice_one(self, weight: MaskedWeight) -> int:
-        if weight.mask is not None and weight.mask.device != weight.weight.device:  # the model was moved
-            weight.mask = weight.mask.to(weight.weight.device)
+        _follow_the_model(weight)
         return self._mode.notice(weight)
 
     def _suspect(self, weights: Sequence[MaskedWeight]) -> None:
@@ -172,6 +173,12 @@ class OtherWriters:
                 "clipping, an average?), and the next step put EMP's own values over the pruned entries: write the "
                 "parameter itself, under torch.no_grad()"
             )
+
+
+def _follow_the_model(weight: MaskedWeight) -> None:
+    """Move the mask where the weight is: Lightning takes a model from the GPU to the CPU when a fit ends."""
+    if weight.mask is not None and weight.mask.device != weight.weight.device:
+        weight.mask = weight.mask.to(weight.weight.device)
 
 
 def _fingerprint(values: Tensor) -> tuple[torch.dtype, Tensor]:
