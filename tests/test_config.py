@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from emp_callbacks import BetaSchedule, EMPCallback, EMPConfig, EMPPruner
+from emp_callbacks import EMPCallback, EMPConfig, EMPPruner, Ramp
 
 BAD = [
     ({"beta": 0}, "beta must be a finite number > 0, got 0"),
@@ -55,8 +55,8 @@ def test_bad_settings_are_refused_at_construction(make, settings, message):
 def test_settings_that_need_a_schedule():
     with pytest.raises(ValueError, match="start=3, stop=None need every_n_epochs or every_n_steps"):
         EMPConfig(start=3)
-    with pytest.raises(ValueError, match="a BetaSchedule needs every_n_epochs or every_n_steps"):
-        EMPConfig(beta=BetaSchedule(first=2.0, last=1.0, until=3))
+    with pytest.raises(ValueError, match="a Ramp needs every_n_epochs or every_n_steps"):
+        EMPConfig(beta=Ramp(first=2.0, last=1.0, until=3))
 
 
 @pytest.mark.parametrize("make", [EMPCallback, lambda **s: EMPPruner(nn.Linear(2, 2), **s)])
@@ -94,7 +94,7 @@ def test_wrong_arguments_are_named():
 
 def test_once_is_one_refresh_of_a_finished_model():
     recipe = EMPConfig(
-        every_n_epochs=2, start=2, stop=9, beta=BetaSchedule(first=2.0, last=0.8, until=9), mode="freeze", scope="row",
+        every_n_epochs=2, start=2, stop=9, beta=Ramp(first=2.0, last=0.8, until=9), mode="freeze", scope="row",
         criterion="wanda", certify=True, include=["fc*"], observe_only=True,
     )  # fmt: skip
     once = recipe.once()

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from emp_callbacks.config import EMPConfig
-from emp_callbacks.schedule import BetaSchedule
+from emp_callbacks.schedule import Ramp
 from emp_callbacks.study.arms import ARMS, arm_config, fitting_arms
 from emp_callbacks.study.recipe.recipe import Recipe
 from emp_callbacks.study.training import recipe_config
@@ -47,7 +47,7 @@ def test_dynamic_arms_change_only_who_chooses():
 
 
 def test_pruning_after_training_has_no_schedule_and_the_last_beta():
-    recipe = EMPConfig(every_n_epochs=1, start=2, stop=4, beta=BetaSchedule(first=1.0, last=0.5, until=3))
+    recipe = EMPConfig(every_n_epochs=1, start=2, stop=4, beta=Ramp(first=1.0, last=0.5, until=3))
     config = arm_config("one_shot", recipe)
     assert config.schedule.unit is None
     assert (config.start, config.stop, config.beta, config.mode) == (None, None, 0.5, "project")
