@@ -29,7 +29,7 @@ BAD = [
     ({"min_units": -1}, "min_units must be an integer >= 0, got -1"),
     ({"tolerance": 1.0}, r"tolerance must be a number of units in \[0, 1\), got 1.0"),
     ({"scope": "layer"}, "scope must be one of 'global', 'tensor', 'row'; got 'layer'"),
-    ({"mode": "hard"}, "mode must be one of 'feedback', 'project', 'freeze'; got 'hard'"),
+    ({"mode": "hard"}, "mode must be one of 'feedback', 'project', 'freeze', 'rewire'; got 'hard'"),
     ({"include": "*.weight"}, "include must be a list of glob patterns, got the string"),
     ({"exclude": []}, "exclude must be a non-empty list"),
     ({"min_density": 1.5}, r"min_density must be a fraction in \[0, 1\], got 1.5"),

@@ -27,6 +27,7 @@ from emp_callbacks.pruning.pruner import EMPPruner
 from emp_callbacks.study.measure import measure
 from emp_callbacks.study.recipe.check import nearest
 from emp_callbacks.study.recipe.recipe import Recipe
+from emp_callbacks.study.rewinding import Rewinding
 from emp_callbacks.study.training_record import OnStep, TrainingRecord
 
 Adapt = Callable[[EMPConfig], EMPConfig]
@@ -56,14 +57,17 @@ class Training:
         adapt: Turns the EMP settings of the recipe into those of the arm.
         folder: Where Lightning's logs and the trajectory go; None: nowhere, for a model that was trained earlier.
         on_step: Called after each optimizer step with (steps done, steps in all if known).
+        rewinds: Whether what is kept goes back to its initial values at each refresh.
 
     Attributes:
         recipe_config: EMP settings of the recipe.
         config: EMP settings of this training.
     """
 
-    def __init__(self, recipe: Recipe, seed: int, adapt: Adapt, folder: Path | None, on_step: OnStep) -> None:
-        self._adapt, self._seed = adapt, seed
+    def __init__(
+        self, recipe: Recipe, seed: int, adapt: Adapt, folder: Path | None, on_step: OnStep, *, rewinds: bool = False
+    ) -> None:
+        self._adapt, self._seed, self._rewinds = adapt, seed, rewinds
         self.evidence = TrainingRecord(on_step)
         pl.seed_everything(seed, workers=True, verbose=False)
         with _quiet():
@@ -183,7 +187,8 @@ class Training:
         settings = {field.name: getattr(self.config, field.name) for field in dataclasses.fields(EMPConfig)}
         self.emp = EMPCallback(summary=False, **settings)
         kept = [callback for callback in own if not isinstance(callback, _REPLACED)]
-        return [self.evidence, *kept, self.emp]
+        self.evidence.watch(self.emp)
+        return [self.evidence, *kept, self.emp, *([Rewinding(self.emp)] if self._rewinds else [])]
 
 
 def recipe_config(recipe: Recipe) -> EMPConfig:
