@@ -88,7 +88,7 @@ def _once(summary: str, density: Literal["emp", "own", "given"] = "given", **set
     return Arm(summary=summary, settings=MappingProxyType(settings), density=density, shares_fit_of="dense")
 
 
-_ERK = {"scope": "tensor", "shares": "erk"}
+_ERK: dict[str, Any] = {"scope": "tensor", "shares": "erk"}
 ARMS: dict[str, Arm] = {
     "dense": Arm(
         summary="no pruning; EMP only measures", settings=MappingProxyType({"observe_only": True}), density="none"
@@ -115,7 +115,7 @@ ARMS: dict[str, Arm] = {
         "EMP during training; dense weights keep learning behind the mask", "emp", mode="feedback"
     ),
     "training_project": _training(
-        "EMP during training; pruned weights are zeroed but may grow back", "floor", mode="project"
+        "EMP during training; pruned weights are zeroed but may grow back", "emp", mode="project"
     ),
     "training_freeze": _training("EMP during training; pruned weights stay zero for good", "floor", mode="freeze"),
     "training_dynamic": Arm(
@@ -125,7 +125,7 @@ ARMS: dict[str, Arm] = {
         once="one_shot_dynamic",
     ),
     "sap": Arm(
-        summary=f"{ROUNDS} rounds: train, keep N_eff of the survivors, rewind to the initial weights (Diao et al. 2023)",
+        summary=f"{ROUNDS} rounds: train, keep N_eff of the survivors, rewind to the first weights (Diao et al. 2023)",
         settings=MappingProxyType({"mode": "freeze"}),
         density="own",
         timing="rounds",
@@ -149,7 +149,7 @@ ARMS: dict[str, Arm] = {
         settings=MappingProxyType({"mode": "rewire", "criterion": "magnitude", "grow": "random", **_ERK}),
         timing="constant",
     ),
-    "fixed_magnitude": _fixed("the highest magnitudes during training at a density set in advance", criterion="magnitude"),
+    "fixed_magnitude": _fixed("highest magnitudes during training at a density set in advance", criterion="magnitude"),
     "fixed_uniform": _fixed("the same, each layer at that density", criterion="magnitude", scope="tensor"),
     "fixed_erk": _fixed("the same, layers by Erdos-Renyi-Kernel", criterion="magnitude", **_ERK),
     "fixed_emp_shares": Arm(
@@ -162,7 +162,7 @@ ARMS: dict[str, Arm] = {
         "a fixed random mask during training at a density set in advance", criterion="random", dynamic=False
     ),
     "random_emp_shares": Arm(
-        summary="random within each layer, each at the density that the first training arm gave it (its mask, shuffled)",
+        summary="random within each layer, at the density that the first training arm gave it (its mask, shuffled)",
         settings=MappingProxyType({"criterion": "random", "scope": "tensor"}),
         leads_mode=True,
         leads_shares=True,

@@ -15,7 +15,6 @@ from emp_callbacks.study.arm_settings import Budget, arm_config, restarts_of
 from emp_callbacks.study.arms import ARMS, Cell, TrainingJob, leading_arm
 from emp_callbacks.study.horizon import Horizon, horizon_of
 from emp_callbacks.study.recipe.recipe import Recipe, StudyConfig
-from emp_callbacks.study.recipe.small import narrower
 from emp_callbacks.study.run_store import RunStore
 from emp_callbacks.study.training import Training, recipe_config
 from emp_callbacks.study.training_record import OnStep
@@ -65,6 +64,11 @@ class CellRunner:
             found.append(Cell(self.leader, cell.seed, cell.point if cell.point in points else None))
         return found
 
+    def leader_of(self, cell: Cell) -> str | None:
+        """Return the training arm that an arm follows; None where it follows none."""
+        follows = ARMS[cell.arm].leads_mode or any(needed.arm == self.leader for needed in self.needed(cell))
+        return self.leader if follows else None
+
     def budget(self, cell: Cell) -> Budget:
         """Return what decides how much a cell keeps."""
         found = {needed.arm: self._records[needed] for needed in self.needed(cell)}
@@ -97,16 +101,18 @@ class CellRunner:
                 yield job.fit, self._completed(job.fit, training.record())
         for cell in missing:
             if cell != job.fit:
-                yield cell, self._pruned_once(cell, arm_config(cell.arm, self.emp, self.leader, self.budget(cell)))
+                config = arm_config(cell.arm, self.emp, self.leader, self.budget(cell))
+                yield cell, self._pruned_once(cell, config, self._store.fresh_folder(cell))
 
     def _train(self, cell: Cell, on_step: OnStep) -> Training:
-        budget, arm = self.budget(cell), ARMS[cell.arm]
+        # Before the recipe is built for this training: to know these it is built as well.
+        budget, horizon, recipe = self.budget(cell), self.horizon, self._recipe_of(cell)
 
-        def adapt(recipe: EMPConfig) -> EMPConfig:
-            return arm_config(cell.arm, recipe, self.leader, budget, self.horizon)
+        def adapt(base: EMPConfig) -> EMPConfig:
+            return arm_config(cell.arm, base, self.leader, budget, horizon)
 
         folder = self._store.fresh_folder(cell)
-        training = Training(self._recipe_of(cell), cell.seed, adapt, folder, on_step, rewinds=arm.rewinds)
+        training = Training(recipe, cell.seed, adapt, folder, on_step, rewinds=ARMS[cell.arm].rewinds)
         training.fit()
         return training
 
@@ -114,6 +120,8 @@ class CellRunner:
         """Return the recipe with what an arm changes of the model."""
         arm, model = ARMS[cell.arm], self.recipe.resolved()["model"]
         if arm.narrower:
+            from emp_callbacks.study.recipe.small import narrower
+
             weights = int(self.budget(cell).density * self._records[Cell("dense", cell.seed)]["n"])
             return self.recipe.with_model(**narrower(model["class_path"], model["init_args"], weights))
         if not arm.restarts:
@@ -134,13 +142,12 @@ class CellRunner:
 
     # ---- pruned once after training -------------------------------------------------------------------------------
 
-    def _pruned_once(self, cell: Cell, config: EMPConfig, folder: Path | None = None) -> Record:
+    def _pruned_once(self, cell: Cell, config: EMPConfig, folder: Path | None) -> Record:
         """Prune the dense network of a seed, which stays as it was, and return the record."""
         training, weights = self._trained(cell.seed)
         training.take_up(weights)
-        folder = self._store.fresh_folder(cell) if folder is None else folder
         found = training.record(training.prune_once(config, folder))
-        dense = self._records[Cell("dense", cell.seed)] if Cell("dense", cell.seed) in self._records else {}
+        dense = self._records.get(Cell("dense", cell.seed), {})
         return {**found, **{key: dense[key] for key in _OF_THE_TRAINING if key in dense}, "differs": []}
 
     def _trained(self, seed: int) -> tuple[Training, dict[str, Tensor]]:
@@ -172,7 +179,7 @@ class CellRunner:
         if key not in self._pairs:
             budget = Budget(point=_exactly(record["keep"], record["n"]))
             config = arm_config("one_shot", self.emp, self.leader, budget)
-            found = self._pruned_once(Cell("one_shot", cell.seed, budget.point), config, self._store.scratch())
+            found = self._pruned_once(Cell("one_shot", cell.seed, budget.point), config, None)
             self._pairs[key] = {"arm": "one_shot", **{name: found[name] for name in ("density", "keep", "metrics")}}
         return {**record, "matched": self._pairs[key]}
 

@@ -56,3 +56,11 @@ def _measure_weights(model: nn.Module, config: EMPConfig) -> dict[str, float]:
     keep = int(groups.nonzero.sum())
     n_eff = float(effective_numbers(groups.sum() if config.scope == "global" else groups).sum())
     return {"density": keep / n, "n": n, "keep": keep, "n_eff": n_eff}
+
+
+def layer_densities(model: nn.Module, config: EMPConfig) -> dict[str, float]:
+    """Return the share of each prunable weight that is not zero, by parameter name; {} where weights are not pruned."""
+    if config.target != "weights":
+        return {}
+    targets = prunable_weights(model, config.include, config.exclude)
+    return {t.name: int(t.parameter.detach().count_nonzero()) / t.parameter.numel() for t in targets}

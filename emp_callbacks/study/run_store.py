@@ -64,9 +64,7 @@ class RunStore:
         self.runs = out / "runs"
         self._locks: list[FileLock] = []
 
-    def open(
-        self, recipe: Mapping[str, Any], overwrite: bool = False, only: Sequence[Cell] = ()
-    ) -> Path | None:
+    def open(self, recipe: Mapping[str, Any], overwrite: bool = False, only: Sequence[Cell] = ()) -> Path | None:
         """Make the folder ready, write config.yaml into it, and keep other commands out until `close`.
 
         Args:
@@ -136,14 +134,6 @@ class RunStore:
     def fresh_folder(self, cell: Cell) -> Path:
         """Return an empty folder for one run's logs; drops what an interrupted run left there."""
         folder = self.runs / cell.file
-        if folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir()
-        return folder
-
-    def scratch(self) -> Path:
-        """Return an empty folder for logs that nobody will read."""
-        folder = self.runs / ".scratch"
         if folder.exists():
             shutil.rmtree(folder)
         folder.mkdir()

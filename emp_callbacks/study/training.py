@@ -17,6 +17,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.cost.training_loss import show_batches
@@ -24,10 +25,12 @@ from emp_callbacks.criteria import make_criterion
 from emp_callbacks.integrations.lightning import EMPCallback
 from emp_callbacks.integrations.lightning_record import TRAJECTORY_FILE
 from emp_callbacks.pruning.pruner import EMPPruner
-from emp_callbacks.study.measure import measure
+from emp_callbacks.study.flops import layer_flops, masked_flops
+from emp_callbacks.study.measure import layer_densities, measure
 from emp_callbacks.study.recipe.check import nearest
 from emp_callbacks.study.recipe.recipe import Recipe
 from emp_callbacks.study.rewinding import Rewinding
+from emp_callbacks.study.training_cost import network_cost
 from emp_callbacks.study.training_record import OnStep, TrainingRecord
 
 Adapt = Callable[[EMPConfig], EMPConfig]
@@ -96,20 +99,20 @@ class Training:
         self.data.prepare_data()
         self.data.setup("fit")
 
-    def prune_once(self, config: EMPConfig, folder: Path) -> EMPPruner:
+    def prune_once(self, config: EMPConfig, folder: Path | None) -> EMPPruner:
         """Apply EMP once to the trained model, without fine-tuning; features are masked inside `record`.
 
         What the criterion reads of data comes from the first `evidence_steps` training batches, in evaluation mode.
 
         Args:
             config: Settings without a schedule.
-            folder: Where the trajectory goes.
+            folder: Where the trajectory goes; None: into memory only.
 
         Raises:
             ValueError: Evidence is needed, and the training step does not give a loss or moves the weights itself.
         """
         started = time.perf_counter()
-        pruner = self.informed_pruner(config, folder / TRAJECTORY_FILE)
+        pruner = self.informed_pruner(config, folder and folder / TRAJECTORY_FILE)
         pruner.refresh()
         pruner.finalize()
         self._seconds_after = time.perf_counter() - started
@@ -170,10 +173,31 @@ class Training:
             "refreshes": len({event.step for event in source.trajectory}),
             "seconds": self.seconds + (self._seconds_after if pruner else 0.0),
             "curve": self.evidence.curve,
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "layers": layer_densities(self.model, source.config),
+            "explored": self.evidence.explored,
+            "flops": self._cost(source),
             "trajectory": source.trajectory.records(),
             "init_digest": self.evidence.init_digest,
             "batches_digest": self.evidence.batches.hexdigest(),
         }
+
+    def _cost(self, pruner: EMPPruner) -> dict[str, float] | None:
+        """Return the FLOPs of the network and its training; None where its forward pass is not that of the module."""
+        if pruner.config.target != "weights":
+            return None
+        with self.batches(1) as (batches, step_context), step_context():
+            batch = next(iter(batches))
+            examples = _examples_in(batch)
+            try:
+                layers = layer_flops(self.model, lambda: self.model.training_step(batch, 0), examples)
+            except ValueError:  # the task runs an inner network by itself
+                return None
+        mode = "observe" if pruner.config.observe_only else pruner.config.mode
+        rows = pruner.trajectory.records() if pruner.config.schedule.unit is not None else ()
+        cost = network_cost(layers, rows, mode, self.evidence.steps, examples)
+        inference = masked_flops(layers, layer_densities(self.model, pruner.config))
+        return {**cost, "inference": inference}
 
     def _callbacks(self, own: list[pl.Callback]) -> list[pl.Callback]:
         for callback in own:
@@ -208,6 +232,12 @@ def check_metric(metric: str, logged: Mapping[str, float], name: str) -> None:
             f"study.metric {metric!r} is not logged by the test of {name}; logged: {', '.join(logged) or 'nothing'}"
             f"{nearest(metric, logged)}"
         )
+
+
+def _examples_in(batch: Any) -> int:
+    """Return the number of examples in a batch: the length of its first tensor."""
+    found = [item for item in tree_leaves(batch) if isinstance(item, Tensor) and item.dim()]
+    return len(found[0]) if found else 1
 
 
 def _config_of(callbacks: Sequence[pl.Callback]) -> EMPConfig:

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from emp_callbacks.config import EMPConfig
+from emp_callbacks.study.arms import Cell
 from emp_callbacks.study.comparison import StudyInterrupted, environment, what_trains
 from emp_callbacks.study.once.dense_models import DenseModel, dense_model
 from emp_callbacks.study.once.results import Row
@@ -131,7 +132,8 @@ def _measured(
     """Return the record of one model, from the store if it is there."""
     name = recipe.path.stem
     fingerprint = digest([store.recipe_digest, what_trains(recipe.resolved()), name, seed])
-    if record := store.finished(name, seed, fingerprint):
+    cell = Cell(name, seed)
+    if record := store.finished(cell, fingerprint):
         progress.advance(f"{name} seed {seed}: measured earlier")
         return record
     progress.begin(f"train {name} seed {seed}")
@@ -147,7 +149,7 @@ def _measured(
         f"{name} seed {seed}: {metric} {dense.metrics[metric]:.4f}, {trained} in {dense.seconds:.0f} s, "
         f"{len(rows)} cases measured"
     )
-    return store.save({
+    return store.save(cell, {
         "arm": name,
         "seed": seed,
         "fingerprint": fingerprint,

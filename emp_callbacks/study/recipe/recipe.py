@@ -206,7 +206,9 @@ class Recipe(_EmpCLI):
         Raises:
             RecipeError: The model has no such argument.
         """
-        changed = [word for name, value in init_args.items() for word in (f"--model.init_args.{name}", json.dumps(value))]
+        changed = [
+            word for name, value in init_args.items() for word in (f"--model.init_args.{name}", json.dumps(value))
+        ]
         return Recipe(self.path, [*self._overrides, *changed], called=self.called)
 
     def _set_seed(self) -> None:
