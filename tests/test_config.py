@@ -36,6 +36,26 @@ BAD = [
     ({"density": 0.0}, r"density must be a fraction in \(0, 1\], got 0.0"),
     ({"density": 0.5, "beta": 2.0}, "density=0.5 fixes the keep count, so beta=2.0 would do nothing"),
     ({"density": 0.5, "min_density": 0.6}, "min_density=0.6 is above density=0.5"),
+    (
+        {"density": Ramp(first=1.0, last=0.0, until=5), "every_n_steps": 1},
+        r"density must be a fraction in \(0, 1\], got 0.0",
+    ),
+    (
+        {"drop_fraction": Ramp(first=0.3, last=0.0, until=5), "mode": "rewire", "density": 0.5},
+        "Ramp of drop_fraction needs",
+    ),
+    ({"shares": "erk"}, "shares='erk' shares a density among layers that do not compete: give density"),
+    ({"shares": "erk", "density": 0.5}, "give density, and scope='tensor' or 'row'"),
+    ({"shares": "erc", "density": 0.5, "scope": "tensor"}, "shares must be 'uniform', 'erk' or a mapping"),
+    ({"shares": {"weight": -1}, "density": 0.5, "scope": "tensor"}, r"shares\['weight'\] must be .* >= 0, got -1"),
+    ({"mode": "rewire"}, "mode='rewire' needs target='weights', a density and scope='global' or 'tensor'"),
+    ({"mode": "rewire", "density": 0.5, "criterion": "taylor"}, "'taylor' needs evidence; use 'magnitude'"),
+    (
+        {"mode": "rewire", "density": 0.5, "grow": "momentum"},
+        "grow must be one of 'gradient', .*; got 'momentum'",
+    ),
+    ({"mode": "rewire", "density": 0.5, "drop_fraction": 1.0}, "drop_fraction=1 would replace every weight"),
+    ({"mode": "freeze", "grow": "random"}, "grow and drop_fraction are of mode='rewire', and mode='freeze'"),
     ({"observe_only": "no"}, "observe_only must be True or False, got 'no'"),
     ({"certify": 1}, "certify must be True or False, got 1"),
     ({"dynamic": None}, "dynamic must be True or False, got None"),
@@ -55,8 +75,10 @@ def test_bad_settings_are_refused_at_construction(make, settings, message):
 def test_settings_that_need_a_schedule():
     with pytest.raises(ValueError, match="start=3, stop=None need every_n_epochs or every_n_steps"):
         EMPConfig(start=3)
-    with pytest.raises(ValueError, match="a Ramp needs every_n_epochs or every_n_steps"):
+    with pytest.raises(ValueError, match="the Ramp of beta needs every_n_epochs or every_n_steps"):
         EMPConfig(beta=Ramp(first=2.0, last=1.0, until=3))
+    with pytest.raises(ValueError, match="the Ramp of drop_fraction needs"):
+        EMPConfig(drop_fraction=Ramp(first=0.3, last=0.0, until=5), mode="rewire", density=0.5)
 
 
 @pytest.mark.parametrize("make", [EMPCallback, lambda **s: EMPPruner(nn.Linear(2, 2), **s)])

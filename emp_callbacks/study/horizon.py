@@ -9,6 +9,7 @@ from typing import Any
 from pytorch_lightning.utilities.seed import isolate_rng
 
 from emp_callbacks.config import EMPConfig
+from emp_callbacks.study.quiet import quiet
 from emp_callbacks.study.recipe.recipe import Recipe
 
 __all__ = ["Horizon", "horizon_of"]
@@ -46,7 +47,7 @@ def horizon_of(recipe: Recipe, healing: float) -> Horizon:
     Raises:
         ValueError: Nobody knows: neither max_steps nor max_epochs ends it, or the data have no length.
     """
-    with isolate_rng():
+    with isolate_rng(), quiet():
         recipe.build_bare(logger=False, enable_checkpointing=False)
     trainer, data = recipe.trainer, recipe.datamodule
     epochs, most = trainer.max_epochs, trainer.max_steps

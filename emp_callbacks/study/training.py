@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import signal
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
@@ -27,6 +25,7 @@ from emp_callbacks.integrations.lightning_record import TRAJECTORY_FILE
 from emp_callbacks.pruning.pruner import EMPPruner
 from emp_callbacks.study.flops import layer_flops, masked_flops
 from emp_callbacks.study.measure import layer_densities, measure
+from emp_callbacks.study.quiet import quiet
 from emp_callbacks.study.recipe.check import nearest
 from emp_callbacks.study.recipe.recipe import Recipe
 from emp_callbacks.study.rewinding import Rewinding
@@ -39,16 +38,6 @@ StepContext = Callable[[], AbstractContextManager[Any]]
 _UNFAIR = (pl.callbacks.EarlyStopping, pl.callbacks.Timer)
 # What the study replaces by its own: bars and tables, and checkpoints (final weights are tested).
 _REPLACED = (pl.callbacks.ProgressBar, pl.callbacks.ModelSummary, pl.callbacks.Checkpoint, EMPCallback)
-_LOGGERS = ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning.fabric")
-# Advice of Lightning's on speed and logging that a comparison of small runs need not repeat per run.
-_NOISE = (
-    r".*does not have many workers",
-    r".*The number of training batches \(.*smaller than the logging interval",
-    r".*isinstance\(treespec, LeafSpec\)",
-    r".*`?isinstance.treespec, LeafSpec.",
-    r".*GPU available but not used",
-    r"N_eff is up to|nothing is kept of",  # the report has the figures
-)
 
 
 class Training:
@@ -73,7 +62,7 @@ class Training:
         self._adapt, self._seed, self._rewinds = adapt, seed, rewinds
         self.evidence = TrainingRecord(on_step)
         pl.seed_everything(seed, workers=True, verbose=False)
-        with _quiet():
+        with quiet():
             recipe.build(
                 self._callbacks,
                 logger=CSVLogger(str(folder), name="", version="") if folder else False,
@@ -89,7 +78,7 @@ class Training:
     def fit(self) -> None:
         """Train; raises KeyboardInterrupt if the user stopped it."""
         started = time.perf_counter()
-        with _quiet(), _interrupts_raised(self.trainer):
+        with quiet(), _interrupts_raised(self.trainer):
             self.trainer.fit(self.model, datamodule=self.data)
         self.seconds = time.perf_counter() - started
 
@@ -145,7 +134,7 @@ class Training:
         _check_automatic(self.model)
         strategy, precision = self.trainer.strategy, self.trainer.precision_plugin
         self.model.to(strategy.root_device).eval()
-        with _quiet(), isolate_rng(), _unlogged(self.model):
+        with quiet(), isolate_rng(), _unlogged(self.model):
             pl.seed_everything(self._seed, workers=True, verbose=False)
             found = islice(self.data.train_dataloader(), count)
             on_device = (strategy.batch_to_device(precision.convert_input(batch)) for batch in found)
@@ -153,7 +142,7 @@ class Training:
 
     def test(self, pruner: EMPPruner | None = None) -> dict[str, float]:
         """Return the test metrics of the model as it is; with a pruner, features are masked as it decided."""
-        with _quiet(), _interrupts_raised(self.trainer), pruner.masked_forward() if pruner else nullcontext():
+        with quiet(), _interrupts_raised(self.trainer), pruner.masked_forward() if pruner else nullcontext():
             (metrics,) = self.trainer.test(self.model, datamodule=self.data, verbose=False)
         return {name: float(value) for name, value in metrics.items()}
 
@@ -221,7 +210,7 @@ def recipe_config(recipe: Recipe) -> EMPConfig:
     Raises:
         ValueError: The recipe has several EMPCallbacks.
     """
-    with isolate_rng(), _quiet():
+    with isolate_rng(), quiet():
         return _config_of(recipe.build_bare(logger=False, enable_checkpointing=False))
 
 
@@ -291,20 +280,3 @@ def _interrupts_raised(trainer: pl.Trainer) -> Iterator[None]:
     finally:
         if signal.getsignal(signal.SIGINT) is not handler and handler is not None:
             signal.signal(signal.SIGINT, handler)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide Lightning's notices and its advice on speed; other warnings stay."""
-    loggers = [logging.getLogger(name) for name in _LOGGERS]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        for message in _NOISE:
-            warnings.filterwarnings("ignore", message=message)
-        for logger in loggers:
-            logger.setLevel(logging.WARNING)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
