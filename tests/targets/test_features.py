@@ -778,7 +778,13 @@ def test_shapes_without_that_axis_are_refused(axis, shape, words):
     "wrong",
     [
         *({"axis": "row"}, {"center": "median"}, {"patch_size": 0}, {"patch_size": 2.0}, {"dynamic": "yes"}),
-        *({"apply": "test"}, {"choose": "gumbel"}, {"gradient": None}, {"rescale": "no"}, {"rescale": True}),
+        *(
+            {"apply": "test"},
+            {"choose": "gumbel"},
+            {"gradient": None},
+            {"rescale": "no", "dynamic": True},
+            {"rescale": True},
+        ),
     ],
 )
 def test_forms_are_checked(wrong):
