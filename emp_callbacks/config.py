@@ -71,6 +71,14 @@ class EMPConfig:
         per: Who chooses them: each "sample", or in causal models each "token" its own channels.
         center: What a pruned feature becomes: "zero" or "mean".
         patch_size: Pixels per side of a patch.
+        apply: When the masks of features reach the forward pass: "always", or as dropout in "training" mode only, so
+            that every evaluation is dense; rows then tell what training sees.
+        choose: Which floor(beta * N_eff) features a sample keeps if `dynamic`: the "top" scores; or "gumbel": in
+            training mode drawn without replacement, in proportion to their scores, from torch's default generator (see
+            `FeatureForm`); in evaluation the top.
+        gradient: What reaches the model through a pruned feature: "masked", nothing; "straight_through", the
+            gradient of the output as if it were kept.
+        rescale: Whether the kept features of a sample are multiplied by sum s / sum of the kept s if `dynamic`.
         positions: Where a batch says which of its positions count as evidence, so that padding does not: a key, looked
             up where the batch is a mapping that has it; or a function of the batch, in a recipe "module.function". It
             gives a mask of shape (B, T), nonzero where a position counts. None: all count.
@@ -105,11 +113,15 @@ class EMPConfig:
     per: str = "sample"
     center: str = "zero"
     patch_size: int = 4
+    apply: str = "always"
+    choose: str = "top"
+    gradient: str = "masked"
+    rescale: bool = False
     positions: PositionsSource | None = "attention_mask"
 
     def __post_init__(self) -> None:
         check_choice("target", self.target, TARGETS)
-        for name in ("observe_only", "certify", "dynamic"):
+        for name in ("observe_only", "certify", "dynamic", "rescale"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         make_criterion(self.criterion, self.target)
@@ -137,7 +149,7 @@ class EMPConfig:
         if self.target != "features" and form != FeatureForm():
             plain = vars(FeatureForm())
             given = ", ".join(f"{key}={value!r}" for key, value in vars(form).items() if value != plain[key])
-            raise ValueError(f"{given} says what a feature is, and target={self.target!r}; use target='features'")
+            raise ValueError(f"{given} is for features, and target={self.target!r}; use target='features'")
         if self.is_dynamic and self.target == "features" and self.criterion_name != "activation":
             raise ValueError(
                 f"dynamic features are scored by 'activation' in the forward pass, not by {self.criterion_name!r}; "
@@ -223,13 +235,18 @@ class EMPConfig:
 
     @property
     def feature_form(self) -> FeatureForm:
-        """What a feature is."""
-        return FeatureForm(**{name: getattr(self, name) for name in ("axis", "dynamic", "per", "center", "patch_size")})
+        """What a feature is and how it is masked."""
+        return FeatureForm(**{field.name: getattr(self, field.name) for field in fields(FeatureForm)})
 
     @property
     def is_dynamic(self) -> bool:
         """Whether masks are made in every forward pass, for each sample or query row by itself."""
         return self.target == "attention_edges" or (self.target == "features" and self.dynamic)
+
+    @property
+    def masks_evaluation(self) -> bool:
+        """Whether masks hold in evaluation mode, too; otherwise the density there is 1."""
+        return not self.observe_only and self.apply == "always"
 
     @property
     def can_certify(self) -> bool:
@@ -265,6 +282,7 @@ class EMPConfig:
             "drop_fraction": 0.3,
             "mode": "feedback" if in_forward else "project",
             "observe_only": False,
+            "apply": "always",  # a finished model trains no more
         }
         if target != self.target:
             plain |= dict.fromkeys(("criterion", "scope", "include", "exclude"))

@@ -23,8 +23,20 @@ BAD = [
     ({"target": "attention_edges", "mode": "freeze"}, "mode='freeze' keeps a mask, but here each sample has its own"),
     ({"target": "features", "dynamic": True, "mode": "freeze"}, "here each sample has its own"),
     ({"target": "features", "dynamic": True, "criterion": "taylor"}, "scored by 'activation' .*, not by 'taylor'"),
-    ({"target": "neurons", "axis": "token"}, "axis='token' says what a feature is, and target='neurons'"),
+    ({"target": "neurons", "axis": "token"}, "axis='token' is for features, and target='neurons'"),
+    ({"apply": "training"}, "apply='training' is for features, and target='weights'; use target='features'"),
+    (
+        {"target": "attention_edges", "choose": "gumbel", "dynamic": True},
+        "choose='gumbel' is for features, and target=",
+    ),
+    ({"gradient": "straight_through", "target": "heads"}, "gradient='straight_through' is for features, and target='h"),
     ({"axis": "pixel", "target": "features"}, "axis='pixel' is unknown"),
+    ({"apply": "eval", "target": "features"}, "apply='eval' is unknown; choose one of always, training"),
+    ({"choose": "random", "target": "features"}, "choose='random' is unknown; choose one of top, gumbel"),
+    ({"gradient": "ste", "target": "features"}, "gradient='ste' is unknown; choose one of masked, straight_through"),
+    ({"choose": "gumbel", "target": "features"}, "choose='gumbel' goes by each sample's own scores, .*dynamic=True"),
+    ({"rescale": True, "target": "features"}, "rescale=True goes by each sample's own scores, .*dynamic=True"),
+    ({"rescale": 1, "target": "features"}, "rescale must be True or False, got 1"),
     ({"evidence_steps": 0}, "evidence_steps must be an integer >= 1, got 0"),
     ({"min_units": -1}, "min_units must be an integer >= 0, got -1"),
     ({"tolerance": 1.0}, r"tolerance must be a number of units in \[0, 1\), got 1.0"),
@@ -39,10 +51,6 @@ BAD = [
     (
         {"density": Ramp(first=1.0, last=0.0, until=5), "every_n_steps": 1},
         r"density must be a fraction in \(0, 1\], got 0.0",
-    ),
-    (
-        {"drop_fraction": Ramp(first=0.3, last=0.0, until=5), "mode": "rewire", "density": 0.5},
-        "Ramp of drop_fraction needs",
     ),
     ({"shares": "erk"}, "shares='erk' shares a density among layers that do not compete: give density"),
     ({"shares": "erk", "density": 0.5}, "give density, and scope='tensor' or 'row'"),
@@ -136,6 +144,7 @@ def test_once_with_another_target_brings_that_targets_own_choices():
         None,
     )
     assert recipe.once(target="features").mode == "feedback"
+    assert EMPConfig(target="features", apply="training").once().apply == "always"
     assert recipe.once(target="weights").include == ["fc*"]
 
 

@@ -20,6 +20,7 @@ from emp_callbacks.criteria.random import Random
 from emp_callbacks.criteria.saliency import Saliency
 from emp_callbacks.layer import FeatureLayer, Layer, MissingEvidence
 from emp_callbacks.layer.mask_mode import MaskMode
+from emp_callbacks.pruning.accounting import with_note
 from emp_callbacks.pruning.assembly import (
     DynamicSite,
     chosen_parameters,
@@ -35,6 +36,8 @@ from emp_callbacks.pruning.signatures import emptied_layers, uniform_scores, war
 from emp_callbacks.targets import canonical_name, few
 from emp_callbacks.targets.forward_site import ForwardSite
 from emp_callbacks.trajectory import PruneEvent
+
+_IN_TRAINING = "apply='training': these are the masks of training, evaluation is dense"
 
 
 @final
@@ -190,7 +193,9 @@ class Refresher:
             self._count_kept(events)
         self._rule = rule
         seconds = time.perf_counter() - started
-        return [replace(event, seconds=seconds) for event in events]
+        events = [replace(event, seconds=seconds) for event in events]
+        dense_later = not (config.masks_evaluation or config.observe_only)
+        return [with_note(event, _IN_TRAINING) for event in events] if dense_later else events
 
     @torch.no_grad()
     def scores(self, dense_owners: AbstractContextManager[None]) -> dict[str, Tensor]:
