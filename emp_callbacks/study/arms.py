@@ -124,6 +124,22 @@ ARMS: dict[str, Arm] = {
         density="own",
         once="one_shot_dynamic",
     ),
+    "training_dynamic_ste": Arm(
+        summary="the same, and the gradient passes straight through the mask (Q-Sparse, Wang et al. 2024)",
+        settings=MappingProxyType({"mode": "feedback", "dynamic": True, "gradient": "straight_through"}),
+        density="own",
+        once="one_shot_dynamic",
+    ),
+    "emp_dropout": Arm(
+        summary="features: each sample keeps its own N_eff features while it trains, all of them in the test",
+        settings=MappingProxyType({"mode": "feedback", "dynamic": True, "apply": "training"}),
+        density="own",
+    ),
+    "emp_dropout_gumbel": Arm(
+        summary="the same, and they are drawn in proportion to their scores",
+        settings=MappingProxyType({"mode": "feedback", "dynamic": True, "apply": "training", "choose": "gumbel"}),
+        density="own",
+    ),
     "sap": Arm(
         summary=f"{ROUNDS} rounds: train, keep N_eff of the survivors, rewind to the first weights (Diao et al. 2023)",
         settings=MappingProxyType({"mode": "freeze"}),

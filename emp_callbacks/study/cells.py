@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,9 @@ from emp_callbacks.config import EMPConfig
 from emp_callbacks.study.arm_settings import Budget, arm_config, restarts_of
 from emp_callbacks.study.arms import ARMS, Cell, TrainingJob, leading_arm
 from emp_callbacks.study.horizon import Horizon, horizon_of
+from emp_callbacks.study.recipe.check import RecipeError
 from emp_callbacks.study.recipe.recipe import Recipe, StudyConfig
+from emp_callbacks.study.recipe.small import narrower
 from emp_callbacks.study.run_store import RunStore
 from emp_callbacks.study.training import Training, recipe_config
 from emp_callbacks.study.training_record import OnStep
@@ -51,6 +54,25 @@ class CellRunner:
     def emp(self) -> EMPConfig:
         """The EMP settings of the recipe."""
         return recipe_config(self.recipe)
+
+    def check(self) -> None:
+        """Check, before anything runs, that the model has what the arms ask of it.
+
+        Raises:
+            ValueError: Its learning rate cannot begin anew, or nobody knows how to make it narrower.
+        """
+        model = self.recipe.resolved()["model"]
+        for name in self._study.arms:
+            if ARMS[name].restarts:
+                try:
+                    self.recipe.with_model(lr_restarts=[0.5])
+                except RecipeError as error:
+                    raise ValueError(
+                        f"arm {name!r} needs a model whose learning rate can begin anew, and {model['class_path']} has "
+                        "no argument lr_restarts; remove the arm from study.arms"
+                    ) from error
+            if ARMS[name].narrower:
+                narrower(model["class_path"], model["init_args"], sys.maxsize)
 
     # ---- how much is kept -----------------------------------------------------------------------------------------
 
@@ -120,18 +142,9 @@ class CellRunner:
         """Return the recipe with what an arm changes of the model."""
         arm, model = ARMS[cell.arm], self.recipe.resolved()["model"]
         if arm.narrower:
-            from emp_callbacks.study.recipe.small import narrower
-
             weights = int(self.budget(cell).density * self._records[Cell("dense", cell.seed)]["n"])
             return self.recipe.with_model(**narrower(model["class_path"], model["init_args"], weights))
-        if not arm.restarts:
-            return self.recipe
-        if "lr_restarts" not in model["init_args"]:
-            raise ValueError(
-                f"arm {cell.arm!r} needs a model whose learning rate can begin anew, and {model['class_path']} has no "
-                "argument lr_restarts; leave the arm out"
-            )
-        return self.recipe.with_model(lr_restarts=restarts_of(cell.arm, self.horizon))
+        return self.recipe.with_model(lr_restarts=restarts_of(cell.arm, self.horizon)) if arm.restarts else self.recipe
 
     def _completed(self, cell: Cell, record: Record) -> Record:
         """Return a record with what only the study knows."""

@@ -118,6 +118,7 @@ class _Study:
         return sorted(found, key=lambda cell: (places[cell.arm], self.config.seeds.index(cell.seed)))
 
     def run(self, overwrite: bool, only: Sequence[str] | None) -> dict[str, Any] | None:
+        self.runner.check()
         jobs = self._chosen(only) if only else self.jobs
         try:
             return self._run(jobs, overwrite, alone=bool(only))

@@ -18,7 +18,7 @@ def measure(model: nn.Module, config: EMPConfig, last: Sequence[PruneEvent] = ()
 
     Of weights as they are: `keep` counts those that are not zero, `n_eff` is the effective number of these final
     weights (magnitude scores; summed over groups for the scopes tensor and row). Of everything else as the last
-    refresh left it; with `observe_only` all are kept.
+    refresh left it; with `observe_only`, and where masks act in training mode only, all are kept.
 
     Args:
         model: The trained model.
@@ -36,7 +36,7 @@ def measure(model: nn.Module, config: EMPConfig, last: Sequence[PruneEvent] = ()
             "every_n_steps or start, or train longer"
         )
     n, n_eff = sum(event.n for event in last), sum(event.n_eff for event in last)
-    if config.observe_only:
+    if not config.masks_evaluation:
         return {"density": 1.0, "n": n, "keep": n, "n_eff": n_eff}
     # Not keep / n: where each sample has its own mask, keep is a rounded mean.
     density = sum(event.density * event.n for event in last) / n

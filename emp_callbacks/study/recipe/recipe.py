@@ -206,9 +206,8 @@ class Recipe(_EmpCLI):
         Raises:
             RecipeError: The model has no such argument.
         """
-        changed = [
-            word for name, value in init_args.items() for word in (f"--model.init_args.{name}", json.dumps(value))
-        ]
+        texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in init_args.items()}
+        changed = [f"--model.init_args.{name}={text}" for name, text in texts.items()]
         return Recipe(self.path, [*self._overrides, *changed], called=self.called)
 
     def _set_seed(self) -> None:

@@ -166,7 +166,7 @@ def _is_set_in_advance(results: Results, label: str) -> bool:
     arm = arm_of(label)
     if arm in ("dense", results["study"].get("reference", REFERENCE)) or prunes_by_n_eff(arm):
         return False
-    return arm != label or (arm in ARMS and ARMS[arm].follows_training_arm)
+    return arm != label or (arm in ARMS and ARMS[arm].density == "given")
 
 
 def _equal(results: Results, label: str, other: str, seeds: Sequence[int]) -> bool:

@@ -151,7 +151,7 @@ def _matched_exactly(results: Results) -> Check:
 
 def _follows(run: Run) -> bool:
     """Whether a run's arm takes its density from the training arm."""
-    return run["arm"] in ARMS and ARMS[run["arm"]].follows_training_arm
+    return run.get("point") is None and run["arm"] in ARMS and ARMS[run["arm"]].density == "given"
 
 
 def _near(density: float, target: float) -> bool:
