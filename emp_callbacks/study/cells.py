@@ -189,12 +189,19 @@ class CellRunner:
         if not self._store.weights(Cell("dense", cell.seed)).is_file():
             return None
         key = cell.seed, record["keep"]
+        for other, known in self._records.items():
+            if other.arm == "one_shot" and (other.seed, known["keep"]) == key:
+                self._pairs[key] = _as_pair(known)
         if key not in self._pairs:
             budget = Budget(point=_exactly(record["keep"], record["n"]))
             config = arm_config("one_shot", self.emp, self.leader, budget)
             found = self._pruned_once(Cell("one_shot", cell.seed, budget.point), config, None)
-            self._pairs[key] = {"arm": "one_shot", **{name: found[name] for name in ("density", "keep", "metrics")}}
+            self._pairs[key] = _as_pair(found)
         return {**record, "matched": self._pairs[key]}
+
+
+def _as_pair(record: Record) -> Record:
+    return {"arm": "one_shot", **{name: record[name] for name in ("density", "keep", "metrics")}}
 
 
 def _exactly(keep: int, n: int) -> float:

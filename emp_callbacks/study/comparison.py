@@ -90,6 +90,30 @@ def study_cells(recipe: Recipe) -> list[str]:
     return [job.fit.name for job in plan_jobs(study.arms, study.seeds, study.points)]
 
 
+def study_needs(recipe: Recipe, out: Path, *, overwrite: bool = False) -> dict[str, list[str]]:
+    """Return the trainings of a study that are not finished, in order, each with those that it needs before.
+
+    Args:
+        recipe: The parsed recipe.
+        out: Folder of the results.
+        overwrite: Move what the folder holds aside, so that none is finished.
+
+    Raises:
+        ValueError: As `run_study`.
+        FileExistsError: The folder holds runs of a different recipe, or other things.
+    """
+    study = _Study(recipe, out, None)
+    study.runner.check()
+    try:
+        study.store.open(study.resolved, overwrite)
+        study.collect()
+    finally:
+        study.store.close()
+    done = {job.fit.name for job in study.jobs if not any(study.is_open(cell) for cell in job.cells)}
+    needed = {job.fit.name: [cell.name for cell in study.runner.needed(job.fit)] for job in study.jobs}
+    return {name: needs for name, needs in needed.items() if name not in done}
+
+
 def _fitting_study(recipe: Recipe) -> StudyConfig:
     """Return the study of a recipe with the arms that fit its target."""
     return dataclasses.replace(recipe.study, arms=fitting_arms(recipe.study.arms, recipe_config(recipe)))
@@ -129,9 +153,7 @@ class _Study:
         cells = self.cells
         if moved := self.store.open(self.resolved, overwrite, [job.fit for job in jobs] if alone else ()):
             self.console.print(f"moved the earlier contents to {moved}", highlight=False)
-        for cell in cells:
-            if record := self.store.finished(cell, self._fingerprint(cell)):
-                self._keep(cell, record)
+        self.collect()
         with StudyProgress(self.console, len(cells), self.config.metric) as progress:
             progress.reused(len(self.records))
             try:
@@ -140,11 +162,21 @@ class _Study:
                 self._pair([cell for job in jobs for cell in job.cells] if alone else cells, progress)
             except KeyboardInterrupt as error:
                 raise StudyInterrupted(len(self.records), len(cells)) from error
-        if len(self.records) < len(cells) or any(self.runner.lacks_pair(cell) for cell in cells):
+        if any(self.is_open(cell) for cell in cells):
             return None
         results = self._results()
         write_atomically(self.store.out / "results.json", json.dumps(results, indent=1) + "\n")
         return results
+
+    def collect(self) -> None:
+        """Take up the records that are there."""
+        for cell in self.cells:
+            if record := self.store.finished(cell, self._fingerprint(cell)):
+                self._keep(cell, record)
+
+    def is_open(self, cell: Cell) -> bool:
+        """Whether a run has yet to be made, or to be set beside one-shot."""
+        return cell not in self.records or self.runner.lacks_pair(cell)
 
     def _chosen(self, only: Sequence[str]) -> list[TrainingJob]:
         """Return the jobs of the named cells, checked before anything is written."""

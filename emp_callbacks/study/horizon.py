@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from pytorch_lightning.utilities.seed import isolate_rng
@@ -41,6 +42,7 @@ class Horizon:
         return max(1, (recipe.every_n_epochs or 1) * self.steps // max(1, self.epochs or 1))
 
 
+@cache
 def horizon_of(recipe: Recipe, healing: float) -> Horizon:
     """Return how long a recipe trains; its data are set up for that where epochs are counted.
 

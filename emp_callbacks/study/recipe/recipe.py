@@ -188,7 +188,7 @@ class Recipe(_EmpCLI):
         """
         self.path = Path(path)
         self.called = called or str(path)
-        self._overrides = list(overrides)
+        self.overrides = tuple(overrides)
         self._trainer_settings: dict[str, Any] = {}
         self._edit_callbacks: CallbackEdit = list
         super().__init__(
@@ -208,7 +208,7 @@ class Recipe(_EmpCLI):
         """
         texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in init_args.items()}
         changed = [f"--model.init_args.{name}={text}" for name, text in texts.items()]
-        return Recipe(self.path, [*self._overrides, *changed], called=self.called)
+        return Recipe(self.path, [*self.overrides, *changed], called=self.called)
 
     def _set_seed(self) -> None:
         """Do nothing: a study seeds each of its runs itself."""
