@@ -26,7 +26,7 @@ __all__ = ["CellRunner"]
 
 Record = dict[str, Any]
 # What a network that is pruned after training has in common with the training.
-_OF_THE_TRAINING = ("steps", "curve", "init_digest", "batches_digest")
+_OF_THE_TRAINING = ("steps", "curve", "init_digest", "batches_digest", "data")
 
 
 class CellRunner:

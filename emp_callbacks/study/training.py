@@ -162,6 +162,7 @@ class Training:
             "refreshes": len({event.step for event in source.trajectory}),
             "seconds": self.seconds + (self._seconds_after if pruner else 0.0),
             "curve": self.evidence.curve,
+            "data": getattr(self.data, "content_digest", None),
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "layers": layer_densities(self.model, source.config),
             "explored": self.evidence.explored,
