@@ -244,6 +244,7 @@ Heads and neurons need modules: --config RECIPE, timm:NAME, or a Hugging Face fo
     )
     parser.add_argument("--beta", type=float, help="keep floor(beta * N_eff) (default: 1.0)")
     parser.add_argument("--density", type=float, help="keep this fraction instead of N_eff")
+    parser.add_argument("--min-density", type=float, help="keep at least this fraction of each group (default: 0)")
     parser.add_argument("--include", nargs="+", metavar="GLOB", help="prune these parameters (or modules) only")
     parser.add_argument("--exclude", nargs="+", metavar="GLOB", help="leave these parameters (or modules) out")
     parser.add_argument("--batches", type=int, default=32, help="training batches for criteria that read data (32)")

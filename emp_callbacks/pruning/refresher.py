@@ -27,7 +27,7 @@ from emp_callbacks.pruning.assembly import (
 from emp_callbacks.pruning.decision import KeepRule
 from emp_callbacks.pruning.evidence import Evidence
 from emp_callbacks.pruning.refresh import refresh_dynamic, refresh_masks, scores_of
-from emp_callbacks.pruning.signatures import emptied_layers, uniform_scores, warn_the_user
+from emp_callbacks.pruning.signatures import signatures_of, warn_the_user
 from emp_callbacks.targets import canonical_name, few
 from emp_callbacks.targets.forward_site import ForwardSite
 from emp_callbacks.trajectory import PruneEvent
@@ -245,14 +245,13 @@ class Refresher:
         self._kept |= {layer.name: layer.keep for event in events for layer in event.layers}
 
     def warn_once(self, events: Sequence[PruneEvent]) -> None:
-        """Say, once and on one rank, where N_eff is no good budget (a fixed density needs none) or a layer is empty."""
+        """Say, once of a kind and on one rank, where N_eff is no good budget, or a layer keeps next to nothing."""
         if self._backend.rank:
             return
-        alike = uniform_scores(events) if self._config.density is None else []
-        for kind, found in (("alike", alike), ("emptied", emptied_layers(events))):
-            if found and kind not in self._warned:
+        for kind, line in signatures_of(events).items():
+            if kind not in self._warned:
                 self._warned.add(kind)
-                warn_the_user(found[0])
+                warn_the_user(line)
 
     def _count(self, n_eff: Tensor, size: int, nonzero: Tensor) -> Tensor:
         # Looked up at every call: a dynamic site must see the beta of the last refresh.

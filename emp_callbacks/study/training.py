@@ -43,7 +43,7 @@ _NOISE = (
     r".*isinstance\(treespec, LeafSpec\)",
     r".*`?isinstance.treespec, LeafSpec.",
     r".*GPU available but not used",
-    r"N_eff is up to|nothing is kept of",  # the report has the figures
+    r"N_eff is up to|(next to )?nothing is kept of",  # the report has the figures
 )
 
 
