@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import final
@@ -26,7 +26,7 @@ from emp_callbacks.pruning.assembly import (
 )
 from emp_callbacks.pruning.decision import KeepRule
 from emp_callbacks.pruning.evidence import Evidence
-from emp_callbacks.pruning.refresh import refresh_dynamic, refresh_masks, scores_of
+from emp_callbacks.pruning.refresh import Selection, refresh_dynamic, refresh_masks, scores_of, selections_of
 from emp_callbacks.pruning.signatures import signatures_of, warn_the_user
 from emp_callbacks.targets import canonical_name, few
 from emp_callbacks.targets.forward_site import ForwardSite
@@ -197,6 +197,22 @@ class Refresher:
             if all(isinstance(scores, MissingEvidence) for scores in found.values()):
                 raise next(error for error in found.values() if isinstance(error, MissingEvidence))
             return {layer.name: s.detach().abs() for layer, s in found.items() if isinstance(s, Tensor)}
+
+    @torch.no_grad()
+    def selections(self) -> Callable[[float], Selection]:
+        """Return what says, for any beta, what a refresh now would keep: the scores are computed once. Collective.
+
+        The weights are to hold their dense values.
+
+        Raises:
+            ValueError: Every sample or query row scores for itself.
+            MissingEvidence: There is none for any layer.
+        """
+        if self.dynamic:
+            raise ValueError("every sample or query row has masks of its own here; they exist in the forward pass only")
+        self.criterion.batches = self.evidence.gathered()
+        select = selections_of(self.layers, self.criterion, self._mode, self._backend, self._config.scope or "global")
+        return lambda beta: select(replace(self._rule, beta=beta, density=None))
 
     def collect(self, owners: Collection[int]) -> None:
         """Take the gradients that are there now as the evidence of one batch; see `EMPPruner.collect`."""
