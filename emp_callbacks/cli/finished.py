@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -102,25 +102,55 @@ def _already_pruned(density: float) -> list[str]:
 def prune(words: list[str]) -> None:
     """Prune a finished model once."""
     options = prune_parser().parse_args(words)
+    from emp_callbacks.finished.budget import budget_table
     from emp_callbacks.finished.export import prune
     from emp_callbacks.pruning.signatures import signatures_of
     from emp_callbacks.trajectory import layer_table
 
+    tolerance = _loss_tolerance(options)
     names = ("target", "criterion", "scope", "beta", "density", "min_density", "include", "exclude")
-    settings = {name: value for name in names if (value := getattr(options, name)) is not None}
-    with _said_in_notes():
+    settings = {name: value for name in names if (value := getattr(options, name)) not in (None, "auto")}
+    console = make_console()
+    with _said_in_notes(), _budget_bar(console, shown=tolerance is not None) as on_tried:
         pruner, report = prune(
             _source(options),
             options.out,
             settings,
             batches=options.batches,
+            loss_tolerance=tolerance,
+            on_tried=on_tried,
             shrink_units=options.shrink,
             overwrite=options.overwrite,
         )
-    console = make_console()
+    if report.budget:
+        console.print(budget_table(report.budget))
+        console.print(report.budget.says, highlight=False, soft_wrap=True)
     console.print(layer_table(pruner.last_events))
     _print_export(report)
     _print_notes(console, signatures_of(pruner.last_events).values())
+
+
+def _loss_tolerance(options: argparse.Namespace) -> float | None:
+    """Return the tolerance by which beta is looked for; None where it is given."""
+    if options.tolerance is None and options.beta != "auto":
+        return None
+    for name in ("beta", "density"):
+        if (value := getattr(options, name)) not in (None, "auto"):
+            raise ValueError(f"--{name} {value:g} says what is kept, and --tolerance looks for it; drop one")
+    return 0.01 if options.tolerance is None else float(options.tolerance)
+
+
+@contextmanager
+def _budget_bar(console: Console, *, shown: bool) -> Iterator[Callable[[object], None]]:
+    """Show how many budgets are measured, on a terminal, and lend what counts them."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from emp_callbacks.finished.budget import EVALUATIONS
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not (shown and console.is_terminal), transient=True) as bar:
+        task = bar.add_task("budgets measured, at most", total=EVALUATIONS)
+        yield lambda _: bar.advance(task)
 
 
 def export(words: list[str]) -> None:

@@ -265,13 +265,14 @@ def _selections(
         if needs:
             evidence.attach()
             evidence.observe(True, in_eval=True)
-        for batch in shown if needs else ():
-            with torch.set_grad_enabled(needs == "gradients"):
-                loss = loss_fn(model, batch)
-            if needs == "gradients":
-                loss.backward()  # type: ignore[no-untyped-call]
-                refresher.collect({id(weight.segment.owner) for weight in refresher.weights})
-                model.zero_grad()
+        with random_numbers_kept():
+            for batch in shown if needs else ():
+                with torch.set_grad_enabled(needs == "gradients"):
+                    loss = loss_fn(model, batch)
+                if needs == "gradients":
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    refresher.collect({id(weight.segment.owner) for weight in refresher.weights})
+                    model.zero_grad()
         return refresher.selections()
     finally:
         evidence.detach()

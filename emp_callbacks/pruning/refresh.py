@@ -173,7 +173,8 @@ def selections_of(
 ) -> Callable[[KeepRule], Selection]:
     """Return what says, for any rule, what it selects by the scores of now; no mask is changed. Collective.
 
-    The scores are computed here, once: the weights may change afterwards.
+    The scores are computed here, once, and may be the weights themselves: when it is asked, these are to hold what they
+    hold now.
 
     Raises:
         MissingEvidence: There is none for any layer.
@@ -184,7 +185,7 @@ def selections_of(
         raise nothing[0]
     pairs = [(layer, scores) for layer, scores in zip(layers, found, strict=True) if isinstance(scores, Tensor)]
     known = [layer for layer, _ in pairs]
-    scored = _competing(known, [scores.clone() for _, scores in pairs], criterion, mode, scope, backend)
+    scored = _competing(known, [scores for _, scores in pairs], criterion, mode, scope, backend)
     n = sum(layer.span.size for layer in layers)
 
     def select(rule: KeepRule) -> Selection:

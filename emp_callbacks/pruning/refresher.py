@@ -202,7 +202,7 @@ class Refresher:
     def selections(self) -> Callable[[float], Selection]:
         """Return what says, for any beta, what a refresh now would keep: the scores are computed once. Collective.
 
-        The weights are to hold their dense values.
+        The weights are to hold their dense values, now and when it is asked.
 
         Raises:
             ValueError: Every sample or query row scores for itself.
