@@ -10,10 +10,13 @@ from torch import nn
 from torch.nn import functional
 
 from emp_callbacks import EMPPruner
+from emp_callbacks.backends import detect_backend
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.cost.bracket import Bracket, Tried
 from emp_callbacks.cost.budget_search import smallest_budget
 from emp_callbacks.cost.unchanged import random_numbers_kept
+from emp_callbacks.layer.mask_mode import Observe
+from emp_callbacks.pruning.refresher import Refresher
 
 # ---- the search alone ----------------------------------------------------------------------------------------------
 
@@ -349,6 +352,36 @@ def test_a_refresh_at_the_result_keeps_what_was_measured(settings, gradients):
         restore(numbers)
         measured = sum(float(cross_entropy(model, batch)) for batch in BATCHES) / 2
     assert measured == pytest.approx(found.loss, rel=1e-5)
+
+
+def test_a_layer_of_which_nothing_is_known_is_kept_whole_as_a_refresh_keeps_it():
+    torch.manual_seed(0)
+    model = Restless()
+    model.unused = nn.Linear(8, 8)
+    found = smallest_budget(model, BATCHES, cross_entropy, loss_tolerance=0.05, criterion="wanda")
+    pruner = EMPPruner(model.eval(), config=found.config)
+    for batch in BATCHES:
+        cross_entropy(model, batch)
+    pruner.refresh()
+    assert bool(pruner.masks["unused.weight"].all())
+    assert pruner.density == found.density < 1
+
+
+def refresher_of(model, **settings):
+    return Refresher(EMPConfig(**settings), Observe(), detect_backend(model, None))
+
+
+def test_masks_that_every_sample_makes_for_itself_are_no_selection():
+    with pytest.raises(ValueError, match="every sample or query row has masks of its own"):
+        refresher_of(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), target="features", dynamic=True).selections()
+
+
+@pytest.mark.parametrize("target", ["weights", "neurons"])
+def test_a_selection_changes_no_mask(target):
+    refresher = refresher_of(Restless(), target=target)
+    chosen = refresher.selections()(0.5)
+    assert chosen.keep < chosen.n
+    assert all(layer.mask is None for layer in refresher.layers)
 
 
 def test_scores_are_computed_once(monkeypatch):
