@@ -158,7 +158,7 @@ def smallest_budget(
         evaluations: At most so many budgets are measured, >= 1.
         on_tried: Called with each budget after it was measured.
         config: What is pruned and how; its beta or density, schedule and mode do not matter.
-        **settings: Fields of EMPConfig by name, put over `config`; neither beta nor density.
+        **settings: Fields of EMPConfig by name, put over `config`; neither beta nor density, nor tolerance.
 
     Raises:
         ValueError: An argument or a setting is invalid, there is no batch, the target is masked in the forward pass, or
@@ -174,7 +174,8 @@ def smallest_budget(
         >>> found.density, round(found.loss / found.dense_loss, 4)
         (0.75, 1.0001)
     """
-    _check(loss_tolerance, loss_floor, bounds, evaluations, settings)
+    _check_search(loss_tolerance, loss_floor, bounds, evaluations)
+    _check_settings(settings)
     once = settled(config, settings).once(beta=1.0, certify=False)
     refresher = _refresher(model, once)
     shown, owners = list(batches), [weight.segment.owner for weight in refresher.weights]
@@ -213,13 +214,7 @@ def smallest_budget(
     )
 
 
-def _check(
-    loss_tolerance: float,
-    loss_floor: float,
-    bounds: tuple[float, float],
-    evaluations: int,
-    settings: Mapping[str, Any],
-) -> None:
+def _check_search(loss_tolerance: float, loss_floor: float, bounds: tuple[float, float], evaluations: int) -> None:
     if not (loss_tolerance >= 0 and math.isfinite(loss_tolerance)):
         raise ValueError(f"loss_tolerance must be a relative rise of the loss >= 0, got {loss_tolerance!r}")
     if not (loss_floor > 0 and math.isfinite(loss_floor)):
@@ -230,6 +225,14 @@ def _check(
         raise ValueError(f"bounds must be a lower and a higher beta, got {bounds!r}")
     if evaluations < 1:
         raise ValueError(f"evaluations must be at least 1, got {evaluations!r}")
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    if "tolerance" in settings:  # it would be taken, and do next to nothing
+        raise ValueError(
+            "tolerance is a number of units in EMPConfig; the rise of the loss is loss_tolerance, and units go into "
+            "config=EMPConfig(tolerance=...)"
+        )
     for name in ("beta", "density"):
         if settings.get(name) is not None:
             raise ValueError(f"{name}={settings[name]!r} is what smallest_budget looks for; leave it out")
