@@ -194,7 +194,7 @@ def test_the_study_which_shows_the_figures_silences_what_a_refresh_says():
         assert any(re.match(noise, line) for noise in _NOISE)
 
 
-def test_a_fit_says_it_too():
+def test_a_fit_says_it_too(tmp_path):
     class Module(pl.LightningModule):
         def __init__(self):
             super().__init__()
@@ -207,6 +207,7 @@ def test_a_fit_says_it_too():
             return torch.optim.SGD(self.parameters(), lr=1e-6)
 
     trainer = pl.Trainer(
+        default_root_dir=tmp_path,
         max_epochs=2,
         accelerator="cpu",
         callbacks=[EMPCallback(every_n_epochs=1, summary=False)],
