@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from emp_callbacks.integrations.torchmetrics import EffectiveNumber
     from emp_callbacks.layer import MissingEvidence
     from emp_callbacks.pruning.pruner import EMPPruner
-    from emp_callbacks.schedule import BetaSchedule
+    from emp_callbacks.schedule import Ramp
     from emp_callbacks.shrinking import load_shrunk, pruned_units, shrink
     from emp_callbacks.trajectory import PruneEvent, Trajectory
 
@@ -24,7 +24,7 @@ __version__ = "0.1.0"
 
 # Imported at first use: torch and Lightning cost seconds that `emp --help` need not pay, nor a plain loop Lightning.
 _HOMES = {
-    "BetaSchedule": "schedule",
+    "Ramp": "schedule",
     "EMPCallback": "integrations.lightning",
     "EMPConfig": "config",
     "EMPHook": "integrations.deepspeed",
@@ -45,7 +45,6 @@ _HOMES = {
 }
 
 __all__ = [
-    "BetaSchedule",
     "EMPCallback",
     "EMPConfig",
     "EMPHook",
@@ -53,6 +52,7 @@ __all__ = [
     "EffectiveNumber",
     "MissingEvidence",
     "PruneEvent",
+    "Ramp",
     "Trajectory",
     "effective_number",
     "emp_mask",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -12,7 +11,8 @@ from typing import Any
 from emp_callbacks.core.effective_number import check_beta
 from emp_callbacks.criteria import DEFAULT_CRITERIA, ScoreFunction, criterion_name, make_criterion
 from emp_callbacks.layer.mask_mode import MASK_MODES
-from emp_callbacks.schedule import BetaSchedule, Schedule, check_count
+from emp_callbacks.schedule import Ramp, Schedule, check_count
+from emp_callbacks.setting_checks import check_choice, check_fraction, check_patterns, check_shares, ends
 from emp_callbacks.targets.feature_form import FeatureForm
 from emp_callbacks.targets.positions import PositionsSource, function_for
 
@@ -43,9 +43,10 @@ class EMPConfig:
         scope: Where scores compete: "global" (all layers together), "tensor" (within a layer), or "row" (within an
             output unit; weights only). Default: "global" for weights and heads, "tensor" for neurons, nodes and
             features. Attention edges and dynamic features compete within a query row or a sample.
-        beta: Factor on N_eff, > 0, or a BetaSchedule from one value to another. 1 keeps N_eff components.
+        beta: Factor on N_eff, > 0, or a Ramp from one value to another. 1 keeps N_eff components.
         mode: What a mask means between refreshes: "feedback" (dense weights keep training behind it),
-            "project" (zeroed at the refresh, may grow back), "freeze" (zero for good).
+            "project" (zeroed at the refresh, may grow back), "freeze" (zero for good), "rewire" (zero; at each refresh
+            some of the kept are dropped and as many others grown, at a given density).
         include: Glob patterns that replace the default choice: on parameter names for weights, else on module names.
         exclude: Glob patterns of the same kind to leave out.
         min_density: Keep at least this fraction of each group, 0 to 1: a guard for the compounding modes.
@@ -53,7 +54,13 @@ class EMPConfig:
             that competes alone always keeps one unit.
         tolerance: Keep floor(beta * N_eff + tolerance) units, in [0, 1): N_eff = 3.998 of 4 alike heads then keeps 4.
             Not for weights, of which there are enough.
-        density: Keep this fixed fraction of each group, in (0, 1], instead of N_eff: for baselines.
+        density: Keep this fraction of each group, in (0, 1], instead of N_eff: for baselines. Or a Ramp: gradual
+            pruning goes from 1 to the density along a cubic curve (Zhu and Gupta, arXiv:1710.01878).
+        shares: How layers that do not compete share `density`: "uniform" (each the same), "erk" (more for small layers,
+            Erdos-Renyi-Kernel, arXiv:1911.11134), or relative densities by layer name. All together keep `density`.
+        grow: What "rewire" grows: the pruned weights of the largest mean |gradient| over the evidence window
+            ("gradient": RigL, arXiv:1911.11134), or any ("random": SET, arXiv:1707.04780). They start at 0.
+        drop_fraction: Fraction of the kept that "rewire" replaces at a refresh, in [0, 1), or a Ramp.
         observe_only: Measure and log, prune nothing.
         certify: Say in every row what pruning can have changed at most: the error of each layer's outputs for "wanda",
             the change of the loss to first order for "taylor". For "wanda" every layer's input features are also
@@ -64,6 +71,14 @@ class EMPConfig:
         per: Who chooses them: each "sample", or in causal models each "token" its own channels.
         center: What a pruned feature becomes: "zero" or "mean".
         patch_size: Pixels per side of a patch.
+        apply: When the masks of features reach the forward pass: "always", or as dropout in "training" mode only, so
+            that every evaluation is dense; rows then tell what training sees.
+        choose: Which floor(beta * N_eff) features a sample keeps if `dynamic`: the "top" scores; or "gumbel": in
+            training mode drawn without replacement, in proportion to their scores, from torch's default generator (see
+            `FeatureForm`); in evaluation the top.
+        gradient: What reaches the model through a pruned feature: "masked", nothing; "straight_through", the
+            gradient of the output as if it were kept.
+        rescale: Whether the kept features of a sample are multiplied by sum s / sum of the kept s if `dynamic`.
         positions: Where a batch says which of its positions count as evidence, so that padding does not: a key, looked
             up where the batch is a mapping that has it; or a function of the batch, in a recipe "module.function". It
             gives a mask of shape (B, T), nonzero where a position counts. None: all count.
@@ -80,14 +95,17 @@ class EMPConfig:
     criterion: str | ScoreFunction | None = None
     evidence_steps: int = 32
     scope: str | None = None
-    beta: float | BetaSchedule = 1.0
+    beta: float | Ramp = 1.0
     mode: str = "feedback"
     include: Sequence[str] | None = None
     exclude: Sequence[str] | None = None
     min_density: float = 0.0
     min_units: int = 1
     tolerance: float = 0.01
-    density: float | None = None
+    density: float | Ramp | None = None
+    shares: str | Mapping[str, float] = "uniform"
+    grow: str = "gradient"
+    drop_fraction: float | Ramp = 0.3
     observe_only: bool = False
     certify: bool = False
     axis: str = "channel"
@@ -95,23 +113,28 @@ class EMPConfig:
     per: str = "sample"
     center: str = "zero"
     patch_size: int = 4
+    apply: str = "always"
+    choose: str = "top"
+    gradient: str = "masked"
+    rescale: bool = False
     positions: PositionsSource | None = "attention_mask"
 
     def __post_init__(self) -> None:
-        _check_choice("target", self.target, TARGETS)
-        for name in ("observe_only", "certify", "dynamic"):
+        check_choice("target", self.target, TARGETS)
+        for name in ("observe_only", "certify", "dynamic", "rescale"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         make_criterion(self.criterion, self.target)
         if self.scope is None:
             object.__setattr__(self, "scope", _DEFAULT_SCOPES.get(self.target, "global"))
-        _check_choice("scope", self.scope, SCOPES)
-        _check_choice("mode", self.mode, tuple(MASK_MODES))
+        check_choice("scope", self.scope, SCOPES)
+        check_choice("mode", self.mode, tuple(MASK_MODES))
         for name in ("include", "exclude"):
-            _check_patterns(name, getattr(self, name))
-        if not isinstance(self.beta, BetaSchedule):
-            check_beta(self.beta)
+            check_patterns(name, getattr(self, name))
+        for beta in ends(self.beta):
+            check_beta(beta)
         self._check_densities()
+        self._check_rewiring()
         self._check_schedule()
         check_count("evidence_steps", self.evidence_steps, least=1)
         check_count("min_units", self.min_units, least=0)
@@ -126,7 +149,7 @@ class EMPConfig:
         if self.target != "features" and form != FeatureForm():
             plain = vars(FeatureForm())
             given = ", ".join(f"{key}={value!r}" for key, value in vars(form).items() if value != plain[key])
-            raise ValueError(f"{given} says what a feature is, and target={self.target!r}; use target='features'")
+            raise ValueError(f"{given} is for features, and target={self.target!r}; use target='features'")
         if self.is_dynamic and self.target == "features" and self.criterion_name != "activation":
             raise ValueError(
                 f"dynamic features are scored by 'activation' in the forward pass, not by {self.criterion_name!r}; "
@@ -152,16 +175,45 @@ class EMPConfig:
             raise ValueError("mode='project' zeroes weights, and features have none; use 'feedback' or 'freeze'")
 
     def _check_densities(self) -> None:
-        _check_fraction("min_density", self.min_density, lowest_allowed=True)
+        check_fraction("min_density", self.min_density, lowest_allowed=True)
+        if self.shares != "uniform":
+            check_shares(self.shares)
+            if self.density is None or self.scope == "global":
+                raise ValueError(
+                    f"shares={self.shares!r} shares a density among layers that do not compete: give density, and "
+                    "scope='tensor' or 'row'"
+                )
         if self.density is None:
             return
-        _check_fraction("density", self.density, lowest_allowed=False)
+        for density in ends(self.density):
+            check_fraction("density", density, lowest_allowed=False)
         if self.beta != 1.0:
             raise ValueError(
                 f"density={self.density} fixes the keep count, so beta={self.beta} would do nothing; drop one"
             )
-        if self.min_density > self.density:
+        if self.min_density > min(ends(self.density)):
             raise ValueError(f"min_density={self.min_density} is above density={self.density}; drop min_density")
+
+    def _check_rewiring(self) -> None:
+        check_choice("grow", self.grow, ("gradient", "random"))
+        for fraction in ends(self.drop_fraction):
+            check_fraction("drop_fraction", fraction, lowest_allowed=True)
+            if fraction == 1.0:
+                raise ValueError("drop_fraction=1 would replace every weight; choose a fraction below 1")
+        if self.mode != "rewire":
+            if (self.grow, self.drop_fraction) != ("gradient", 0.3):
+                raise ValueError(f"grow and drop_fraction are of mode='rewire', and mode={self.mode!r}; drop them")
+            return
+        if self.target != "weights" or self.density is None or self.scope == "row":
+            raise ValueError(
+                "mode='rewire' needs target='weights', a density and scope='global' or 'tensor', got "
+                f"target={self.target!r}, density={self.density!r}, scope={self.scope!r}"
+            )
+        if make_criterion(self.criterion, self.target).needs is not None:
+            raise ValueError(
+                f"mode='rewire' drops by what the weights themselves say, and {self.criterion_name!r} needs evidence; "
+                "use 'magnitude'"
+            )
 
     def _check_schedule(self) -> None:
         if self.every_n_epochs is not None and self.every_n_steps is not None:
@@ -172,8 +224,9 @@ class EMPConfig:
             raise ValueError(
                 f"start={self.start}, stop={self.stop} need every_n_epochs or every_n_steps to count in; give one"
             )
-        if isinstance(self.beta, BetaSchedule) and self.schedule.unit is None:
-            raise ValueError("a BetaSchedule needs every_n_epochs or every_n_steps to count in; give one")
+        ramps = [name for name in ("beta", "density", "drop_fraction") if isinstance(getattr(self, name), Ramp)]
+        if ramps and self.schedule.unit is None:
+            raise ValueError(f"the Ramp of {ramps[0]} needs every_n_epochs or every_n_steps to count in; give one")
 
     @property
     def criterion_name(self) -> str:
@@ -182,13 +235,18 @@ class EMPConfig:
 
     @property
     def feature_form(self) -> FeatureForm:
-        """What a feature is."""
-        return FeatureForm(**{name: getattr(self, name) for name in ("axis", "dynamic", "per", "center", "patch_size")})
+        """What a feature is and how it is masked."""
+        return FeatureForm(**{field.name: getattr(self, field.name) for field in fields(FeatureForm)})
 
     @property
     def is_dynamic(self) -> bool:
         """Whether masks are made in every forward pass, for each sample or query row by itself."""
         return self.target == "attention_edges" or (self.target == "features" and self.dynamic)
+
+    @property
+    def masks_evaluation(self) -> bool:
+        """Whether masks hold in evaluation mode, too; otherwise the density there is 1."""
+        return not self.observe_only and self.apply == "always"
 
     @property
     def can_certify(self) -> bool:
@@ -219,20 +277,33 @@ class EMPConfig:
         plain: dict[str, Any] = {
             **dict.fromkeys(("every_n_epochs", "every_n_steps", "start", "stop")),
             "beta": self.beta_at(sys.maxsize),
+            "density": self.density_at(sys.maxsize),
+            "grow": "gradient",
+            "drop_fraction": 0.3,
             "mode": "feedback" if in_forward else "project",
             "observe_only": False,
+            "apply": "always",  # a finished model trains no more
         }
         if target != self.target:
             plain |= dict.fromkeys(("criterion", "scope", "include", "exclude"))
         if (target, criterion) != (self.target, self.criterion):
             plain["certify"] = False  # what the new scores bound must be asked for anew
-        plain |= {"density": None} if "beta" in settings else {}
+        plain |= {"density": None, "shares": "uniform"} if "beta" in settings else {}
         plain |= {"beta": 1.0} if settings.get("density") is not None else {}
         return replace(self, **{**plain, **settings})
 
     def beta_at(self, position: int) -> float:
         """Return beta at a position of the schedule."""
-        return self.beta.at(position) if isinstance(self.beta, BetaSchedule) else float(self.beta)
+        return self.beta.at(position) if isinstance(self.beta, Ramp) else float(self.beta)
+
+    def density_at(self, position: int) -> float | None:
+        """Return the density at a position of the schedule; None where N_eff decides."""
+        return self.density.at(position) if isinstance(self.density, Ramp) else self.density
+
+    def drop_fraction_at(self, position: int) -> float:
+        """Return the fraction of the kept that a refresh at a position of the schedule replaces."""
+        dropped = self.drop_fraction
+        return dropped.at(position) if isinstance(dropped, Ramp) else float(dropped)
 
 
 def settled(config: Any, settings: Mapping[str, Any]) -> EMPConfig:
@@ -259,20 +330,6 @@ def check_names(settings: Iterable[str]) -> None:
             raise TypeError(f"unknown setting {name!r}; {hint}Settings: {', '.join(known)}")
 
 
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
-
-
-def _check_patterns(name: str, patterns: Sequence[str] | None) -> None:
-    if isinstance(patterns, str):
-        raise ValueError(f"{name} must be a list of glob patterns, got the string {patterns!r}; write [{patterns!r}]")
-    if patterns is not None and (not patterns or not all(isinstance(p, str) for p in patterns)):
-        raise ValueError(
-            f"{name} must be a non-empty list of glob patterns, got {patterns!r}; use None for the default"
-        )
-
-
 def _check_positions(source: Any) -> None:
     if source is None:
         return
@@ -281,10 +338,3 @@ def _check_positions(source: Any) -> None:
             f"positions must be a key of the batch, a function of it ('module.function') or None, got {source!r}"
         )
     function_for(source)
-
-
-def _check_fraction(name: str, value: float, *, lowest_allowed: bool) -> None:
-    inside = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not inside or not 0.0 <= value <= 1.0 or (value == 0.0 and not lowest_allowed):
-        interval = "[0, 1]" if lowest_allowed else "(0, 1]"
-        raise ValueError(f"{name} must be a fraction in {interval}, got {value!r}")

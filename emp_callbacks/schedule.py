@@ -6,8 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from emp_callbacks.core.effective_number import check_beta
-
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
@@ -110,31 +108,38 @@ class Clock:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BetaSchedule:
-    """beta that moves from `first` to `last` while training runs.
+class Ramp:
+    """A setting that moves from `first` to `last` while training runs: beta, density or drop_fraction.
 
     Args:
-        first: beta up to the first refresh, > 0.
-        last: beta from position `until` on, > 0.
-        until: Position (epoch or step, as the refresh schedule counts) at which `last` is reached, >= 1.
+        first: Value up to position `begin`, >= 0.
+        last: Value from position `until` on, >= 0.
+        until: Position (epoch or step, as the refresh schedule counts) at which `last` is reached, > begin.
+        begin: Position at which it begins to move, >= 0.
         shape: "linear", "cosine", or "cubic": 1 - (1 - t)^3, which moves early (Zhu and Gupta, arXiv:1710.01878).
     """
 
     first: float
     last: float
     until: int
+    begin: int = 0
     shape: Literal["linear", "cosine", "cubic"] = "linear"
 
     def __post_init__(self) -> None:
-        check_beta(self.first)
-        check_beta(self.last)
+        for name, value in (("first", self.first), ("last", self.last)):
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+        check_count("begin", self.begin, least=0)
         check_count("until", self.until)
+        if self.until <= self.begin:
+            raise ValueError(f"until={self.until} must lie after begin={self.begin}")
         if self.shape not in ("linear", "cosine", "cubic"):
             raise ValueError(f"shape must be 'linear', 'cosine' or 'cubic', got {self.shape!r}")
 
     def at(self, position: int) -> float:
-        """Return beta at a position, between `first` and `last`."""
-        t = min(max(position / self.until, 0.0), 1.0)
+        """Return the value at a position, between `first` and `last`."""
+        t = min(max((position - self.begin) / (self.until - self.begin), 0.0), 1.0)
         moved = {"linear": t, "cosine": (1 - math.cos(math.pi * t)) / 2, "cubic": 1 - (1 - t) ** 3}[self.shape]
         return self.first + (self.last - self.first) * moved
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from emp_callbacks import BetaSchedule, EMPCallback, EMPConfig, EMPPruner
+from emp_callbacks import EMPCallback, EMPConfig, EMPPruner, Ramp
 
 BAD = [
     ({"beta": 0}, "beta must be a finite number > 0, got 0"),
@@ -23,19 +23,47 @@ BAD = [
     ({"target": "attention_edges", "mode": "freeze"}, "mode='freeze' keeps a mask, but here each sample has its own"),
     ({"target": "features", "dynamic": True, "mode": "freeze"}, "here each sample has its own"),
     ({"target": "features", "dynamic": True, "criterion": "taylor"}, "scored by 'activation' .*, not by 'taylor'"),
-    ({"target": "neurons", "axis": "token"}, "axis='token' says what a feature is, and target='neurons'"),
+    ({"target": "neurons", "axis": "token"}, "axis='token' is for features, and target='neurons'"),
+    ({"apply": "training"}, "apply='training' is for features, and target='weights'; use target='features'"),
+    (
+        {"target": "attention_edges", "choose": "gumbel", "dynamic": True},
+        "choose='gumbel' is for features, and target=",
+    ),
+    ({"gradient": "straight_through", "target": "heads"}, "gradient='straight_through' is for features, and target='h"),
     ({"axis": "pixel", "target": "features"}, "axis='pixel' is unknown"),
+    ({"apply": "eval", "target": "features"}, "apply='eval' is unknown; choose one of always, training"),
+    ({"choose": "random", "target": "features"}, "choose='random' is unknown; choose one of top, gumbel"),
+    ({"gradient": "ste", "target": "features"}, "gradient='ste' is unknown; choose one of masked, straight_through"),
+    ({"choose": "gumbel", "target": "features"}, "choose='gumbel' goes by each sample's own scores, .*dynamic=True"),
+    ({"rescale": True, "target": "features"}, "rescale=True goes by each sample's own scores, .*dynamic=True"),
+    ({"rescale": 1, "target": "features"}, "rescale must be True or False, got 1"),
     ({"evidence_steps": 0}, "evidence_steps must be an integer >= 1, got 0"),
     ({"min_units": -1}, "min_units must be an integer >= 0, got -1"),
     ({"tolerance": 1.0}, r"tolerance must be a number of units in \[0, 1\), got 1.0"),
     ({"scope": "layer"}, "scope must be one of 'global', 'tensor', 'row'; got 'layer'"),
-    ({"mode": "hard"}, "mode must be one of 'feedback', 'project', 'freeze'; got 'hard'"),
+    ({"mode": "hard"}, "mode must be one of 'feedback', 'project', 'freeze', 'rewire'; got 'hard'"),
     ({"include": "*.weight"}, "include must be a list of glob patterns, got the string"),
     ({"exclude": []}, "exclude must be a non-empty list"),
     ({"min_density": 1.5}, r"min_density must be a fraction in \[0, 1\], got 1.5"),
     ({"density": 0.0}, r"density must be a fraction in \(0, 1\], got 0.0"),
     ({"density": 0.5, "beta": 2.0}, "density=0.5 fixes the keep count, so beta=2.0 would do nothing"),
     ({"density": 0.5, "min_density": 0.6}, "min_density=0.6 is above density=0.5"),
+    (
+        {"density": Ramp(first=1.0, last=0.0, until=5), "every_n_steps": 1},
+        r"density must be a fraction in \(0, 1\], got 0.0",
+    ),
+    ({"shares": "erk"}, "shares='erk' shares a density among layers that do not compete: give density"),
+    ({"shares": "erk", "density": 0.5}, "give density, and scope='tensor' or 'row'"),
+    ({"shares": "erc", "density": 0.5, "scope": "tensor"}, "shares must be 'uniform', 'erk' or a mapping"),
+    ({"shares": {"weight": -1}, "density": 0.5, "scope": "tensor"}, r"shares\['weight'\] must be .* >= 0, got -1"),
+    ({"mode": "rewire"}, "mode='rewire' needs target='weights', a density and scope='global' or 'tensor'"),
+    ({"mode": "rewire", "density": 0.5, "criterion": "taylor"}, "'taylor' needs evidence; use 'magnitude'"),
+    (
+        {"mode": "rewire", "density": 0.5, "grow": "momentum"},
+        "grow must be one of 'gradient', .*; got 'momentum'",
+    ),
+    ({"mode": "rewire", "density": 0.5, "drop_fraction": 1.0}, "drop_fraction=1 would replace every weight"),
+    ({"mode": "freeze", "grow": "random"}, "grow and drop_fraction are of mode='rewire', and mode='freeze'"),
     ({"observe_only": "no"}, "observe_only must be True or False, got 'no'"),
     ({"certify": 1}, "certify must be True or False, got 1"),
     ({"dynamic": None}, "dynamic must be True or False, got None"),
@@ -55,8 +83,10 @@ def test_bad_settings_are_refused_at_construction(make, settings, message):
 def test_settings_that_need_a_schedule():
     with pytest.raises(ValueError, match="start=3, stop=None need every_n_epochs or every_n_steps"):
         EMPConfig(start=3)
-    with pytest.raises(ValueError, match="a BetaSchedule needs every_n_epochs or every_n_steps"):
-        EMPConfig(beta=BetaSchedule(first=2.0, last=1.0, until=3))
+    with pytest.raises(ValueError, match="the Ramp of beta needs every_n_epochs or every_n_steps"):
+        EMPConfig(beta=Ramp(first=2.0, last=1.0, until=3))
+    with pytest.raises(ValueError, match="the Ramp of drop_fraction needs"):
+        EMPConfig(drop_fraction=Ramp(first=0.3, last=0.0, until=5), mode="rewire", density=0.5)
 
 
 @pytest.mark.parametrize("make", [EMPCallback, lambda **s: EMPPruner(nn.Linear(2, 2), **s)])
@@ -94,7 +124,7 @@ def test_wrong_arguments_are_named():
 
 def test_once_is_one_refresh_of_a_finished_model():
     recipe = EMPConfig(
-        every_n_epochs=2, start=2, stop=9, beta=BetaSchedule(first=2.0, last=0.8, until=9), mode="freeze", scope="row",
+        every_n_epochs=2, start=2, stop=9, beta=Ramp(first=2.0, last=0.8, until=9), mode="freeze", scope="row",
         criterion="wanda", certify=True, include=["fc*"], observe_only=True,
     )  # fmt: skip
     once = recipe.once()
@@ -114,6 +144,7 @@ def test_once_with_another_target_brings_that_targets_own_choices():
         None,
     )
     assert recipe.once(target="features").mode == "feedback"
+    assert EMPConfig(target="features", apply="training").once().apply == "always"
     assert recipe.once(target="weights").include == ["fc*"]
 
 

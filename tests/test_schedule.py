@@ -1,6 +1,6 @@
 import pytest
 
-from emp_callbacks.schedule import BetaSchedule, Schedule
+from emp_callbacks.schedule import Ramp, Schedule
 
 
 def due_at(schedule: Schedule, end: int) -> list[int]:
@@ -50,15 +50,19 @@ def test_stop_before_first_refresh_is_refused():
     ("shape", "middle"), [("linear", 1.5), ("cosine", 1.5), ("cubic", 2.0 - (1 - 0.5**3))], ids=str
 )
 def test_beta_moves_from_first_to_last(shape, middle):
-    beta = BetaSchedule(first=2.0, last=1.0, until=10, shape=shape)
+    beta = Ramp(first=2.0, last=1.0, until=10, shape=shape)
     assert beta.at(0) == 2.0
     assert beta.at(5) == pytest.approx(middle)
     assert beta.at(10) == beta.at(99) == pytest.approx(1.0)
+    later = Ramp(first=2.0, last=1.0, begin=20, until=30, shape=shape)
+    assert [later.at(at) for at in (0, 20, 25, 30)] == pytest.approx([2.0, 2.0, middle, 1.0])
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"first": 0.0}, {"last": -1.0}, {"until": 0}, {"shape": "square"}], ids=lambda w: next(iter(w))
+    "wrong",
+    [{"first": -0.5}, {"last": float("inf")}, {"until": 0}, {"begin": 10}, {"shape": "square"}],
+    ids=lambda w: next(iter(w)),
 )
-def test_bad_beta_schedule(wrong):
-    with pytest.raises(ValueError, match=r"beta|until|shape"):
-        BetaSchedule(**{"first": 2.0, "last": 1.0, "until": 10, **wrong})
+def test_bad_ramp(wrong):
+    with pytest.raises(ValueError, match=rf"{next(iter(wrong))}\b"):
+        Ramp(**{"first": 2.0, "last": 1.0, "until": 10, **wrong})

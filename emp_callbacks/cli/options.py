@@ -55,6 +55,7 @@ The same command again continues an interrupted study and reuses its finished ru
     parser.add_argument(
         "--only", nargs="+", metavar="ARM:SEED", help="run these cells alone, on a cluster say; a last call merges"
     )
+    parser.add_argument("--jobs", type=int, metavar="N", help="train N cells at a time, each on one CPU thread")
     parser.add_argument("--list-cells", action="store_true", help="print the cells of the study, and train nothing")
     return parser
 

@@ -75,7 +75,12 @@ def compare(words: list[str]) -> None:
         console.print("\n".join(study_cells(recipe)), highlight=False)
         return
     out = Path(options.out or recipe.study.out or Path("runs", recipe.path.stem))
-    results = run_study(recipe, out, overwrite=options.overwrite, only=options.only, console=console)
+    if options.jobs is not None and options.only is None:
+        from emp_callbacks.study.side_by_side import run_side_by_side
+
+        results: dict[str, Any] | None = run_side_by_side(recipe, out, options.jobs, overwrite=options.overwrite, console=console)
+    else:
+        results = run_study(recipe, out, overwrite=options.overwrite, only=options.only, console=console)
     if results is None:
         console.print(f"runs are left; the same command without --only merges all in {out} into one report")
         return

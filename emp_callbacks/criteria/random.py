@@ -12,15 +12,19 @@ from emp_callbacks.layer import Layer
 
 @final
 class Random(Criterion):
-    """Uniform random scores in (0, 1], fixed per layer name for the whole run.
+    """Uniform random scores in (0, 1], per layer name the same for the whole run, unless `draw` changes.
 
     Args:
         seed: Default: torch's initial seed, so that `seed_everything(k)` decides. A generator of its own draws the
             numbers; torch's global random state is neither read nor moved. A resumed run goes on with the seed that
             its checkpoint holds.
+
+    Attributes:
+        draw: Another number gives other scores.
     """
 
     seed: int
+    draw: int = 0
 
     targets = ("weights", "heads", "neurons", "features", "kan_nodes")
 
@@ -29,7 +33,7 @@ class Random(Criterion):
 
     def score(self, layer: Layer) -> Tensor:
         span, like = layer.span, layer.mask_or_ones
-        key = (self.seed ^ zlib.crc32(span.name.encode())) & 0x7FFF_FFFF_FFFF_FFFF
+        key = (self.seed ^ zlib.crc32(span.name.encode()) ^ (self.draw << 32)) & 0x7FFF_FFFF_FFFF_FFFF
         full = 1.0 - torch.rand(span.size, generator=torch.Generator().manual_seed(key))
         at = span.positions
         own = full[at : at + span.length] if isinstance(at, int) else full[at.cpu()]

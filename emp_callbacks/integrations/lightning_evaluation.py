@@ -96,7 +96,7 @@ class EvaluationHooks:
 
     def _say_if_unmasked(self, checkpoint: Any, pl_module: Any) -> None:
         """Warn where the evaluation loaded weights without masks, and masks are no part of the weights."""
-        if checkpoint is None or self.config.target not in _MASKED_BY_HOOKS or self.config.observe_only:
+        if checkpoint is None or self.config.target not in _MASKED_BY_HOOKS or not self.config.masks_evaluation:
             return
         masked = self.pruner is not None and self._module is pl_module and self.pruner.trajectory
         how = "behind the masks of the last fit, which may be others than its own" if masked else "without masks"

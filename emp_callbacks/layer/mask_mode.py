@@ -102,7 +102,8 @@ class MaskMode(ABC):
     """What happens to a masked weight at a refresh and around every optimizer step."""
 
     name: str
-    masks_gradient = False
+    masks_gradient = False  # as it arrives
+    masks_gradient_late = False  # when it was read
     clears_states = False
     keeps_zero = False  # whether pruned entries are 0 between two updates
 
@@ -196,21 +197,11 @@ class Project(MaskMode):
         weight.mask = mask  # what has grown since the refresh is part of the checkpoint's weights
 
 
-@final
-class Freeze(MaskMode):
-    """Pruned weights stay zero for good: gradients are masked, the mask is re-applied after each step.
+class _HoldsZero(MaskMode):
+    """Pruned weights are zero between refreshes: gradients are masked, the mask is re-applied after each step."""
 
-    N_eff is measured on the survivors, so repeated refreshes compound; `stop` and `min_density` limit that.
-    """
-
-    name = "freeze"
-    masks_gradient = True
     clears_states = True
     keeps_zero = True
-
-    def merge(self, old: Tensor | None, new: Tensor) -> Tensor:
-        # All-zero scores keep everything, but must not bring back what was frozen.
-        return new if old is None else new & old
 
     def install(self, weight: MaskedWeight, mask: Tensor, states: States) -> None:
         _clear(weight, mask, states)
@@ -235,9 +226,6 @@ class Freeze(MaskMode):
         weight.mask = mask
         self.after_update(weight)
 
-    def before_update(self, weight: MaskedWeight) -> None:
-        self.mask_gradient(weight)
-
     def mask_gradient(self, weight: MaskedWeight) -> None:
         gradient = weight.segment.gradient
         if weight.mask is None or gradient is None:
@@ -246,6 +234,38 @@ class Freeze(MaskMode):
             gradient._values().masked_fill_(~weight.mask[tuple(gradient._indices())], 0)
         else:
             zero_pruned(gradient, weight.mask)
+
+
+@final
+class Freeze(_HoldsZero):
+    """Pruned weights stay zero for good.
+
+    N_eff is measured on the survivors, so repeated refreshes compound; `stop` and `min_density` limit that.
+    """
+
+    name = "freeze"
+    masks_gradient = True
+
+    def before_update(self, weight: MaskedWeight) -> None:
+        self.mask_gradient(weight)
+
+    def merge(self, old: Tensor | None, new: Tensor) -> Tensor:
+        # All-zero scores keep everything, but must not bring back what was frozen.
+        return new if old is None else new & old
+
+
+@final
+class Rewire(_HoldsZero):
+    """At a refresh some of the kept are dropped and as many others grown, which start at 0.
+
+    What is pruned is looked at by its gradient, which is therefore masked only where the optimizer's own step begins: a
+    norm that is clipped before is that of the dense gradient.
+
+    Source: SET (arXiv:1707.04780), RigL (arXiv:1911.11134).
+    """
+
+    name = "rewire"
+    masks_gradient_late = True
 
 
 @final
@@ -272,4 +292,9 @@ def _clear(weight: MaskedWeight, mask: Tensor, states: States) -> None:
             zero_pruned(values, mask)
 
 
-MASK_MODES: dict[str, type[MaskMode]] = {"feedback": Feedback, "project": Project, "freeze": Freeze}
+MASK_MODES: dict[str, type[MaskMode]] = {
+    "feedback": Feedback,
+    "project": Project,
+    "freeze": Freeze,
+    "rewire": Rewire,
+}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -56,6 +56,7 @@ class KeepRule:
         min_density: Fraction of a group that stays in any case.
         min_units: Components of each layer that stay in any case, where layers compete with each other.
         tolerance: Added to beta * N_eff before the floor, in components.
+        densities: Fixed fraction of single groups, by name, in place of `density`.
     """
 
     beta: float = 1.0
@@ -63,6 +64,11 @@ class KeepRule:
     min_density: float = 0.0
     min_units: int = 0
     tolerance: float = 0.0
+    densities: Mapping[str, float] = field(default_factory=dict)
+
+    def of_group(self, name: str) -> KeepRule:
+        """Return the rule of one group."""
+        return replace(self, density=self.densities[name]) if name in self.densities else self
 
     def counts(self, n_eff: Tensor, size: int, nonzero: Tensor) -> Tensor:
         """Return the keep counts of G groups of `size` components, shape (G,), int64.
@@ -179,6 +185,7 @@ def _decide_pooled(
         starts[i] = size
         size += layers[i].span.size
     n_eff = effective_numbers(moments)
+    rule = rule.of_group(group)
     keep = int(rule.counts(n_eff, size, moments.nonzero)[0])
     own = tuple(layer_sums[i] for i in members)
     if not int(moments.nonzero[0]):
@@ -261,7 +268,7 @@ def _decide_rows(
     units = len(local_sums)
     moments = ScoreMoments.unstack(ranks.all_sum(local_sums))
     n_eff = effective_numbers(moments)
-    keep = rule.counts(n_eff, span.size // units, moments.nonzero)
+    keep = rule.of_group(span.name).counts(n_eff, span.size // units, moments.nonzero)
     thresholds = find_rows(layout.parts, counted, keep, moments, span.size // units, scores.dtype, ranks.all_sum)
     lowest = torch.tensor([min(thresholds.lowest_kept(part) for part in layout.parts)], dtype=torch.float64)
     silent = int((moments.nonzero == 0).sum())

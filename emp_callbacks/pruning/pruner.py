@@ -181,8 +181,9 @@ class EMPPruner(Readings):
     def masked_forward(self) -> Iterator[None]:
         """Inside the block the model is the masked one: for an evaluation.
 
-        Features and attention edges are masked also after `finalize()`. Weights that something else wrote since the
-        last step (averages swapped in for the evaluation) are masked inside the block, and kept.
+        Features and attention edges are masked also after `finalize()`, except that apply="training" leaves features
+        dense in evaluation mode. Weights that something else wrote since the last step (averages swapped in for the
+        evaluation) are masked inside the block, and kept.
         """
         self._refresher.evidence.attach()
         try:

@@ -71,7 +71,10 @@ class Readings:
 
     @property
     def density(self) -> float:
-        """Kept share of all scored components, in [0, 1]. Where each sample has its own: the last mean."""
+        """Kept share of all scored components, in [0, 1]. Where each sample has its own: the last mean.
+
+        With apply="training" it is that of training: evaluation is dense.
+        """
         return self._refresher.density(self.trajectory)
 
     @property

@@ -29,6 +29,7 @@ from emp_callbacks.pruning.accounting import (
 from emp_callbacks.pruning.assembly import DynamicSite
 from emp_callbacks.pruning.certificates import Certificates, certify
 from emp_callbacks.pruning.decision import Decision, KeepRule, Scored, decide
+from emp_callbacks.pruning.regrowth import Regrowth
 from emp_callbacks.targets.features import FeatureSite
 from emp_callbacks.trajectory import PruneEvent
 
@@ -42,6 +43,7 @@ def refresh_masks(
     common: dict[str, Any],
     *,
     certified: bool = False,
+    regrowth: Regrowth | None = None,
 ) -> list[PruneEvent]:
     """Give every layer, whose dense weights are in place, a new mask, and return the rows. Collective.
 
@@ -55,6 +57,7 @@ def refresh_masks(
         backend: The parallel strategy.
         common: The fields that all rows share, see `prune_event`.
         certified: Whether the rows say what pruning can have changed at most.
+        regrowth: What is replaced, in "rewire".
 
     Raises:
         FloatingPointError: A score is NaN or Inf; no mask was changed.
@@ -72,8 +75,9 @@ def refresh_masks(
     missing = {layer.name: error for layer, error in pairs if isinstance(error, MissingEvidence)}
     scored = [layer for layer, _ in known]
     events = _refresh_scored(
-        scored, [scores for _, scores in known], criterion, rule, mode, backend, common, certified=certified
-    )
+        scored, [scores for _, scores in known], criterion, rule, mode, backend, common,
+        certified=certified, regrowth=regrowth,
+    )  # fmt: skip
     if not missing:
         return events
     left_out = [layer for layer in layers if layer.name in missing]
@@ -109,10 +113,14 @@ def _refresh_scored(
     common: dict[str, Any],
     *,
     certified: bool,
+    regrowth: Regrowth | None,
 ) -> list[PruneEvent]:
     """Give every layer the mask that its scores decide, and return the rows; see `refresh_masks`. Collective."""
     scored = _competing(layers, scores, criterion, mode, common["scope"], backend)
-    decisions = decide(scored, common["scope"], rule, backend, common["step"])
+    if regrowth is None:
+        decisions = decide(scored, common["scope"], rule, backend, common["step"])
+    else:
+        decisions = regrowth.decide(layers, scored, common["scope"], rule, backend, common["step"])
 
     def new_mask(decision: Decision, i: int) -> Tensor:
         return mode.merge(layers[i].mask, decision.mask(i))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import final
@@ -14,9 +14,13 @@ from torch import Tensor
 from emp_callbacks.backends import Backend
 from emp_callbacks.checkpoint.state import masked_weights
 from emp_callbacks.config import EMPConfig
+from emp_callbacks.core.shares import erk_factor, layer_densities
 from emp_callbacks.criteria import make_criterion
+from emp_callbacks.criteria.random import Random
+from emp_callbacks.criteria.saliency import Saliency
 from emp_callbacks.layer import FeatureLayer, Layer, MissingEvidence
 from emp_callbacks.layer.mask_mode import MaskMode
+from emp_callbacks.pruning.accounting import with_note
 from emp_callbacks.pruning.assembly import (
     DynamicSite,
     chosen_parameters,
@@ -27,10 +31,13 @@ from emp_callbacks.pruning.assembly import (
 from emp_callbacks.pruning.decision import KeepRule
 from emp_callbacks.pruning.evidence import Evidence
 from emp_callbacks.pruning.refresh import Selection, refresh_dynamic, refresh_masks, scores_of, selections_of
+from emp_callbacks.pruning.regrowth import Regrowth
 from emp_callbacks.pruning.signatures import signatures_of, warn_the_user
 from emp_callbacks.targets import canonical_name, few
 from emp_callbacks.targets.forward_site import ForwardSite
 from emp_callbacks.trajectory import PruneEvent
+
+_IN_TRAINING = "apply='training': these are the masks of training, evaluation is dense"
 
 
 @final
@@ -59,18 +66,20 @@ class Refresher:
         self.criterion = make_criterion(config.criterion, config.target)
         self.layers: list[Layer] = []
         self.dynamic: list[DynamicSite] = []
-        self._rule = _rule_at(0, config)
+        self.growth = _growth(config)
+        self._rule = KeepRule(beta=config.beta_at(0))
         if config.is_dynamic:
             self.dynamic = find_dynamic_sites(config, self.criterion, backend, self._count)
         else:
             self.layers = find_layers(config, self.criterion, backend)
+        self._rule = self._rule_at(0)
         self.weights = masked_weights(self.layers)
         self._chosen = [id(parameter) for parameter in chosen_parameters(config, backend)]
         self.left_out = find_left_out(config, backend, self.weights)
         sites = [*(site for layer in self.layers for site in layer.sites), *self.dynamic]
         for site in sites:
             site.watch_with(backend.module)
-        self.evidence = Evidence(self.layers, sites, self.criterion, backend)
+        self.evidence = Evidence(self.layers, sites, self.growth or self.criterion, backend)
         self._kept: dict[str, int] = {}  # layer -> kept components over all ranks; not there: all
         self._warned: set[str] = set()
 
@@ -161,7 +170,7 @@ class Refresher:
             RuntimeError: Ranks disagree; no mask was changed.
         """
         started, config = time.perf_counter(), self._config
-        rule = _rule_at(position, config)
+        rule = self._rule_at(position)
         common = {
             "step": step,
             "epoch": epoch,
@@ -174,15 +183,19 @@ class Refresher:
             events = refresh_dynamic(self.dynamic, self._backend, not config.observe_only, common)
         else:
             self.criterion.batches = self.evidence.gathered()
+            regrowth = self._regrowth_at(position, step)
             with dense_owners:
                 events = refresh_masks(
-                    self.layers, self.criterion, rule, self._mode, self._backend, common, certified=config.certify
-                )
+                    self.layers, self.criterion, rule, self._mode, self._backend, common,
+                    certified=config.certify, regrowth=regrowth,
+                )  # fmt: skip
             self._backend.refresh_copies()
             self._count_kept(events)
         self._rule = rule
         seconds = time.perf_counter() - started
-        return [replace(event, seconds=seconds) for event in events]
+        events = [replace(event, seconds=seconds) for event in events]
+        dense_later = not (config.masks_evaluation or config.observe_only)
+        return [with_note(event, _IN_TRAINING) for event in events] if dense_later else events
 
     @torch.no_grad()
     def scores(self, dense_owners: AbstractContextManager[None]) -> dict[str, Tensor]:
@@ -250,7 +263,7 @@ class Refresher:
         """
         for site in self.dynamic:
             site.active = pruned and not self._config.observe_only
-        self._rule = _rule_at(position, self._config)
+        self._rule = self._rule_at(position)
         masked = [layer for layer in self.layers if layer.mask is not None]
         own = [int(layer.mask_or_ones.reshape(-1)[layer.span.counted].sum()) for layer in masked]
         kept = self._backend.all_sum(torch.tensor(own, dtype=torch.int64)).tolist() if own else []
@@ -269,6 +282,24 @@ class Refresher:
                 self._warned.add(kind)
                 warn_the_user(line)
 
+    def _rule_at(self, position: int) -> KeepRule:
+        config, density = self._config, self._config.density_at(position)
+        rule = KeepRule(beta=config.beta_at(position), density=density, min_density=config.min_density)
+        if density is not None and config.shares != "uniform":
+            rule = replace(rule, densities=_shared(density, config.shares, self.layers))
+        # Of weights there are so many that neither guard matters.
+        few = config.target != "weights"
+        return replace(rule, min_units=config.min_units, tolerance=config.tolerance) if few else rule
+
+    def _regrowth_at(self, position: int, step: int) -> Regrowth | None:
+        """Return what "rewire" replaces now; None in other modes, and before there is a mask."""
+        if self.growth is None or any(layer.mask is None for layer in self.layers):
+            return None
+        self.growth.batches = self.evidence.gathered()
+        if isinstance(self.growth, Random):
+            self.growth.draw = step
+        return Regrowth(self.growth, self._config.drop_fraction_at(position))
+
     def _count(self, n_eff: Tensor, size: int, nonzero: Tensor) -> Tensor:
         # Looked up at every call: a dynamic site must see the beta of the last refresh.
         return self._rule.counts(n_eff, size, nonzero)
@@ -278,8 +309,22 @@ def _identity(layer: Layer) -> tuple[str, tuple[int, ...]]:
     return layer.name, tuple(id(weight.segment.owner) for weight in layer.weights)
 
 
-def _rule_at(position: int, config: EMPConfig) -> KeepRule:
-    rule = KeepRule(beta=config.beta_at(position), density=config.density, min_density=config.min_density)
-    # Of weights there are so many that neither guard matters.
-    few = config.target != "weights"
-    return replace(rule, min_units=config.min_units, tolerance=config.tolerance) if few else rule
+def _growth(config: EMPConfig) -> Saliency | Random | None:
+    """Return what scores the pruned weights that "rewire" may grow; None in other modes."""
+    if config.mode != "rewire" or config.observe_only:
+        return None
+    return Saliency() if config.grow == "gradient" else Random()
+
+
+def _shared(density: float, shares: str | Mapping[str, float], layers: Sequence[Layer]) -> dict[str, float]:
+    """Return the density of each layer, by name.
+
+    Raises:
+        ValueError: The shares name a layer that there is not, or leave one out.
+    """
+    names, shapes = [layer.name for layer in layers], [layer.span.shape for layer in layers]
+    if isinstance(shares, Mapping) and shares.keys() != set(names):
+        strange = sorted(shares.keys() ^ set(names))
+        raise ValueError(f"shares must name each pruned layer once; not in both: {few(strange)}")
+    factors = [shares[n] for n in names] if isinstance(shares, Mapping) else [erk_factor(shape) for shape in shapes]
+    return dict(zip(names, layer_densities([shape.numel() for shape in shapes], factors, density), strict=True))

@@ -145,6 +145,8 @@ class WeightKeeper:
     def gradients_ready(self, owners: Sequence[Tensor], scale: Tensor | None) -> None:
         """Called by the backend once per step that will be applied, when the owners hold their final gradients."""
         self._on_gradients({id(owner) for owner in owners}, scale)
+        for weight in self._of(owners) if self._mode.masks_gradient_late else ():
+            self._mode.mask_gradient(weight)
 
     def before_closure(self, owners: Sequence[Tensor]) -> None:
         """Called by the backend before the first closure of a step: what was written until now is no optimizer's."""
@@ -217,7 +219,7 @@ class WeightKeeper:
 
     def mask_gradients(self) -> None:
         """Take the pruned entries out of all gradients now, in `freeze`."""
-        for weight in self.weights:
+        for weight in self.weights if self._mode.masks_gradient else ():
             self._mode.mask_gradient(weight)
 
     @torch.no_grad()

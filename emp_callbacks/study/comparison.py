@@ -14,14 +14,15 @@ import torch
 from rich.console import Console
 
 import emp_callbacks
-from emp_callbacks.config import EMPConfig
-from emp_callbacks.study.arms import ARMS, TrainingJob, arm_config, fitting_arms, leading_arm, plan_jobs
+from emp_callbacks.study.arm_settings import fitting_arms
+from emp_callbacks.study.arms import ARMS, Cell, TrainingJob, plan_jobs
+from emp_callbacks.study.cells import CellRunner
 from emp_callbacks.study.progress import StudyProgress
 from emp_callbacks.study.recipe.check import nearest
 from emp_callbacks.study.recipe.recipe import Recipe, StudyConfig
 from emp_callbacks.study.report.convergence import convergence
 from emp_callbacks.study.run_store import RunStore, digest, write_atomically
-from emp_callbacks.study.training import Training, check_metric, recipe_config
+from emp_callbacks.study.training import check_metric, recipe_config
 
 __all__ = ["StudyInterrupted", "environment", "run_study", "study_cells", "what_trains"]
 
@@ -83,23 +84,39 @@ def run_study(
 def study_cells(recipe: Recipe) -> list[str]:
     """Return the trainings of a recipe as "arm:seed", each of which can run alone; later ones may need earlier ones.
 
-    `one_shot` and `dense` of a seed are one training, named after `dense`.
+    With points "arm@point:seed". `one_shot` and `dense` of a seed are one training, named after `dense`.
     """
-    return [_cell(job) for job in _ordered_jobs(_fitting_study(recipe))]
+    study = _fitting_study(recipe)
+    return [job.fit.name for job in plan_jobs(study.arms, study.seeds, study.points)]
+
+
+def study_needs(recipe: Recipe, out: Path, *, overwrite: bool = False) -> dict[str, list[str]]:
+    """Return the trainings of a study that are not finished, in order, each with those that it needs before.
+
+    Args:
+        recipe: The parsed recipe.
+        out: Folder of the results.
+        overwrite: Move what the folder holds aside, so that none is finished.
+
+    Raises:
+        ValueError: As `run_study`.
+        FileExistsError: The folder holds runs of a different recipe, or other things.
+    """
+    study = _Study(recipe, out, None)
+    study.runner.check()
+    try:
+        study.store.open(study.resolved, overwrite)
+        study.collect()
+    finally:
+        study.store.close()
+    done = {job.fit.name for job in study.jobs if not any(study.is_open(cell) for cell in job.cells)}
+    needed = {job.fit.name: [cell.name for cell in study.runner.needed(job.fit)] for job in study.jobs}
+    return {name: needs for name, needs in needed.items() if name not in done}
 
 
 def _fitting_study(recipe: Recipe) -> StudyConfig:
     """Return the study of a recipe with the arms that fit its target."""
     return dataclasses.replace(recipe.study, arms=fitting_arms(recipe.study.arms, recipe_config(recipe)))
-
-
-def _cell(job: TrainingJob) -> str:
-    return f"{job.fit_arm}:{job.seed}"
-
-
-def _ordered_jobs(study: StudyConfig) -> list[TrainingJob]:
-    jobs = plan_jobs(study.arms, study.seeds)
-    return sorted(jobs, key=lambda job: ARMS[job.fit_arm].follows_training_arm)
 
 
 class _Study:
@@ -108,113 +125,126 @@ class _Study:
     def __init__(self, recipe: Recipe, out: Path, console: Console | None) -> None:
         self.recipe = recipe
         self.config = _fitting_study(recipe)
-        self.leader = leading_arm(self.config.arms)
         self.console = console or Console(quiet=True)
         resolved = recipe.resolved()
         self.resolved = {**resolved, "study": {**resolved["study"], "out": str(out)}}
         self.recipe_digest = digest(what_trains(resolved))
         self.store = RunStore(out, self.recipe_digest)
-        self.records: dict[tuple[str, int], Record] = {}
+        self.jobs = plan_jobs(self.config.arms, self.config.seeds, self.config.points)
+        self.records: dict[Cell, Record] = {}
+        self.runner = CellRunner(recipe, self.config, self.store, self.records)
+
+    @property
+    def cells(self) -> list[Cell]:
+        """All runs of the study, by arm, seed and point."""
+        places = {arm: i for i, arm in enumerate(self.config.arms)}
+        found = [cell for job in self.jobs for cell in job.cells]
+        return sorted(found, key=lambda cell: (places[cell.arm], self.config.seeds.index(cell.seed)))
 
     def run(self, overwrite: bool, only: Sequence[str] | None) -> dict[str, Any] | None:
-        jobs = self._chosen(only) if only else plan_jobs(self.config.arms, self.config.seeds)
+        self.runner.check()
+        jobs = self._chosen(only) if only else self.jobs
         try:
             return self._run(jobs, overwrite, alone=bool(only))
         finally:
             self.store.close()
 
     def _run(self, jobs: Sequence[TrainingJob], overwrite: bool, *, alone: bool) -> dict[str, Any] | None:
-        total = len(self.config.arms) * len(self.config.seeds)
-        trained = [(job.fit_arm, job.seed) for job in jobs] if alone else ()
-        if moved := self.store.open(self.resolved, overwrite, trained):
+        cells = self.cells
+        if moved := self.store.open(self.resolved, overwrite, [job.fit for job in jobs] if alone else ()):
             self.console.print(f"moved the earlier contents to {moved}", highlight=False)
-        self._collect_finished()
-        with StudyProgress(self.console, total, self.config.metric) as progress:
+        self.collect()
+        with StudyProgress(self.console, len(cells), self.config.metric) as progress:
             progress.reused(len(self.records))
             try:
                 for job in jobs:
                     self._run_job(job, progress)
+                self._pair([cell for job in jobs for cell in job.cells] if alone else cells, progress)
             except KeyboardInterrupt as error:
-                raise StudyInterrupted(len(self.records), total) from error
-        if len(self.records) < total:
+                raise StudyInterrupted(len(self.records), len(cells)) from error
+        if any(self.is_open(cell) for cell in cells):
             return None
         results = self._results()
         write_atomically(self.store.out / "results.json", json.dumps(results, indent=1) + "\n")
         return results
 
+    def collect(self) -> None:
+        """Take up the records that are there."""
+        for cell in self.cells:
+            if record := self.store.finished(cell, self._fingerprint(cell)):
+                self._keep(cell, record)
+
+    def is_open(self, cell: Cell) -> bool:
+        """Whether a run has yet to be made, or to be set beside one-shot."""
+        return cell not in self.records or self.runner.lacks_pair(cell)
+
     def _chosen(self, only: Sequence[str]) -> list[TrainingJob]:
         """Return the jobs of the named cells, checked before anything is written."""
-        jobs = {_cell(job): job for job in _ordered_jobs(self.config)}
+        jobs = {job.fit.name: job for job in self.jobs}
         for name in only:
             if name not in jobs:
                 raise ValueError(f"no cell {name!r} in this study{nearest(name, jobs)}; cells: {', '.join(jobs)}")
-            if ARMS[jobs[name].fit_arm].follows_training_arm and self.leader:
-                needed = f"{self.leader}:{jobs[name].seed}"
-                if needed not in only and not self._is_finished(self.leader, jobs[name].seed):
+            for needed in self.runner.needed(jobs[name].fit):
+                if needed.name not in only and not self.store.finished(needed, self._fingerprint(needed)):
                     raise ValueError(
-                        f"{name} takes its density from {needed}, which has not finished in {self.store.out}; run "
-                        f"--only {needed} first"
+                        f"{name} takes its density from {needed.name}, which has not finished in {self.store.out}; run "
+                        f"--only {needed.name} first"
                     )
         return [job for cell, job in jobs.items() if cell in only]
 
-    def _is_finished(self, arm: str, seed: int) -> bool:
-        return self.store.finished(arm, seed, self._fingerprint(arm, seed)) is not None
-
-    def _collect_finished(self) -> None:
-        for arm in self.config.arms:
-            for seed in self.config.seeds:
-                if record := self.store.finished(arm, seed, self._fingerprint(arm, seed)):
-                    self._keep(record)
-
     def _run_job(self, job: TrainingJob, progress: StudyProgress) -> None:
-        """Train once and record every arm that this training serves and that has no record yet."""
-        missing = [arm for arm in job.arms if (arm, job.seed) not in self.records]
+        """Train once and record every cell that this training serves and that has no record yet."""
+        missing = [cell for cell in job.cells if cell not in self.records]
         if not missing:
             return
-        progress.begin(f"{job.fit_arm} seed {job.seed}")
-        folder = self.store.fresh_folder(job.fit_arm, job.seed)
-        training = Training(self.recipe, job.seed, lambda base: self._emp_config(job, base), folder, progress.on_step)
-        training.fit()
-        for arm in missing:
-            pruner = None
-            if ARMS[arm].shares_fit_of:
-                own_folder = self.store.fresh_folder(arm, job.seed)
-                pruner = training.prune_once(arm_config(arm, training.recipe_config), own_folder)
-            identity = {"arm": arm, "seed": job.seed, "fingerprint": self._fingerprint(arm, job.seed)}
-            record = self.store.save({**identity, **training.record(pruner)})
-            self._keep(record)
-            progress.done(record)
+        progress.begin(f"{job.fit.label} seed {job.fit.seed}")
+        for cell, record in self.runner.run(job, missing, progress.on_step):
+            self._save(cell, record)
+            progress.done(cell.label, self.records[cell])
 
-    def _emp_config(self, job: TrainingJob, base: EMPConfig) -> EMPConfig:
-        """Return the EMP settings of a job's training, given those of the recipe."""
-        follows = ARMS[job.fit_arm].follows_training_arm and self.leader
-        density = self.records[self.leader, job.seed]["density"] if follows and self.leader else 1.0
-        return arm_config(job.fit_arm, base, self.leader, density)
+    def _pair(self, cells: Sequence[Cell], progress: StudyProgress) -> None:
+        """Set one-shot at exactly its density beside each cell that has none yet."""
+        lacking = sorted((cell for cell in cells if self.runner.lacks_pair(cell)), key=lambda cell: cell.seed)
+        for i, cell in enumerate(lacking):
+            progress.begin(f"one-shot as dense as {cell.label}", i, len(lacking))
+            if (record := self.runner.pair(cell)) is not None:
+                self._save(cell, record)
 
-    def _fingerprint(self, arm: str, seed: int) -> str:
+    def _save(self, cell: Cell, record: Record) -> None:
+        identity = {"arm": cell.arm, "seed": cell.seed, "point": cell.point, "fingerprint": self._fingerprint(cell)}
+        self._keep(cell, self.store.save(cell, {**record, **identity}))
+
+    def _fingerprint(self, cell: Cell) -> str:
         """Return a hash of everything that influences one run."""
-        leader = self.leader if ARMS[arm].follows_training_arm else None
-        parts = [dict(ARMS[name].settings) for name in (arm, leader) if name]
-        return digest([self.recipe_digest, arm, leader, parts, seed])
+        arm = ARMS[cell.arm]
+        leader = (
+            self.runner.leader if any(needed.arm == self.runner.leader for needed in self.runner.needed(cell)) else None
+        )
+        parts = [dict(ARMS[name].settings) for name in (cell.arm, leader) if name]
+        scheduled = self.config.healing if arm.density != "none" and not arm.shares_fit_of else None
+        return digest([self.recipe_digest, cell.arm, cell.point, leader, parts, cell.seed, scheduled])
 
-    def _keep(self, record: Record) -> None:
+    def _keep(self, cell: Cell, record: Record) -> None:
         check_metric(self.config.metric, record["metrics"], record["arm"])
-        self.records[record["arm"], record["seed"]] = record
+        self.records[cell] = record
 
     def _results(self) -> dict[str, Any]:
-        arms, seeds = self.config.arms, self.config.seeds
+        study = self.config
         results: dict[str, Any] = {
             "schema": 1,
             "study": {
                 "recipe": self.recipe.called,
-                "metric": self.config.metric,
-                "higher_is_better": self.config.higher_is_better,
-                "reference": "one_shot" if "one_shot" in arms else arms[0],
-                "arms": list(arms),
-                "seeds": list(seeds),
+                "metric": study.metric,
+                "higher_is_better": study.higher_is_better,
+                "reference": "one_shot" if "one_shot" in study.arms else study.arms[0],
+                "arms": list(study.arms),
+                "seeds": list(study.seeds),
+                "points": list(study.points),
+                "healing": study.healing,
+                "margin": study.margin,
             },
             "environment": environment(),
-            "runs": [self.records[arm, seed] for arm in arms for seed in seeds],
+            "runs": [self.records[cell] for cell in self.cells],
         }
         found = convergence(results)
         return {**results, "convergence": json.loads(json.dumps(dataclasses.asdict(found))) if found else None}

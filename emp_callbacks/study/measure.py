@@ -18,7 +18,7 @@ def measure(model: nn.Module, config: EMPConfig, last: Sequence[PruneEvent] = ()
 
     Of weights as they are: `keep` counts those that are not zero, `n_eff` is the effective number of these final
     weights (magnitude scores; summed over groups for the scopes tensor and row). Of everything else as the last
-    refresh left it; with `observe_only` all are kept.
+    refresh left it; with `observe_only`, and where masks act in training mode only, all are kept.
 
     Args:
         model: The trained model.
@@ -36,7 +36,7 @@ def measure(model: nn.Module, config: EMPConfig, last: Sequence[PruneEvent] = ()
             "every_n_steps or start, or train longer"
         )
     n, n_eff = sum(event.n for event in last), sum(event.n_eff for event in last)
-    if config.observe_only:
+    if not config.masks_evaluation:
         return {"density": 1.0, "n": n, "keep": n, "n_eff": n_eff}
     # Not keep / n: where each sample has its own mask, keep is a rounded mean.
     density = sum(event.density * event.n for event in last) / n
@@ -56,3 +56,11 @@ def _measure_weights(model: nn.Module, config: EMPConfig) -> dict[str, float]:
     keep = int(groups.nonzero.sum())
     n_eff = float(effective_numbers(groups.sum() if config.scope == "global" else groups).sum())
     return {"density": keep / n, "n": n, "keep": keep, "n_eff": n_eff}
+
+
+def layer_densities(model: nn.Module, config: EMPConfig) -> dict[str, float]:
+    """Return the share of each prunable weight that is not zero, by parameter name; {} where weights are not pruned."""
+    if config.target != "weights":
+        return {}
+    targets = prunable_weights(model, config.include, config.exclude)
+    return {t.name: int(t.parameter.detach().count_nonzero()) / t.parameter.numel() for t in targets}

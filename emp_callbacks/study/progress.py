@@ -43,9 +43,9 @@ class StudyProgress:
     ) -> None:
         self._bars.stop()
 
-    def begin(self, name: str) -> None:
-        """Start the inner bar of the next training."""
-        self._bars.reset(self._steps, description=name, total=None, visible=True)
+    def begin(self, name: str, done: int = 0, total: int | None = None) -> None:
+        """Start the inner bar of the next training, or of some other work of which so much is done."""
+        self._bars.reset(self._steps, description=name, total=total, completed=done, visible=True)
 
     def on_step(self, step: int, total: int | None) -> None:
         """Show how far the current training is."""
@@ -58,11 +58,11 @@ class StudyProgress:
             self._bars.update(self._runs, completed=self.finished)
             self._console.print(f"reused {count} of {self._total} runs")
 
-    def done(self, record: Mapping[str, Any]) -> None:
-        """Count one finished run and print its line."""
+    def done(self, label: str, record: Mapping[str, Any]) -> None:
+        """Count one finished run, of an arm at a point, and print its line."""
         value = record["metrics"].get(self._metric)
         shown = f"{self._metric} {value:.4f}" if value is not None else f"{self._metric} not logged"
-        name, density, seconds = f"{record['arm']} seed {record['seed']}", record["density"], record["seconds"]
+        name, density, seconds = f"{label} seed {record['seed']}", record["density"], record["seconds"]
         self.advance(f"{name}: {shown}, density {density:.3f}, {seconds:.1f} s")
 
     def advance(self, line: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from emp_callbacks.study.arms import Cell
 from emp_callbacks.study.folder_lock import FileLock
 
 __all__ = ["AGAIN", "RunStore", "digest", "read_results", "write_atomically"]
@@ -63,15 +64,13 @@ class RunStore:
         self.runs = out / "runs"
         self._locks: list[FileLock] = []
 
-    def open(
-        self, recipe: Mapping[str, Any], overwrite: bool = False, only: Sequence[tuple[str, int]] = ()
-    ) -> Path | None:
+    def open(self, recipe: Mapping[str, Any], overwrite: bool = False, only: Sequence[Cell] = ()) -> Path | None:
         """Make the folder ready, write config.yaml into it, and keep other commands out until `close`.
 
         Args:
             recipe: For config.yaml.
             overwrite: Move what is there aside.
-            only: (arm, seed) of the trainings that this command does alone: others may do others at the same time.
+            only: The trainings that this command does alone: others may do others at the same time.
 
         Returns:
             Where `overwrite` moved the earlier contents, or None.
@@ -92,8 +91,8 @@ class RunStore:
                 self.close()
         self.runs.mkdir(parents=True, exist_ok=True)
         self._lock(_LOCK, shared=bool(only))
-        for arm, seed in only:
-            self._lock(f"{_LOCK}-{arm}-seed{seed}")
+        for cell in only:
+            self._lock(f"{_LOCK}-{cell.file}")
         write_atomically(
             self.out / "config.yaml",
             f"{_OURS}: the recipe with every default filled in\n" + yaml.safe_dump(dict(recipe), sort_keys=False),
@@ -110,14 +109,14 @@ class RunStore:
         busy = f"another emp command works in {self.out}; let it finish, or choose another folder with --out DIR"
         self._locks.append(FileLock(self.out / name, busy, shared=shared))
 
-    def finished(self, arm: str, seed: int, fingerprint: str) -> dict[str, Any] | None:
+    def finished(self, cell: Cell, fingerprint: str) -> dict[str, Any] | None:
         """Return the record of a finished run, or None if it has yet to run.
 
         Raises:
             FileExistsError: The file comes from a run with other settings.
             ValueError: The file is damaged, or was edited.
         """
-        path = self._file(arm, seed)
+        path = self._file(cell)
         if not path.is_file():
             return None
         record = _read_record(path)
@@ -125,23 +124,27 @@ class RunStore:
             raise self._refusal(path)
         return record
 
-    def save(self, record: Mapping[str, Any]) -> dict[str, Any]:
+    def save(self, cell: Cell, record: Mapping[str, Any]) -> dict[str, Any]:
         """Write the record of a finished run and return it as `finished` will read it."""
         saved: dict[str, Any] = json.loads(json.dumps({**record, "recipe_digest": self.recipe_digest}))
         text = json.dumps({**saved, _DIGEST: digest(saved)}, indent=1)
-        write_atomically(self._file(record["arm"], record["seed"]), text + "\n")
+        write_atomically(self._file(cell), text + "\n")
         return saved
 
-    def fresh_folder(self, arm: str, seed: int) -> Path:
+    def fresh_folder(self, cell: Cell) -> Path:
         """Return an empty folder for one run's logs; drops what an interrupted run left there."""
-        folder = self.runs / f"{arm}-seed{seed}"
+        folder = self.runs / cell.file
         if folder.exists():
             shutil.rmtree(folder)
         folder.mkdir()
         return folder
 
-    def _file(self, arm: str, seed: int) -> Path:
-        return self.runs / f"{arm}-seed{seed}.json"
+    def weights(self, cell: Cell) -> Path:
+        """Return where the weights of a trained network are kept, for what prunes it afterwards."""
+        return self.runs / f"{cell.file}.safetensors"
+
+    def _file(self, cell: Cell) -> Path:
+        return self.runs / f"{cell.file}.json"
 
     def _check_owner(self) -> None:
         config = self.out / "config.yaml"

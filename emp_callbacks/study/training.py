@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import signal
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
@@ -17,6 +15,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.cost.training_loss import show_batches
@@ -24,9 +23,13 @@ from emp_callbacks.criteria import make_criterion
 from emp_callbacks.integrations.lightning import EMPCallback
 from emp_callbacks.integrations.lightning_record import TRAJECTORY_FILE
 from emp_callbacks.pruning.pruner import EMPPruner
-from emp_callbacks.study.measure import measure
+from emp_callbacks.study.flops import layer_flops, masked_flops
+from emp_callbacks.study.measure import layer_densities, measure
+from emp_callbacks.study.quiet import quiet
 from emp_callbacks.study.recipe.check import nearest
 from emp_callbacks.study.recipe.recipe import Recipe
+from emp_callbacks.study.rewinding import Rewinding
+from emp_callbacks.study.training_cost import network_cost
 from emp_callbacks.study.training_record import OnStep, TrainingRecord
 
 Adapt = Callable[[EMPConfig], EMPConfig]
@@ -35,16 +38,6 @@ StepContext = Callable[[], AbstractContextManager[Any]]
 _UNFAIR = (pl.callbacks.EarlyStopping, pl.callbacks.Timer)
 # What the study replaces by its own: bars and tables, and checkpoints (final weights are tested).
 _REPLACED = (pl.callbacks.ProgressBar, pl.callbacks.ModelSummary, pl.callbacks.Checkpoint, EMPCallback)
-_LOGGERS = ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning.fabric")
-# Advice of Lightning's on speed and logging that a comparison of small runs need not repeat per run.
-_NOISE = (
-    r".*does not have many workers",
-    r".*The number of training batches \(.*smaller than the logging interval",
-    r".*isinstance\(treespec, LeafSpec\)",
-    r".*`?isinstance.treespec, LeafSpec.",
-    r".*GPU available but not used",
-    r"N_eff is up to|(next to )?nothing is kept of",  # the report has the figures
-)
 
 
 class Training:
@@ -56,17 +49,20 @@ class Training:
         adapt: Turns the EMP settings of the recipe into those of the arm.
         folder: Where Lightning's logs and the trajectory go; None: nowhere, for a model that was trained earlier.
         on_step: Called after each optimizer step with (steps done, steps in all if known).
+        rewinds: Whether what is kept goes back to its initial values at each refresh.
 
     Attributes:
         recipe_config: EMP settings of the recipe.
         config: EMP settings of this training.
     """
 
-    def __init__(self, recipe: Recipe, seed: int, adapt: Adapt, folder: Path | None, on_step: OnStep) -> None:
-        self._adapt, self._seed = adapt, seed
+    def __init__(
+        self, recipe: Recipe, seed: int, adapt: Adapt, folder: Path | None, on_step: OnStep, *, rewinds: bool = False
+    ) -> None:
+        self._adapt, self._seed, self._rewinds = adapt, seed, rewinds
         self.evidence = TrainingRecord(on_step)
         pl.seed_everything(seed, workers=True, verbose=False)
-        with _quiet():
+        with quiet():
             recipe.build(
                 self._callbacks,
                 logger=CSVLogger(str(folder), name="", version="") if folder else False,
@@ -82,7 +78,7 @@ class Training:
     def fit(self) -> None:
         """Train; raises KeyboardInterrupt if the user stopped it."""
         started = time.perf_counter()
-        with _quiet(), _interrupts_raised(self.trainer):
+        with quiet(), _interrupts_raised(self.trainer):
             self.trainer.fit(self.model, datamodule=self.data)
         self.seconds = time.perf_counter() - started
 
@@ -92,20 +88,20 @@ class Training:
         self.data.prepare_data()
         self.data.setup("fit")
 
-    def prune_once(self, config: EMPConfig, folder: Path) -> EMPPruner:
+    def prune_once(self, config: EMPConfig, folder: Path | None) -> EMPPruner:
         """Apply EMP once to the trained model, without fine-tuning; features are masked inside `record`.
 
         What the criterion reads of data comes from the first `evidence_steps` training batches, in evaluation mode.
 
         Args:
             config: Settings without a schedule.
-            folder: Where the trajectory goes.
+            folder: Where the trajectory goes; None: into memory only.
 
         Raises:
             ValueError: Evidence is needed, and the training step does not give a loss or moves the weights itself.
         """
         started = time.perf_counter()
-        pruner = self.informed_pruner(config, folder / TRAJECTORY_FILE)
+        pruner = self.informed_pruner(config, folder and folder / TRAJECTORY_FILE)
         pruner.refresh()
         pruner.finalize()
         self._seconds_after = time.perf_counter() - started
@@ -138,7 +134,7 @@ class Training:
         _check_automatic(self.model)
         strategy, precision = self.trainer.strategy, self.trainer.precision_plugin
         self.model.to(strategy.root_device).eval()
-        with _quiet(), isolate_rng(), _unlogged(self.model):
+        with quiet(), isolate_rng(), _unlogged(self.model):
             pl.seed_everything(self._seed, workers=True, verbose=False)
             found = islice(self.data.train_dataloader(), count)
             on_device = (strategy.batch_to_device(precision.convert_input(batch)) for batch in found)
@@ -146,7 +142,7 @@ class Training:
 
     def test(self, pruner: EMPPruner | None = None) -> dict[str, float]:
         """Return the test metrics of the model as it is; with a pruner, features are masked as it decided."""
-        with _quiet(), _interrupts_raised(self.trainer), pruner.masked_forward() if pruner else nullcontext():
+        with quiet(), _interrupts_raised(self.trainer), pruner.masked_forward() if pruner else nullcontext():
             (metrics,) = self.trainer.test(self.model, datamodule=self.data, verbose=False)
         return {name: float(value) for name, value in metrics.items()}
 
@@ -166,10 +162,31 @@ class Training:
             "refreshes": len({event.step for event in source.trajectory}),
             "seconds": self.seconds + (self._seconds_after if pruner else 0.0),
             "curve": self.evidence.curve,
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "layers": layer_densities(self.model, source.config),
+            "explored": self.evidence.explored,
+            "flops": self._cost(source),
             "trajectory": source.trajectory.records(),
             "init_digest": self.evidence.init_digest,
             "batches_digest": self.evidence.batches.hexdigest(),
         }
+
+    def _cost(self, pruner: EMPPruner) -> dict[str, float] | None:
+        """Return the FLOPs of the network and its training; None where its forward pass is not that of the module."""
+        if pruner.config.target != "weights":
+            return None
+        with self.batches(1) as (batches, step_context), step_context():
+            batch = next(iter(batches))
+            examples = _examples_in(batch)
+            try:
+                layers = layer_flops(self.model, lambda: self.model.training_step(batch, 0), examples)
+            except ValueError:  # the task runs an inner network by itself
+                return None
+        mode = "observe" if pruner.config.observe_only else pruner.config.mode
+        rows = pruner.trajectory.records() if pruner.config.schedule.unit is not None else ()
+        cost = network_cost(layers, rows, mode, self.evidence.steps, examples)
+        inference = masked_flops(layers, layer_densities(self.model, pruner.config))
+        return {**cost, "inference": inference}
 
     def _callbacks(self, own: list[pl.Callback]) -> list[pl.Callback]:
         for callback in own:
@@ -183,7 +200,8 @@ class Training:
         settings = {field.name: getattr(self.config, field.name) for field in dataclasses.fields(EMPConfig)}
         self.emp = EMPCallback(summary=False, **settings)
         kept = [callback for callback in own if not isinstance(callback, _REPLACED)]
-        return [self.evidence, *kept, self.emp]
+        self.evidence.watch(self.emp)
+        return [self.evidence, *kept, self.emp, *([Rewinding(self.emp)] if self._rewinds else [])]
 
 
 def recipe_config(recipe: Recipe) -> EMPConfig:
@@ -192,7 +210,7 @@ def recipe_config(recipe: Recipe) -> EMPConfig:
     Raises:
         ValueError: The recipe has several EMPCallbacks.
     """
-    with isolate_rng(), _quiet():
+    with isolate_rng(), quiet():
         return _config_of(recipe.build_bare(logger=False, enable_checkpointing=False))
 
 
@@ -203,6 +221,12 @@ def check_metric(metric: str, logged: Mapping[str, float], name: str) -> None:
             f"study.metric {metric!r} is not logged by the test of {name}; logged: {', '.join(logged) or 'nothing'}"
             f"{nearest(metric, logged)}"
         )
+
+
+def _examples_in(batch: Any) -> int:
+    """Return the number of examples in a batch: the length of its first tensor."""
+    found = [item for item in tree_leaves(batch) if isinstance(item, Tensor) and item.dim()]
+    return len(found[0]) if found else 1
 
 
 def _config_of(callbacks: Sequence[pl.Callback]) -> EMPConfig:
@@ -256,20 +280,3 @@ def _interrupts_raised(trainer: pl.Trainer) -> Iterator[None]:
     finally:
         if signal.getsignal(signal.SIGINT) is not handler and handler is not None:
             signal.signal(signal.SIGINT, handler)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide Lightning's notices and its advice on speed; other warnings stay."""
-    loggers = [logging.getLogger(name) for name in _LOGGERS]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        for message in _NOISE:
-            warnings.filterwarnings("ignore", message=message)
-        for logger in loggers:
-            logger.setLevel(logging.WARNING)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)

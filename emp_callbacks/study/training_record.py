@@ -11,6 +11,8 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from emp_callbacks.integrations.lightning import EMPCallback
+
 OnStep = Callable[[int, int | None], None]
 
 
@@ -27,6 +29,33 @@ class TrainingRecord(pl.Callback):
         self.curve: list[dict[str, float]] = []
         self.steps = 0
         self._losses: list[Tensor] = []
+        self._emp: EMPCallback | None = None
+        self._active: dict[str, Tensor] = {}
+        self._seen_at = 0
+
+    def watch(self, emp: EMPCallback) -> None:
+        """Follow the masks of a callback, for `explored`."""
+        self._emp = emp
+
+    @property
+    def explored(self) -> float | None:
+        """Share of the weights that were ever kept, where masks move and hold zeros ("rewire"); elsewhere None.
+
+        Source: the in-time over-parameterization rate R_s of Liu et al., arXiv:2102.02887.
+        """
+        self._take_masks()
+        if not self._active:
+            return None
+        return sum(int(mask.sum()) for mask in self._active.values()) / sum(m.numel() for m in self._active.values())
+
+    def _take_masks(self) -> None:
+        pruner = self._emp.pruner if self._emp is not None else None
+        if pruner is None or pruner.config.mode != "rewire" or pruner.clock.steps_at_refresh == self._seen_at:
+            return
+        self._seen_at = pruner.clock.steps_at_refresh
+        for name, mask in pruner.weight_masks.items():
+            here = mask.cpu()
+            self._active[name] = here | self._active[name] if name in self._active else here.clone()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
         hasher = hashlib.sha256()
@@ -43,6 +72,7 @@ class TrainingRecord(pl.Callback):
         batch_idx: int,  # noqa: ARG002
     ) -> None:
         _update(self.batches, batch)
+        self._take_masks()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:  # noqa: ARG002
         if isinstance(outputs, Mapping) and isinstance(outputs.get("loss"), Tensor):

@@ -117,7 +117,7 @@ class EdgeSite(ForwardSite):
         with torch.set_grad_enabled(self.active and torch.is_grad_enabled()):
             logits, seen = _logits(query, _repeat(key, groups), attn_mask, is_causal, scale)
         if self.active:
-            kept = choose(seen, self._number) if compiling else self.choose(seen)
+            kept = choose(seen, None, self._number) if compiling else self.choose(seen)
             weights = _softmax(logits.masked_fill(~kept, -torch.inf)).to(value.dtype)
             return F.dropout(weights, dropout_p) @ _repeat(value, groups)
         output = F.scaled_dot_product_attention(
@@ -130,11 +130,12 @@ class EdgeSite(ForwardSite):
         return output
 
     @torch.no_grad()
-    def choose(self, scores: Tensor) -> Tensor:
+    def choose(self, scores: Tensor, noise: Tensor | None = None) -> Tensor:  # noqa: ARG002
         """Return which edges are kept and gather statistics if it is time to.
 
         Args:
             scores: Logits, shape (..., L, S); -inf where a key is not allowed.
+            noise: Not read: edges are never drawn.
 
         Returns:
             Same shape, bool, True = kept; of a row in which no key is allowed, all.

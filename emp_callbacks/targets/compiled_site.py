@@ -23,8 +23,8 @@ class Watcher(Protocol):
     def see_gradient(self, activation: Tensor, gradient: Tensor, positions: Tensor | None) -> None:
         """Gather what statistics need of an activation and the gradient of the output made of it."""
 
-    def choose(self, scores: Tensor) -> Tensor:
-        """Return what is kept, shape of `scores`, bool."""
+    def choose(self, scores: Tensor, noise: Tensor | None) -> Tensor:
+        """Return what is kept, shape of `scores`, bool: the highest, or with noise what it draws (`choose_rows`)."""
 
 
 # Operators take no objects, and torch.compile would compile once more for each number: hence numbers in tensors.
@@ -70,9 +70,9 @@ def _watch_gradient(gradient: Tensor, activation: Tensor, positions: Tensor | No
 
 
 @torch.library.custom_op("emp_callbacks::choose", mutates_args=(), **_TAGS)
-def choose(scores: Tensor, number: Tensor) -> Tensor:
-    """Return a watcher's choice."""
-    return _WATCHERS[int(number)].choose(scores)
+def choose(scores: Tensor, noise: Tensor | None, number: Tensor) -> Tensor:
+    """Return a watcher's choice; the noise is an argument, so that whoever replays the graph can replay its noise."""
+    return _WATCHERS[int(number)].choose(scores, noise)
 
 
 @watch.register_fake
@@ -92,7 +92,7 @@ def _(gradient: Tensor, activation: Tensor, positions: Tensor | None, number: Te
 
 
 @choose.register_fake
-def _(scores: Tensor, number: Tensor) -> Tensor:  # noqa: ARG001
+def _(scores: Tensor, noise: Tensor | None, number: Tensor) -> Tensor:  # noqa: ARG001
     return torch.empty_like(scores, dtype=torch.bool)
 
 

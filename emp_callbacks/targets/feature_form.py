@@ -12,6 +12,10 @@ from torch import Tensor
 AXES = ("channel", "token", "patch")
 CENTERS = ("zero", "mean")
 CHOOSERS = ("sample", "token")
+WHEN = ("always", "training")
+CHOICES = ("top", "gumbel")
+GRADIENTS = ("masked", "straight_through")
+_VALUES = {"axis": AXES, "center": CENTERS, "per": CHOOSERS, "apply": WHEN, "choose": CHOICES, "gradient": GRADIENTS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +31,19 @@ class FeatureForm:
         center: What a pruned feature becomes: "zero", or "mean": of a static site the feature's mean over samples
             and positions, of a dynamic one the mean over the sample's features, position by position.
         patch_size: Pixels per side of a patch; H and W must be multiples.
+        apply: When masks reach the forward pass: "always"; or, as dropout, while the masked module is in "training"
+            mode, so that its evaluation is dense. What a mask is, and when it is made anew, does not depend on that.
+        choose: Of the dynamic form, which floor(beta * N_eff) features a sample keeps: the "top" scores; or, in
+            training mode, as many drawn without replacement, each next one with probability proportional to its score
+            among those left (Gumbel-top-k; Kool, van Hoof, Welling 2019, arXiv:1903.06059). Scores of 0 are never
+            drawn. In evaluation mode it is the top scores. The noise comes from torch's default generator of the
+            activation's device, one number for each score, as dropout's does.
+        gradient: What the backward pass sees: the gradient of the "masked" output, 0 for a pruned feature; or
+            "straight_through", the output's gradient for every feature as if nothing were masked (Bengio et al. 2013,
+            arXiv:1308.3432; of activations, Wang et al. 2024, arXiv:2407.10969).
+        rescale: Of the dynamic form: whether a sample's kept features are moved away from what pruned ones become by
+            the factor sum s / sum of its kept s, so that the scores' sum is as before the mask. The factor is a
+            constant of the backward pass.
     """
 
     axis: str = "channel"
@@ -34,18 +51,25 @@ class FeatureForm:
     per: str = "sample"
     center: str = "zero"
     patch_size: int = 4
+    apply: str = "always"
+    choose: str = "top"
+    gradient: str = "masked"
+    rescale: bool = False
 
     def __post_init__(self) -> None:
-        if self.axis not in AXES:
-            raise ValueError(f"axis={self.axis!r} is unknown; choose one of {', '.join(AXES)}")
-        if self.center not in CENTERS:
-            raise ValueError(f"center={self.center!r} is unknown; choose one of {', '.join(CENTERS)}")
-        if self.per not in CHOOSERS:
-            raise ValueError(f"per={self.per!r} is unknown; choose one of {', '.join(CHOOSERS)}")
+        for name, known in _VALUES.items():
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}")
         if self.per == "token" and self.axis != "channel":
             raise ValueError(f"per='token' lets each token choose its channels: axis={self.axis!r} must be 'channel'")
-        if not isinstance(self.dynamic, bool):
-            raise TypeError(f"dynamic={self.dynamic!r} must be True or False")
+        for name in ("dynamic", "rescale"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}={getattr(self, name)!r} must be True or False")
+        if not self.dynamic and (self.choose != "top" or self.rescale):
+            given = "rescale=True" if self.rescale else f"choose={self.choose!r}"
+            raise ValueError(
+                f"{given} goes by each sample's own scores, which dynamic=True alone has: set it, or drop it"
+            )
         if not isinstance(self.patch_size, int) or self.patch_size < 1:
             raise ValueError(f"patch_size={self.patch_size!r} must be a whole number of pixels >= 1")
 

@@ -19,7 +19,8 @@ from emp_callbacks.targets.compiled_site import choose, watch
 from emp_callbacks.targets.feature_form import FeatureForm, FeatureLayout, feature_layout
 from emp_callbacks.targets.forward_site import CountRule, ForwardSite, choose_rows, in_backward, named_sites
 from emp_callbacks.targets.positions import counted_rows
-from emp_callbacks.targets.replace_pruned import replace_pruned
+from emp_callbacks.targets.replace_pruned import replace_pruned, rescale_kept, straight_through
+from emp_callbacks.targets.watched_gradient import WatchGradient
 
 STATISTICS = ("activation", "taylor", "saliency")
 
@@ -46,6 +47,10 @@ class FeatureSite(ForwardSite):
         self._criterion = criterion_statistic
         self._rule = rule
         self._device = torch.device("cpu")
+
+    @property
+    def _masks_now(self) -> bool:
+        return self.form.apply == "always" or self.module.training
 
     @property
     def reads_positions(self) -> bool:
@@ -196,7 +201,7 @@ class FeatureSite(ForwardSite):
             self._mean = self._mean.to(activation.device)
 
     def _static(self, activation: Tensor, layout: FeatureLayout, positions: Tensor | None) -> Tensor | None:
-        masked = None if self.mask is None else self._masked(activation, layout, self.mask)
+        masked = self._masked(activation, layout, self.mask) if self.mask is not None and self._masks_now else None
         if not self._gathers:
             return masked
         output = activation if masked is None else masked
@@ -207,7 +212,7 @@ class FeatureSite(ForwardSite):
             watched: Tensor = watch(output, activation.detach(), positions, self._number, gradient)
             return watched
         if gradient:
-            shown: Tensor = _WatchGradient.apply(output, activation.detach(), self, positions)
+            shown: Tensor = WatchGradient.apply(output, activation.detach(), self, positions)
             return shown
         self.see_forward(activation, positions)
         return masked
@@ -215,16 +220,23 @@ class FeatureSite(ForwardSite):
     def _masked(self, activation: Tensor, layout: FeatureLayout, mask: Tensor) -> Tensor:
         viewed = activation.reshape(layout.view)
         fill = 0.0 if self._mean is None else layout.spread(self._mean).to(activation.dtype)
-        return replace_pruned(viewed, layout.spread(mask), fill).reshape(activation.shape)
+        return self._passed(activation, replace_pruned(viewed, layout.spread(mask), fill))
+
+    def _passed(self, activation: Tensor, masked: Tensor) -> Tensor:
+        """Return the masked activation as the module gives it, with the gradient that the form asks for."""
+        output = masked.reshape(activation.shape)
+        return straight_through(activation, output) if self.form.gradient == "straight_through" else output
 
     def _dynamic(self, activation: Tensor, layout: FeatureLayout) -> Tensor | None:
         compiling = torch.compiler.is_compiling()
-        if self.active:
+        if self.active and self._masks_now:
             viewed = activation.reshape(layout.view)
             mean = self._sample_means(viewed, layout)
             scores = _distances(viewed, mean, layout)
-            kept = choose(scores, self._number) if compiling else self.choose(scores)
-            return replace_pruned(viewed, layout.spread(kept), mean).reshape(activation.shape)
+            noise = self._noise(scores)
+            kept = choose(scores, noise, self._number) if compiling else self.choose(scores, noise)
+            masked = replace_pruned(viewed, layout.spread(kept), mean)
+            return self._passed(activation, rescale_kept(masked, mean, scores, kept) if self.form.rescale else masked)
         if not self._gathers:
             return None
         if compiling:
@@ -232,6 +244,11 @@ class FeatureSite(ForwardSite):
             return watched
         self.see_forward(activation, None)
         return None
+
+    def _noise(self, scores: Tensor) -> Tensor | None:
+        # Drawn out here, as dropout draws its own: checkpointing and torch.compile then know how to draw it again.
+        drawn = self.form.choose == "gumbel" and self.module.training
+        return torch.empty_like(scores).exponential_() if drawn else None
 
     def _sample_means(self, viewed: Tensor, layout: FeatureLayout) -> Tensor | float:
         return viewed.mean(layout.features, keepdim=True) if self.form.center == "mean" else 0.0
@@ -242,7 +259,7 @@ class FeatureSite(ForwardSite):
         layout = feature_layout(self.form, activation.shape, self.name)
         viewed = activation.detach().reshape(layout.view)
         if self.form.dynamic:
-            self.choose(_distances(viewed, self._sample_means(viewed, layout), layout))
+            self.choose(_distances(viewed, self._sample_means(viewed, layout), layout), None)
         elif in_backward():
             return
         else:
@@ -280,9 +297,9 @@ class FeatureSite(ForwardSite):
         self._add(sums)
 
     @torch.no_grad()
-    def choose(self, scores: Tensor) -> Tensor:
+    def choose(self, scores: Tensor, noise: Tensor | None) -> Tensor:
         """Return which features each sample keeps, shape (B, F), bool; gather statistics if it is time to."""
-        choice = choose_rows(scores, self._rule)
+        choice = choose_rows(scores, self._rule, noise)
         if self._gathers and not in_backward():
             whole = choice.finite.double()
             self._add({
@@ -298,23 +315,6 @@ class FeatureSite(ForwardSite):
 def _distances(viewed: Tensor, mean: Tensor | float, layout: FeatureLayout) -> Tensor:
     """Return how far each sample's features are from what pruning makes of them, shape (B, F), float64."""
     return layout.mean((viewed - mean).detach().abs())
-
-
-class _WatchGradient(torch.autograd.Function):
-    """Passes the masked output on and shows its gradient to the site, with the activation that belongs to it."""
-
-    # Saved like any activation, so checkpointing drops and recomputes it; a recomputed forward's own backward is
-    # never run, so each gradient is seen once.
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, activation: Tensor, site: FeatureSite, positions: Tensor | None) -> Tensor:
-        ctx.save_for_backward(activation)
-        ctx.site, ctx.positions = site, positions
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        ctx.site.see_gradient(*ctx.saved_tensors, gradient, ctx.positions)
-        return gradient, None, None, None
 
 
 _SCALARS = ("samples", "n_eff", "keep", "mass", "not_finite")

@@ -113,8 +113,8 @@ class ForwardSite(ABC):
         """Gather what the statistics need of an activation and the gradient of the output made of it."""
         raise NotImplementedError(f"{type(self).__name__} reads no gradients")
 
-    def choose(self, scores: Tensor) -> Tensor:
-        """Return what is kept, shape of `scores`, bool."""
+    def choose(self, scores: Tensor, noise: Tensor | None) -> Tensor:
+        """Return what is kept, shape of `scores`, bool: the highest, or with noise what it draws (`choose_rows`)."""
         raise NotImplementedError(f"{type(self).__name__} chooses nothing")
 
     @abstractmethod
@@ -160,12 +160,15 @@ class RowChoice(NamedTuple):
     mass: Tensor
 
 
-def choose_rows(scores_gn: Tensor, rule: CountRule) -> RowChoice:
+def choose_rows(scores_gn: Tensor, rule: CountRule, noise_gn: Tensor | None = None) -> RowChoice:
     """Choose in each row by itself, on the scores' device and without waiting for it.
 
     Args:
         scores_gn: Shape (G, N), floating, >= 0. A row with NaN or Inf is kept whole.
         rule: Gives the keep counts.
+        noise_gn: Shape (G, N), floating, > 0: independent numbers of the standard exponential distribution. With it
+            as many are drawn without replacement, each next one with probability proportional to its score among those
+            left; None: the highest are kept.
     """
     size, moments = scores_gn.shape[1], score_moments(scores_gn)
     nothing = moments.total == 0
@@ -173,7 +176,8 @@ def choose_rows(scores_gn: Tensor, rule: CountRule) -> RowChoice:
     finite = torch.isfinite(n_eff)
     n_eff = n_eff.masked_fill(~finite, 0.0)
     keep = rule(n_eff, size, moments.nonzero).masked_fill(~finite, size)
-    mask = top_rows(scores_gn, keep, moments)
+    # Minus the log of such noise is Gumbel's: the order is that of log s + Gumbel, and a score of 0 stays last.
+    mask = top_rows(scores_gn, keep, moments) if noise_gn is None else top_rows(scores_gn / noise_gn, keep)
     kept = (scores_gn * mask).sum(1, dtype=torch.float64)
     mass = (kept / moments.total).masked_fill(nothing | ~finite, 1.0)
     return RowChoice(n_eff, keep, finite, mask, mass)

@@ -1,4 +1,4 @@
-"""Activations with the pruned ones replaced, in the forward pass and its gradient."""
+"""Activations with the pruned ones replaced, the kept ones rescaled, in the forward pass and its gradient."""
 
 from __future__ import annotations
 
@@ -16,6 +16,45 @@ def replace_pruned(viewed: Tensor, mask: Tensor, fill: Tensor | float) -> Tensor
         return torch.where(mask, viewed, fill)
     zeroed: Tensor = _ZeroPruned.apply(viewed, mask)
     return zeroed
+
+
+def rescale_kept(masked: Tensor, fill: Tensor | float, scores: Tensor, kept: Tensor) -> Tensor:
+    """Return masked activations whose distances from what pruned ones became add up, in each sample, as before.
+
+    Args:
+        masked: Shape (B, ...), what `replace_pruned` returned.
+        fill: What the pruned ones became; broadcasts over `masked`.
+        scores: The distances before the mask, per feature, shape (B, F), floating, >= 0.
+        kept: Shape (B, F), bool, True = kept. A sample whose scores are all 0, or not finite, stays as it is.
+    """
+    total, of_kept = scores.sum(1), scores.masked_fill(~kept, 0.0).sum(1)
+    factor = (total / of_kept).masked_fill(~torch.isfinite(total) | (of_kept == 0), 1.0)
+    wide = factor.to(torch.promote_types(masked.dtype, torch.float32)).view(-1, *[1] * (masked.dim() - 1))
+    return (fill + (masked - fill) * wide).to(masked.dtype)
+
+
+def straight_through(activation: Tensor, output: Tensor) -> Tensor:
+    """Return `output`, of the same shape and dtype, whose whole gradient is the activation's (Bengio et al. 2013)."""
+    passed: Tensor = _StraightThrough.apply(activation, output.detach())
+    return passed
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Not activation + (output - activation).detach(): rounding would change the output, and Inf makes it NaN."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(activation: Tensor, output: Tensor) -> Tensor:  # noqa: ARG004
+        return output.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
+        return gradient, None
 
 
 def _where_kept(viewed: Tensor, mask: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ class PruneEvent:
         step: Optimizer steps finished.
         epoch: Epoch that the step belongs to, from 0.
         group: "global" or the layer's name.
-        mode: "feedback", "project", "freeze", or "observe" (measured, not pruned).
+        mode: "feedback", "project", "freeze", "rewire", or "observe" (measured, not pruned).
         criterion: How components were scored.
         scope: "global", "tensor" or "row"; "sample" where every sample or query row has its own mask: the numbers are
             then means since the last refresh, and `threshold` is 0.

@@ -18,6 +18,8 @@ STEPS, EVERY, ROWS = 7, 3, 12
 SETTINGS = {
     "weights-taylor": {"criterion": "taylor", "certify": True},
     "weights-saliency-freeze": {"criterion": "saliency", "mode": "freeze"},
+    "weights-rewire": {"mode": "rewire", "density": 0.3, "scope": "tensor", "shares": "erk"},
+    "weights-rewire-random": {"mode": "rewire", "density": 0.3, "grow": "random"},
     "weights-wanda-row": {"criterion": "wanda", "scope": "row", "certify": True},
     "heads": {"target": "heads", "beta": 0.7, "mode": "project"},
     "heads-taylor": {"target": "heads", "criterion": "taylor", "beta": 0.9, "certify": True},

@@ -78,7 +78,16 @@ def test_predictions_too(tmp_path):
     assert torch.equal(got[0], wanted[0])
 
 
-@pytest.mark.parametrize("settings", [FEATURES, {**FEATURES, "dynamic": True}, {**FEATURES, "observe_only": True}, {}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        FEATURES,
+        {**FEATURES, "dynamic": True},
+        {**FEATURES, "observe_only": True},
+        {**FEATURES, "apply": "training"},
+        {},
+    ],
+)
 def test_weights_alone_are_said_where_masks_are_no_part_of_them(settings, tmp_path, recwarn):
     def said():
         told = [str(warning.message) for warning in recwarn if "holds no EMP state" in str(warning.message)]
@@ -90,7 +99,7 @@ def test_weights_alone_are_said_where_masks_are_no_part_of_them(settings, tmp_pa
     trainer.fit(module, data(), data(1))
     trainer.test(module, data(2), verbose=False)
     assert said() == []
-    weights, named = tmp_path / "epoch=2.ckpt", settings.get("target") and "observe_only" not in settings
+    weights, named = tmp_path / "epoch=2.ckpt", emp.config.target == "features" and emp.config.masks_evaluation
     trainer.test(module, data(2), ckpt_path=weights, verbose=False)
     here = said()
     fresh = make_trainer(pl, tmp_path, [EMPCallback(**settings)])

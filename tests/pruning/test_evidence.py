@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from emp_callbacks import BetaSchedule, EMPPruner, effective_number
+from emp_callbacks import EMPPruner, Ramp, effective_number
 from emp_callbacks.layer import MissingEvidence
 from emp_callbacks.pruning import evidence as evidence_module
 from tests.layer.test_units import make_vit
@@ -388,7 +388,7 @@ def test_samples_choose_by_the_beta_of_the_last_refresh_that_succeeded():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(5, 40), nn.Tanh())
     optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
-    beta = BetaSchedule(first=1.0, last=0.2, until=2)
+    beta = Ramp(first=1.0, last=0.2, until=2)
     pruner = EMPPruner(net, optimizer, target="features", dynamic=True, every_n_steps=1, beta=beta, tolerance=0.0)
     x = torch.randn(3, 5)
     n_eff = [effective_number(row) for row in net(x).detach()]

@@ -8,7 +8,7 @@ import torch
 import torch._dynamo.testing
 from torch import nn
 
-from emp_callbacks import BetaSchedule, EMPPruner, PruneEvent, effective_number, emp_mask, mass_bound, preserved_mass
+from emp_callbacks import EMPPruner, PruneEvent, Ramp, effective_number, emp_mask, mass_bound, preserved_mass
 
 
 def mlp(*widths: int, seed: int = 0) -> nn.Sequential:
@@ -127,7 +127,7 @@ def test_other_dtypes(dtype, scope):
 def test_beta_and_its_schedule():
     net = mlp(30, 30)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
-    pruner = EMPPruner(net, optimizer, every_n_steps=1, beta=BetaSchedule(first=1.5, last=0.5, until=4))
+    pruner = EMPPruner(net, optimizer, every_n_steps=1, beta=Ramp(first=1.5, last=0.5, until=4))
     for _ in range(5):
         train_step(net, optimizer)
         pruner.step()

@@ -180,7 +180,7 @@ def test_a_sharp_row_of_attention_is_no_starved_layer():
 
 
 def test_the_study_which_shows_the_figures_silences_what_a_refresh_says():
-    from emp_callbacks.study.training import _NOISE
+    from emp_callbacks.study.quiet import _NOISE
 
     lines = [*nearly_all([("a", 10, 0.96)], "x")]
     stats = [

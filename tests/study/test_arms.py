@@ -3,8 +3,9 @@ from pathlib import Path
 import pytest
 
 from emp_callbacks.config import EMPConfig
-from emp_callbacks.schedule import BetaSchedule
-from emp_callbacks.study.arms import ARMS, arm_config, fitting_arms
+from emp_callbacks.schedule import Ramp
+from emp_callbacks.study.arm_settings import Budget, arm_config, fitting_arms
+from emp_callbacks.study.arms import DEFAULT_ARMS
 from emp_callbacks.study.recipe.recipe import Recipe
 from emp_callbacks.study.training import recipe_config
 from emp_callbacks.targets.features import feature_sites
@@ -34,7 +35,7 @@ FEATURES = EMPConfig(every_n_steps=3, target="features", scope="tensor")
 )
 def test_all_arms_stand_for_those_that_fit_and_a_chosen_one_is_refused(target, missing):
     recipe = EMPConfig(every_n_epochs=1, target=target)
-    assert fitting_arms(list(ARMS), recipe) == [name for name in ARMS if name not in missing]
+    assert fitting_arms(list(DEFAULT_ARMS), recipe) == [name for name in DEFAULT_ARMS if name not in missing]
     for name in missing:
         with pytest.raises(ValueError, match=rf"arm '{name}' does not go with .* \(target='{target}'\)"):
             fitting_arms(["dense", "training_feedback", name], recipe)
@@ -47,7 +48,7 @@ def test_dynamic_arms_change_only_who_chooses():
 
 
 def test_pruning_after_training_has_no_schedule_and_the_last_beta():
-    recipe = EMPConfig(every_n_epochs=1, start=2, stop=4, beta=BetaSchedule(first=1.0, last=0.5, until=3))
+    recipe = EMPConfig(every_n_epochs=1, start=2, stop=4, beta=Ramp(first=1.0, last=0.5, until=3))
     config = arm_config("one_shot", recipe)
     assert config.schedule.unit is None
     assert (config.start, config.stop, config.beta, config.mode) == (None, None, 0.5, "project")
@@ -56,11 +57,11 @@ def test_pruning_after_training_has_no_schedule_and_the_last_beta():
 
 
 def test_random_features_stay_static_and_share_one_budget_whatever_they_follow():
-    config = arm_config("random", FEATURES, leader="training_dynamic", density=0.4)
+    config = arm_config("random", FEATURES, leader="training_dynamic", budget=Budget(density=0.4))
     assert (config.dynamic, config.criterion, config.density, config.scope) == (False, "random", 0.4, "global")
     weights = EMPConfig(every_n_epochs=1, scope="row")
-    assert arm_config("random", weights, leader="training_freeze", density=0.4).scope == "row"
-    assert arm_config("random", weights, leader="training_freeze", density=0.4).mode == "freeze"
+    assert arm_config("random", weights, leader="training_freeze", budget=Budget(density=0.4)).scope == "row"
+    assert arm_config("random", weights, leader="training_freeze", budget=Budget(density=0.4)).mode == "freeze"
 
 
 @pytest.mark.parametrize(

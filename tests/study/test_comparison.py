@@ -18,7 +18,7 @@ from rich.console import Console
 from emp_callbacks.cli.main import main
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.study import comparison
-from emp_callbacks.study.arms import ARMS, plan_jobs
+from emp_callbacks.study.arms import DEFAULT_ARMS, Cell, plan_jobs
 from emp_callbacks.study.comparison import StudyInterrupted, run_study
 from emp_callbacks.study.folder_lock import BusyError
 from emp_callbacks.study.measure import measure
@@ -69,7 +69,7 @@ def by_arm(results, seed):
 
 def test_every_arm_has_every_seed_and_the_files_hold_the_results(study):
     folder, results = study
-    fitting = [arm for arm in ARMS if not arm.endswith("_dynamic")]  # those are for features
+    fitting = [arm for arm in DEFAULT_ARMS if not arm.endswith("_dynamic")]  # those are for features
     assert [(run["arm"], run["seed"]) for run in results["runs"]] == [(a, s) for a in fitting for s in (0, 1)]
     assert json.loads((folder / "out" / "results.json").read_text()) == results
     assert results["study"]["reference"] == "one_shot"
@@ -234,13 +234,13 @@ def test_a_second_command_in_the_folder_ends_at_once(study, capsys, fits):
 def test_cells_that_run_alone_run_side_by_side_each_once(tmp_path):
     out = tmp_path / "out"
     one, other, same = (RunStore(out, "digest") for _ in range(3))
-    one.open({}, only=[("dense", 0)])
-    other.open({}, only=[("dense", 1)])
+    one.open({}, only=[Cell("dense", 0)])
+    other.open({}, only=[Cell("dense", 1)])
     with pytest.raises(BusyError):
-        same.open({}, only=[("dense", 0)])
+        same.open({}, only=[Cell("dense", 0)])
     same.close()
     one.close()
-    same.open({}, only=[("dense", 0)])
+    same.open({}, only=[Cell("dense", 0)])
 
 
 def test_a_file_system_without_locks_does_not_stop_a_study(tmp_path, monkeypatch):
@@ -362,7 +362,7 @@ def test_early_stopping_is_refused(tmp_path, fits):
     ("arms", "settings", "words"),
     [
         (["dense", "training_dynamic"], {}, "arm 'training_dynamic' does not go with the recipe's EMPCallback"),
-        (["one_shot_dynamic"], {"target": "heads"}, "dynamic=True says what a feature is, and target='heads'"),
+        (["one_shot_dynamic"], {"target": "heads"}, "dynamic=True is for features, and target='heads'"),
         (["training_feedback", "fixed_magnitude"], {"target": "features"}, "arm 'fixed_magnitude' does not go with"),
         (["dense", "training_project"], {"target": "features"}, "features have none"),
     ],
@@ -390,13 +390,13 @@ def test_the_results_hold_the_convergence(study):
 
 def test_followers_come_after_the_arm_they_follow():
     jobs = plan_jobs(["random", "fixed_magnitude", "training_freeze", "one_shot", "dense"], [4])
-    assert [job.arms for job in jobs] == [
-        ("dense", "one_shot"),
-        ("training_freeze",),
-        ("fixed_magnitude",),
-        ("random",),
+    assert [[cell.arm for cell in job.cells] for job in jobs] == [
+        ["dense", "one_shot"],
+        ["training_freeze"],
+        ["fixed_magnitude"],
+        ["random"],
     ]
-    assert jobs[0].fit_arm == "dense"
+    assert jobs[0].fit.name == "dense:4"
 
 
 def test_measure_by_hand():
@@ -417,7 +417,7 @@ def test_a_fingerprint_covers_what_trains_a_run_and_nothing_else(tmp_path):
 
     def fingerprint(arm, seed, *options):
         study = comparison._Study(Recipe(file, options), tmp_path / "out", None)
-        return study._fingerprint(arm, seed)
+        return study._fingerprint(Cell(arm, seed))
 
     base = fingerprint("random", 0)
     assert fingerprint("random", 0, "--study.seeds", "[0]", "--trainer.enable_progress_bar", "false") == base

@@ -51,7 +51,9 @@ def outputs(net, plain):
 
 
 @pytest.mark.parametrize("compiled", [whole, in_place])
-@pytest.mark.parametrize("settings", [{}, {"dynamic": True}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"dynamic": True}, {"dynamic": True, "gradient": "straight_through", "rescale": True}], ids=str
+)
 def test_hooks_that_come_after_the_first_call_and_go_and_come_again(compiled, settings):
     plain, model = make(), make()
     net = compiled(model)

@@ -1,4 +1,5 @@
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from emp_callbacks import EMPPruner
 from emp_callbacks.core.effective_number import effective_number
 from emp_callbacks.core.selection import emp_mask
 from emp_callbacks.pruning.decision import KeepRule
@@ -169,12 +171,21 @@ def test_a_pruned_inf_becomes_a_clean_zero():
 
 
 @each_center
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_the_activation_keeps_its_dtype(center, dynamic):
+@pytest.mark.parametrize(
+    "form",
+    [
+        {},
+        {"dynamic": True},
+        {"gradient": "straight_through"},
+        {"dynamic": True, "choose": "gumbel", "gradient": "straight_through", "rescale": True},
+    ],
+    ids=str,
+)
+def test_the_activation_keeps_its_dtype(center, form):
     model = nn.Sequential(nn.Linear(4, 4), nn.GELU())
-    site = site_of(model, center=center, dynamic=dynamic)
+    site = site_of(model, center=center, **form)
     site.active = site.observing = True
-    if not dynamic:
+    if not site.form.dynamic:
         site.install(torch.tensor([True, False, True, True]), torch.zeros(4))
     with torch.autocast("cpu", torch.bfloat16):
         assert model(torch.randn(2, 4)).dtype == torch.bfloat16
@@ -304,6 +315,167 @@ def test_a_sample_with_nan_or_inf_is_kept_whole_and_counted_apart():
     assert all(torch.isfinite(value) for value in found.values())
 
 
+# ---- drawn, rescaled, straight through, in training only
+
+
+def test_features_are_drawn_without_replacement_in_proportion_to_their_scores():
+    scores = torch.tensor([4.0, 3.0, 2.0, 1.0, 0.0], dtype=torch.float64)
+    model = nn.Sequential(nn.ReLU())
+    site = site_of(
+        model, rule=lambda n_eff, size, nonzero: torch.full_like(n_eff, 2).long(), dynamic=True, choose="gumbel"
+    )
+    site.active = site.observing = True
+    samples = 20_000
+    torch.manual_seed(0)
+    pairs = (model(scores.expand(samples, 5)) > 0).double()
+    p, together = scores / scores.sum(), pairs.T @ pairs
+    squares, mass = 0.0, 0.0
+    for i, j in itertools.combinations(range(4), 2):
+        expected = samples * p[i] * p[j] * (1 / (1 - p[i]) + 1 / (1 - p[j]))  # i then j, or j then i
+        squares += float((together[i, j] - expected) ** 2 / expected)
+        mass += float(together[i, j] * (p[i] + p[j]))
+    assert squares < 20.5  # chi-square of 5 degrees of freedom exceeds it once in 1000
+    assert (pairs.sum(1) == 2).all()
+    assert not pairs[:, 4].any()
+    found = site.statistics()
+    assert (found["samples"], found["keep"]) == (samples, 2 * samples)
+    assert found["mass"] == pytest.approx(mass, rel=1e-9)
+
+
+def test_draws_follow_the_seed_and_evaluation_takes_the_top():
+    model, top = tanh_model(), tanh_model()
+    site, other = site_of(model, dynamic=True, choose="gumbel"), site_of(top, dynamic=True)
+    site.active = other.active = True
+    x = torch.linspace(-2, 2, 60).sin().view(6, 10)
+    draws = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        draws.append(model(x))
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+    assert torch.equal((draws[2] != 0).sum(1), (top(x) != 0).sum(1))
+    before = torch.get_rng_state()
+    assert torch.equal(model.eval()(x), top(x))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_masks_of_training_leave_evaluation_dense(dynamic):
+    model = tanh_model()
+    site = site_of(model, dynamic=dynamic, apply="training")
+    site.active = True
+    if not dynamic:
+        site.install(torch.arange(6) % 2 == 0)
+    x = torch.linspace(-2, 2, 18).view(3, 6)
+    for _ in range(2):
+        assert (model.train()(x) == 0).any()
+        assert torch.equal(model.eval()(x), x.tanh())
+    site.observing = site.in_eval = True
+    assert torch.equal(model(x), x.tanh())
+    assert site.statistics()["samples"] == 3
+
+
+@each_center
+@pytest.mark.parametrize("dynamic", [False, True])
+@each_shape
+def test_straight_through_every_feature_has_the_gradient_of_the_masked_output(axis, shape, dynamic, center):
+    torch.manual_seed(0)
+    found = []
+    x = torch.randn(shape, dtype=torch.float64)
+    for gradient in ("masked", "straight_through"):
+        model = tanh_model()
+        site = site_of(model, axis=axis, center=center, dynamic=dynamic, gradient=gradient)
+        site.active = True
+        if not dynamic:
+            features = len(places(axis, shape))
+            site.install(torch.arange(features) % 2 == 0, torch.linspace(-0.5, 0.7, features))
+        found.append((model(x.requires_grad_()), x))
+    (masked, _), (y, x) = found
+    assert torch.equal(y, masked)
+    (slope,) = torch.autograd.grad(wavy_loss(y), x)
+    by_hand = np.cos(y.detach().numpy()) / shape[0] * (1 - np.tanh(x.detach().numpy()) ** 2)
+    np.testing.assert_allclose(slope.numpy(), by_hand, rtol=1e-12)
+    assert not torch.equal(slope, torch.autograd.grad(wavy_loss(masked), x)[0])
+
+
+def test_straight_through_a_pruned_inf_is_a_clean_zero():
+    model = nn.Sequential(nn.ReLU())
+    site_of(model, gradient="straight_through").install(torch.tensor([True, False]))
+    x = torch.tensor([[1.0, torch.inf]], requires_grad=True)
+    y = model(x)
+    y.sum().backward()
+    assert y.tolist() == [[1.0, 0.0]]
+    assert x.grad.tolist() == [[1.0, 1.0]]
+
+
+@pytest.mark.parametrize("criterion", ["activation", "taylor", "saliency"])
+def test_straight_through_the_statistics_and_their_positions_are_the_same(criterion):
+    found = []
+    for gradient in ("masked", "straight_through"):
+        model = tanh_model()
+        site = site_of(model, criterion, gradient=gradient)
+        site.observing, site.positions = True, torch.tensor([[True, True, False], [True, False, False]])
+        site.install(torch.tensor([True, False, True, False]))
+        wavy_loss(model(torch.linspace(-2, 1, 24).view(2, 3, 4).requires_grad_())).backward()
+        found.append(site.statistics())
+    assert found[0]["samples"] == 2
+    assert found[0][criterion].min() > 0
+    assert all(torch.equal(found[1][key], value) for key, value in found[0].items())
+
+
+@each_center
+@each_shape
+def test_rescaled_the_distances_from_what_is_pruned_add_up_as_before(axis, shape, center):
+    torch.manual_seed(2)
+    at = places(axis, shape)
+    model = tanh_model()
+    site_of(model, axis=axis, center=center, dynamic=True, rescale=True).active = True
+    x = (torch.randn(shape, dtype=torch.float64) * 2).requires_grad_()
+    twin = x.detach().clone().requires_grad_()
+    y = model(x)
+    wavy_loss(y).backward()
+    rows = []
+    for a in torch.tanh(twin):
+        mean, kept, scores = choose_by_hand(a, at, center)
+        factor, masked = scores.sum() / scores[torch.tensor(kept)].sum(), a.clone()
+        for f, place in enumerate(at):
+            masked[place] = mean + factor * (a[place] - mean) if kept[f] else mean
+        rows.append(masked)
+        assert factor > 1
+    wavy_loss(torch.stack(rows)).backward()
+    torch.testing.assert_close(y, torch.stack(rows), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(x.grad, twin.grad, rtol=1e-12, atol=1e-12)
+    if center == "zero":
+        torch.testing.assert_close(y.abs().sum(), x.tanh().abs().sum())
+
+
+def test_samples_without_scores_are_not_rescaled_and_half_precision_is_not_lost():
+    model = nn.Sequential(nn.ReLU())
+    site_of(model, dynamic=True, rescale=True).active = True
+    x = torch.tensor([[0.0, 0.0, 0.0], [1.0, torch.inf, 0.5], [1.0, torch.nan, 0.5]])
+    torch.testing.assert_close(model(x), x, rtol=0, atol=0, equal_nan=True)
+    a = torch.tensor([[100.0, 100.0, 0.9]], dtype=torch.bfloat16)  # in bfloat16 the factor itself, 1.0045, were 1.0078
+    assert model(a).tolist() == [[100.5, 100.5, 0.0]]
+
+
+def test_rows_of_masks_of_training_say_that_evaluation_is_dense():
+    net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+    x = torch.randn(5, 3)
+    for settings, said in (
+        ({}, False),
+        ({"apply": "training"}, True),
+        ({"apply": "training", "observe_only": True}, False),
+    ):
+        pruner = EMPPruner(net, target="features", dynamic=True, **settings)
+        dense = net(x)
+        (row,) = pruner.refresh()
+        assert ("evaluation is dense" in row.note) == said
+        assert row.density < 1
+        assert torch.equal(net.eval()(x), dense) == (not pruner.config.masks_evaluation)
+        net.train()
+        pruner.detach()
+
+
 # ---- when statistics are gathered
 
 
@@ -321,15 +493,25 @@ class Checkpointed(nn.Module):
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize(("criterion", "dynamic"), [("activation", False), ("taylor", False), ("activation", True)])
-def test_recomputed_activations_count_once(criterion, dynamic, reentrant):
+@pytest.mark.parametrize(
+    ("criterion", "form"),
+    [
+        ("activation", {}),
+        ("taylor", {}),
+        ("taylor", {"gradient": "straight_through"}),
+        ("activation", {"dynamic": True}),
+        ("activation", {"dynamic": True, "choose": "gumbel", "rescale": True}),
+    ],
+)
+def test_recomputed_activations_count_once(criterion, form, reentrant):
     found = {}
     for kind in (None, reentrant):
         model = Checkpointed(kind)
-        site = site_of(model, criterion, dynamic=dynamic, center="mean")
+        site = site_of(model, criterion, center="mean", **form)
         site.observing = site.active = True
-        if not dynamic:
+        if not site.form.dynamic:
             site.install(torch.arange(6) % 2 == 0, torch.ones(6))
+        torch.manual_seed(1)
         x = torch.linspace(-1, 1, 12).view(3, 4).requires_grad_()
         model(x).square().mean().backward()
         found[kind] = {**site.statistics(), "grad": model.inner[0].weight.grad}
@@ -439,6 +621,8 @@ def test_a_copy_of_the_model_keeps_its_mask_and_has_its_own_site():
 
 # ---- torch.compile
 
+DRAWN = {"dynamic": True, "choose": "gumbel", "rescale": True, "gradient": "straight_through", "apply": "training"}
+
 
 @pytest.mark.compiler
 @pytest.mark.parametrize(
@@ -447,7 +631,9 @@ def test_a_copy_of_the_model_keeps_its_mask_and_has_its_own_site():
         ("activation", {}),
         ("activation", {"center": "mean"}),
         ("taylor", {"center": "mean"}),
+        ("taylor", {"center": "mean", "gradient": "straight_through", "apply": "training"}),
         ("activation", {"dynamic": True, "center": "mean"}),
+        ("activation", DRAWN),
     ],
 )
 def test_compiled_code_is_whole_gives_the_same_and_does_not_grow(criterion, form):
@@ -478,6 +664,21 @@ def test_compiled_code_is_whole_gives_the_same_and_does_not_grow(criterion, form
 
 
 @pytest.mark.compiler
+def test_compiled_code_draws_again_what_it_recomputes():
+    torch._dynamo.reset()
+    found = []
+    for compiled in (lambda model: model, lambda model: torch.compile(model, backend="aot_eager", fullgraph=True)):
+        model = Checkpointed(reentrant=False)
+        site_of(model, dynamic=True, choose="gumbel").active = True
+        net, x = compiled(model), torch.linspace(-1, 1, 120).view(30, 4).requires_grad_()
+        model.inner(x)  # the site learns its size
+        torch.manual_seed(1)
+        net(x).square().mean().backward()
+        found.append(model.inner[0].weight.grad)
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.compiler
 def test_blocks_compiled_one_by_one_share_their_graphs():
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -496,6 +697,7 @@ def test_blocks_compiled_one_by_one_share_their_graphs():
 
 def run_observed_and_not(model: nn.Module, sites: list[FeatureSite]) -> None:
     model.zero_grad()
+    torch.manual_seed(0)
     for observing in (True, False):
         for site in sites:
             site.observing = observing
@@ -573,7 +775,17 @@ def test_shapes_without_that_axis_are_refused(axis, shape, words):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"axis": "row"}, {"center": "median"}, {"patch_size": 0}, {"patch_size": 2.0}, {"dynamic": "yes"}]
+    "wrong",
+    [
+        *({"axis": "row"}, {"center": "median"}, {"patch_size": 0}, {"patch_size": 2.0}, {"dynamic": "yes"}),
+        *(
+            {"apply": "test"},
+            {"choose": "gumbel"},
+            {"gradient": None},
+            {"rescale": "no", "dynamic": True},
+            {"rescale": True},
+        ),
+    ],
 )
 def test_forms_are_checked(wrong):
     with pytest.raises((ValueError, TypeError), match=next(iter(wrong))):
@@ -632,17 +844,19 @@ def test_what_is_not_found_is_answered_with_names():
 # ---- per token ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("drawn", [{}, {"choose": "gumbel", "rescale": True, "gradient": "straight_through"}])
 @pytest.mark.parametrize("center", ["zero", "mean"])
-def test_each_token_chooses_its_own_channels(center):
+def test_each_token_chooses_its_own_channels(center, drawn):
     torch.manual_seed(0)
     x = torch.randn(3, 5, 8).exp() * torch.randn(8)
     outputs = []
     for shape, per in (((3, 5, 8), "token"), ((15, 8), "sample")):
         module = nn.Identity()
-        form = FeatureForm(dynamic=True, per=per, center=center)
+        form = FeatureForm(dynamic=True, per=per, center=center, **drawn)
         site = FeatureSite("site", module, form, "activation", lambda n_eff, size, nonzero: n_eff.floor().long())
         site.attach()
         site.active = site.observing = True
+        torch.manual_seed(1)
         outputs.append((module(x.reshape(shape)).reshape(15, 8), site.statistics()))
     assert torch.equal(outputs[0][0], outputs[1][0])
     assert outputs[0][1].keys() == outputs[1][1].keys()
@@ -651,10 +865,6 @@ def test_each_token_chooses_its_own_channels(center):
 
 
 def test_only_a_choice_per_token_is_blind_to_later_tokens():
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    from emp_callbacks import EMPPruner
-
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_layer=2, n_head=2, n_embd=16, n_positions=8)).eval()
     one = torch.randint(0, 20, (4, 8))
@@ -697,11 +907,12 @@ def test_zeroing_under_vmap_is_that_of_each_row(in_dims):
     assert torch.equal(torch.func.vmap(_ZeroPruned.apply, in_dims)(values, mask), expected)
 
 
+@pytest.mark.parametrize("gradient", ["masked", "straight_through"])
 @each_center
-def test_gradients_of_single_samples_can_be_taken_of_a_pruned_model(center):
+def test_gradients_of_single_samples_can_be_taken_of_a_pruned_model(center, gradient):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)).eval()
-    site = site_of(model, center=center)
+    site = site_of(model, center=center, gradient=gradient)
     samples = torch.randn(5, 4)
     model(samples)
     site.install(torch.arange(6) % 2 == 0, torch.full((6,), 0.5) if center == "mean" else None)
@@ -714,5 +925,5 @@ def test_gradients_of_single_samples_can_be_taken_of_a_pruned_model(center):
     for i, sample in enumerate(samples):
         alone = torch.autograd.grad(loss(weights, sample), weights.values())
         torch.testing.assert_close([each[i] for each in found.values()], list(alone))
-    assert not found["0.weight"][:, 1::2].any()
+    assert bool(found["0.weight"][:, 1::2].any()) == (gradient == "straight_through")
     assert found["0.weight"][:, 0::2].any()

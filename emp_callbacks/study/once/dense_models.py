@@ -14,7 +14,7 @@ from torch import Tensor
 from emp_callbacks.checkpoint.reading import read_checkpoint
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.pruning.pruner import EMPPruner
-from emp_callbacks.study.arms import arm_config
+from emp_callbacks.study.arm_settings import arm_config
 from emp_callbacks.study.comparison import what_trains
 from emp_callbacks.study.folder_lock import FileLock
 from emp_callbacks.study.recipe.recipe import Recipe

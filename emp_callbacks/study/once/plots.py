@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
 from emp_callbacks.study.once.results import Case, Curve
-from emp_callbacks.study.report.plots import DPI, INK, style_axes
+from emp_callbacks.study.report.styles import DPI, INK, style_axes
 
 __all__ = ["BoundPanel", "plot_beta_sweep", "plot_causes", "plot_criteria", "plot_violations"]
 

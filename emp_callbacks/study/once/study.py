@@ -14,6 +14,8 @@ import torch
 from rich.console import Console
 
 from emp_callbacks.config import EMPConfig
+from emp_callbacks.pruning.signatures import SAID_OF_A_REFRESH
+from emp_callbacks.study.arms import Cell
 from emp_callbacks.study.comparison import StudyInterrupted, environment, what_trains
 from emp_callbacks.study.once.dense_models import DenseModel, dense_model
 from emp_callbacks.study.once.results import Row
@@ -131,7 +133,8 @@ def _measured(
     """Return the record of one model, from the store if it is there."""
     name = recipe.path.stem
     fingerprint = digest([store.recipe_digest, what_trains(recipe.resolved()), name, seed])
-    if record := store.finished(name, seed, fingerprint):
+    cell = Cell(name, seed)
+    if record := store.finished(cell, fingerprint):
         progress.advance(f"{name} seed {seed}: measured earlier")
         return record
     progress.begin(f"train {name} seed {seed}")
@@ -139,7 +142,7 @@ def _measured(
     check_metric(recipe.study.metric, dense.metrics, name)
     progress.begin(f"prune {name} seed {seed}")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="N_eff is up to|nothing is kept of")  # the report has the figures
+        warnings.filterwarnings("ignore", message=SAID_OF_A_REFRESH)  # the report has the figures
         rows = study.measure(dense, study.settings, progress.on_step)
     trained = "trained earlier" if dense.reused else "trained"
     metric = recipe.study.metric
@@ -147,7 +150,7 @@ def _measured(
         f"{name} seed {seed}: {metric} {dense.metrics[metric]:.4f}, {trained} in {dense.seconds:.0f} s, "
         f"{len(rows)} cases measured"
     )
-    return store.save({
+    return store.save(cell, {
         "arm": name,
         "seed": seed,
         "fingerprint": fingerprint,

@@ -1,7 +1,9 @@
 """Data of the studies, all of it on the machine: digits, Fashion-MNIST files, text as bytes."""
 
+import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from emp_callbacks.schedule import check_count
-from emp_callbacks.study.recipe.sources import read_idx, stdlib_text
+from emp_callbacks.study.recipe.sources import read_idx, read_text, stdlib_text
 
 Batch = tuple[Tensor, Tensor]
 
@@ -44,13 +46,24 @@ class EpochSampler(DistributedSampler[Any]):
         return iter(padded[self.rank :: self.num_replicas].tolist())
 
 
-class ImageDataset(Dataset[Batch]):
+class TensorPart(Dataset[Batch]):
+    """One part of the data, held in tensors."""
+
+    def content(self) -> list[Tensor]:
+        """Return the tensors as they lie in memory: what a digest is of."""
+        raise NotImplementedError
+
+
+class ImageDataset(TensorPart):
     """Images in memory as uint8 of shape (N, 1, H, W); handed out as normalised float32."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, mean_std: tuple[float, float]) -> None:
         self.images = torch.from_numpy(np.array(images, dtype=np.uint8)).unsqueeze(1)
         self.labels = torch.from_numpy(labels.astype(np.int64))
         self.mean, self.std = mean_std
+
+    def content(self) -> list[Tensor]:
+        return [self.images, self.labels]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -63,11 +76,14 @@ class ImageDataset(Dataset[Batch]):
         return self[torch.tensor(indices)]
 
 
-class TokenDataset(Dataset[Batch]):
+class TokenDataset(TensorPart):
     """Windows of `sequence_length` tokens and, as target, the same windows one token later (both int64)."""
 
     def __init__(self, tokens: Tensor, sequence_length: int) -> None:
         self.tokens, self.sequence_length = tokens, sequence_length
+
+    def content(self) -> list[Tensor]:
+        return [self.tokens]
 
     def __len__(self) -> int:
         return (len(self.tokens) - 1) // self.sequence_length
@@ -80,6 +96,15 @@ class TokenDataset(Dataset[Batch]):
         starts = torch.tensor(indices)[:, None] * self.sequence_length
         window = self.tokens[starts + torch.arange(self.sequence_length + 1)].long()
         return window[:, :-1], window[:, 1:]
+
+
+def sha256_of(parts: Iterable[TensorPart]) -> str:
+    """Return the SHA-256, 64 hexadecimal digits, of the bytes of all tensors of some parts, one after the other."""
+    digest = hashlib.sha256()
+    for part in parts:
+        for tensor in part.content():
+            digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def _already_batched(batch: Any) -> Any:
@@ -104,11 +129,27 @@ class InMemoryData(pl.LightningDataModule):
         if seed is not None:
             check_count("seed", seed, least=0)
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
-        self._parts: dict[str, Dataset[Batch]] = {}
+        self._parts: dict[str, TensorPart] = {}
 
-    def load(self) -> dict[str, Dataset[Batch]]:
+    def load(self) -> dict[str, TensorPart]:
         """Return the datasets "train", "val" and "test"."""
         raise NotImplementedError
+
+    @cached_property
+    def content_digest(self) -> dict[str, str]:
+        """What the data is, whichever release of a package or of Python it came from: name -> SHA-256.
+
+        Names are those of the parts, "train", "val" and "test"; each digest has 64 hexadecimal digits and is that of
+        the part's tensors as bytes, one after the other: images (uint8, shape (N, 1, H, W)) and then labels (int64,
+        little-endian); or tokens (uint8). Equal digests mean equal examples in equal order; batch size, seed and
+        normalisation do not enter. Computed at the first use.
+
+        Raises:
+            RuntimeError: Before `setup`.
+        """
+        if not self._parts:
+            raise RuntimeError("content_digest is known after setup: call setup() first")
+        return {name: sha256_of([part]) for name, part in self._parts.items()}
 
     def setup(self, stage: str | None = None) -> None:  # noqa: ARG002  (Lightning's signature)
         if not self._parts:
@@ -152,7 +193,7 @@ class DigitsData(InMemoryData):
     def __init__(self, batch_size: int = 64, num_workers: int = 0, seed: int | None = None) -> None:
         super().__init__(batch_size, num_workers, seed)
 
-    def load(self) -> dict[str, Dataset[Batch]]:
+    def load(self) -> dict[str, TensorPart]:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
 
@@ -193,7 +234,7 @@ class FashionMNISTData(InMemoryData):
         check_count("val_size", val_size)
         self.folder, self.limit_train, self.val_size = Path(folder).expanduser(), limit_train, val_size
 
-    def load(self) -> dict[str, Dataset[Batch]]:
+    def load(self) -> dict[str, TensorPart]:
         images, labels = self._read("train")
         if self.val_size >= len(labels):
             raise ValueError(f"val_size must lie in [1, {len(labels) - 1}], got {self.val_size}")
@@ -217,14 +258,15 @@ class TextData(InMemoryData):
     """Text as bytes (vocabulary 256), cut into windows; train, val and test are contiguous: 90 / 5 / 5 %.
 
     Args:
-        file: A text file. Default: the documentation inside the running Python (`stdlib_text`).
+        file: A text file, plain or packed by gzip (.gz, .dz), such as Debian's /usr/share/dictd/gcide.dict.dz.
+            Default: the documentation inside the running Python (`stdlib_text`), another text in each release.
         sequence_length: Tokens in a window.
         batch_size: See `InMemoryData`, also for `num_workers` and `seed`.
-        max_bytes: Use only the first so many bytes.
+        max_bytes: Use only the first so many bytes, unpacked; memory needed is about that.
 
     Raises:
-        FileNotFoundError: `file` does not exist.
-        ValueError: The text is too short for one window in each part.
+        FileNotFoundError: `file` does not exist; says how to get it.
+        ValueError: The text is too short for one window in each part, or a gzip file is damaged.
     """
 
     vocab_size = 256
@@ -243,7 +285,7 @@ class TextData(InMemoryData):
         check_count("max_bytes", max_bytes)
         self.file, self.sequence_length, self.max_bytes = file, sequence_length, max_bytes
 
-    def load(self) -> dict[str, Dataset[Batch]]:
+    def load(self) -> dict[str, TensorPart]:
         text = self._text()
         first, second = len(text) * 90 // 100, len(text) * 95 // 100
         if second - first <= self.sequence_length:
@@ -252,15 +294,16 @@ class TextData(InMemoryData):
                 f"hold a window of sequence_length={self.sequence_length}; take at least "
                 f"{20 * self.sequence_length + 40} bytes or shorter windows"
             )
-        tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        tokens = torch.frombuffer(text, dtype=torch.uint8)
         parts = {"train": tokens[:first], "val": tokens[first:second], "test": tokens[second:]}
         return {name: TokenDataset(part, self.sequence_length) for name, part in parts.items()}
 
-    def _text(self) -> bytes:
+    @cached_property
+    def content_digest(self) -> dict[str, str]:
+        """As for all data, and "text": the three parts in a row, which is the text used, as `sha256sum` shows it."""
+        return {"text": sha256_of(self._parts.values()), **super().content_digest}
+
+    def _text(self) -> bytearray:
         if self.file is None:
-            return stdlib_text(self.max_bytes)
-        path = Path(self.file).expanduser()
-        if not path.is_file():
-            raise FileNotFoundError(f"no text file {path}; pass --data.file, or leave it out for Python's own text")
-        with path.open("rb") as stream:
-            return stream.read(self.max_bytes)
+            return bytearray(stdlib_text(self.max_bytes))  # a copy: torch's tensors are writable
+        return read_text(Path(self.file).expanduser(), self.max_bytes)

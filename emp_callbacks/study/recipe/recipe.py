@@ -17,7 +17,8 @@ import pytorch_lightning as pl
 from jsonargparse import DefaultHelpFormatter
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from emp_callbacks.study.arms import ARMS, check_arms
+from emp_callbacks.setting_checks import check_fraction
+from emp_callbacks.study.arms import DEFAULT_ARMS, check_arms
 from emp_callbacks.study.recipe.building import building
 from emp_callbacks.study.recipe.check import (
     RecipeError,
@@ -40,6 +41,10 @@ class StudyConfig:
     Args:
         seeds: One training per arm and seed.
         arms: Ways of pruning to compare; see `emp compare --help`.
+        points: Densities, in (0, 1), at which the arms are compared, such as [0.6, 0.4, 0.2, 0.1, 0.05]; beside N_eff's
+            own count. Without points an arm whose density is given follows the first training arm.
+        healing: Part of the training, in [0, 1), after the last refresh: what was pruned last is trained around.
+        margin: Differences within +-margin, in units of the metric, count as equivalent where the interval shows it.
         metric: Logged test metric that the comparison is about.
         higher_is_better: Whether a higher metric is better; set false for losses and perplexities.
         out: Folder of the results; the default is runs/ plus the recipe's name.
@@ -49,14 +54,26 @@ class StudyConfig:
     """
 
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    arms: list[str] = field(default_factory=lambda: list(ARMS))
+    arms: list[str] = field(default_factory=lambda: list(DEFAULT_ARMS))
+    points: list[float] = field(default_factory=list)
+    healing: float = 0.25
+    margin: float | None = None
     metric: str = "test/accuracy"
     higher_is_better: bool = True
     out: str | None = None
 
     def __post_init__(self) -> None:
         check_seeds("study.seeds", self.seeds)
-        check_arms(self.arms)
+        for point in self.points:
+            check_fraction("study.points", point, lowest_allowed=False)
+        if len(set(self.points)) != len(self.points):
+            raise ValueError(f"study.points names a density twice: {self.points}; name each once")
+        check_fraction("study.healing", self.healing, lowest_allowed=True)
+        if self.healing == 1.0:
+            raise ValueError("study.healing=1 leaves no time for pruning; choose less, such as 0.25")
+        if self.margin is not None and not self.margin > 0:
+            raise ValueError(f"study.margin must be > 0 in units of the metric, got {self.margin!r}")
+        check_arms(self.arms, self.points)
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -171,6 +188,7 @@ class Recipe(_EmpCLI):
         """
         self.path = Path(path)
         self.called = called or str(path)
+        self.overrides = tuple(overrides)
         self._trainer_settings: dict[str, Any] = {}
         self._edit_callbacks: CallbackEdit = list
         super().__init__(
@@ -181,6 +199,16 @@ class Recipe(_EmpCLI):
             load_from_checkpoint_support=False,
         )
         self.study = StudyConfig(**vars(self.config.study))
+
+    def with_model(self, **init_args: Any) -> Recipe:
+        """Return the recipe with other arguments of its model.
+
+        Raises:
+            RecipeError: The model has no such argument.
+        """
+        texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in init_args.items()}
+        changed = [f"--model.init_args.{name}={text}" for name, text in texts.items()]
+        return Recipe(self.path, [*self.overrides, *changed], called=self.called)
 
     def _set_seed(self) -> None:
         """Do nothing: a study seeds each of its runs itself."""

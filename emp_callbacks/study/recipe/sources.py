@@ -1,4 +1,4 @@
-"""Where the data of the studies is read from: gzip idx files, and the documentation inside the running Python."""
+"""Where the data of the studies is read from: gzip idx files, text files, the documentation in the running Python."""
 
 import ast
 import gzip
@@ -12,6 +12,9 @@ import numpy as np
 
 _DEFLATE_MOST = 1032  # bytes that one byte of gzip can unpack to
 _MOST = 2**31  # bytes of one array: sixty times those of Fashion-MNIST
+_GZIP_MAGIC = b"\x1f\x8b"  # RFC 1952, 2.3.1; dictzip's .dz files are gzip files with an index in an extra field
+_PIECE = 2**20  # bytes of text read at once
+_DEBIAN_TEXTS = {"gcide.dict.dz": "dict-gcide"}  # file -> package that holds it
 
 # Tests and test data are no documentation; the others are not part of every Python 3 or of this text's kind.
 _SKIPPED_FOLDERS = {
@@ -53,6 +56,33 @@ def read_idx(path: Path, dims: int) -> np.ndarray:
         held = f"{len(content)}" if len(content) < promised else f"more than {promised}"
         raise ValueError(f"{path} holds {held} bytes of data, its header says {promised}; get the file again")
     return np.frombuffer(content, np.uint8).reshape(shape)
+
+
+def read_text(path: Path, max_bytes: int) -> bytearray:
+    """Return the first `max_bytes` bytes of a text file, unpacked if it is a gzip file, whatever its name.
+
+    Memory stays near the size of what is returned; the rest of the file is not read.
+
+    Raises:
+        FileNotFoundError: No such file; says how to get it.
+        ValueError: A gzip file is damaged within that part.
+    """
+    if not path.is_file():
+        package = _DEBIAN_TEXTS.get(path.name)
+        remedy = f"on Debian or Ubuntu run `apt-get install {package}`; or " if package else ""
+        raise FileNotFoundError(
+            f"no text file {path}; {remedy}pass --data.file FILE, or leave it out for Python's own text"
+        )
+    with path.open("rb") as raw:
+        packed = raw.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC
+    text = bytearray()
+    try:
+        with gzip.open(path) if packed else path.open("rb") as stream:
+            while piece := stream.read(min(_PIECE, max_bytes - len(text))):
+                text += piece
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is a damaged gzip file ({error}); get the file again") from error
+    return text
 
 
 @lru_cache(maxsize=1)

@@ -2,7 +2,10 @@
 
 import difflib
 import math
+from bisect import bisect_right
+from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytorch_lightning as pl
@@ -34,10 +37,12 @@ class ImageClassification(pl.LightningModule):
         optimizer: adamw or sgd.
         momentum: Momentum of sgd.
         warmup_fraction: Part of the optimizer steps in which the learning rate rises, in [0, 1).
+        lr_restarts: Parts of the optimizer steps, in (0, 1) and increasing, after which the learning rate rises and
+            falls anew, each time over the steps up to the next one: see `warm_restarts`. None: once.
         pretrained: Load timm's weights (needs a network).
 
     Raises:
-        ValueError: Unknown timm name (suggests the nearest), optimizer or warmup_fraction.
+        ValueError: Unknown timm name (suggests the nearest), optimizer, or a bad warmup_fraction or lr_restarts.
     """
 
     def __init__(
@@ -52,17 +57,19 @@ class ImageClassification(pl.LightningModule):
         momentum: float = 0.9,
         warmup_fraction: float = 0.1,
         pretrained: bool = False,
+        lr_restarts: list[float] | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        _check_optimization(optimizer, warmup_fraction)
+        _check_optimization(optimizer, warmup_fraction, lr_restarts)
         if not timm.is_model(model):
             near = difflib.get_close_matches(model, timm.list_models(), n=5, cutoff=0.4)
             raise ValueError(f"unknown timm model {model!r}; nearest names: {', '.join(near) or 'none'}")
         settings = {**(model_args or {}), "num_classes": num_classes, "in_chans": in_chans}
         self.model = timm.create_model(model, pretrained=pretrained, **settings)
         self.optimizer_name, self.momentum = optimizer, momentum
-        self.lr, self.weight_decay, self.warmup_fraction = lr, weight_decay, warmup_fraction
+        self.lr, self.weight_decay = lr, weight_decay
+        self.warmup_fraction, self.lr_restarts = warmup_fraction, lr_restarts
         # micro: the plain fraction of correct images; torchmetrics' default averages over classes.
         self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
@@ -99,7 +106,7 @@ class ImageClassification(pl.LightningModule):
             optimizer = torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum)
         else:
             optimizer = torch.optim.AdamW(groups, lr=self.lr)
-        return _with_schedule(self, optimizer, self.warmup_fraction)
+        return _with_schedule(self, optimizer, self.warmup_fraction, self.lr_restarts or ())
 
 
 class LanguageModel(pl.LightningModule):
@@ -115,11 +122,13 @@ class LanguageModel(pl.LightningModule):
         lr: Highest learning rate; it rises linearly and then falls to 0 along a cosine.
         weight_decay: Applied to matrices, never to biases and norms.
         warmup_fraction: Part of the optimizer steps in which the learning rate rises, in [0, 1).
+        lr_restarts: Parts of the optimizer steps, in (0, 1) and increasing, after which the learning rate rises and
+            falls anew, each time over the steps up to the next one: see `warm_restarts`. None: once.
         pretrained: A Hugging Face name or folder such as gpt2 (needs a network, and data made of that model's
             tokens); its sizes then replace n_layer, n_head, n_embd and dropout.
 
     Raises:
-        ValueError: The vocabularies or lengths of model and data do not fit, or a bad warmup_fraction.
+        ValueError: The vocabularies or lengths of model and data do not fit, or a bad warmup_fraction or lr_restarts.
     """
 
     def __init__(
@@ -134,14 +143,16 @@ class LanguageModel(pl.LightningModule):
         weight_decay: float = 0.1,
         warmup_fraction: float = 0.1,
         pretrained: str | None = None,
+        lr_restarts: list[float] | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        _check_optimization("adamw", warmup_fraction)
+        _check_optimization("adamw", warmup_fraction, lr_restarts)
         sizes = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "n_positions": sequence_length}
         dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
         self.model = _gpt2(pretrained, {"vocab_size": vocab_size, **sizes, **dropouts})
-        self.lr, self.weight_decay, self.warmup_fraction = lr, weight_decay, warmup_fraction
+        self.lr, self.weight_decay = lr, weight_decay
+        self.warmup_fraction, self.lr_restarts = warmup_fraction, lr_restarts
         self.val_perplexity = Perplexity()
         self.test_perplexity = Perplexity()
 
@@ -190,7 +201,7 @@ class LanguageModel(pl.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         groups = decay_groups(self.model, self.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.95))
-        return _with_schedule(self, optimizer, self.warmup_fraction)
+        return _with_schedule(self, optimizer, self.warmup_fraction, self.lr_restarts or ())
 
 
 def _gpt2(pretrained: str | None, settings: dict[str, Any]) -> nn.Module:
@@ -218,11 +229,13 @@ def _check_fit(config: Any, vocab_size: int, sequence_length: int) -> None:
         )
 
 
-def _check_optimization(optimizer: str, warmup_fraction: float) -> None:
+def _check_optimization(optimizer: str, warmup_fraction: float, restarts: Sequence[float] | None) -> None:
     if optimizer not in ("adamw", "sgd"):
         raise ValueError(f"optimizer must be adamw or sgd, got {optimizer!r}")
     if not 0 <= warmup_fraction < 1:
         raise ValueError(f"warmup_fraction must lie in [0, 1), got {warmup_fraction}")
+    if not all(before < after for before, after in pairwise([0, *(restarts or ()), 1])):
+        raise ValueError(f"lr_restarts must be increasing parts of the training in (0, 1), got {restarts}")
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -247,10 +260,41 @@ def warmup_cosine(step: int, total: int, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
-def _with_schedule(task: pl.LightningModule, optimizer: torch.optim.Optimizer, warmup: float) -> OptimizerLRScheduler:
-    total = task.trainer.estimated_stepping_batches
-    if total == math.inf:
+def warm_restarts(step: int, starts: Sequence[int], total: int, warmup_fraction: float) -> float:
+    """Return the factor on the learning rate, in [0, 1], of a schedule that begins anew at each of `starts`.
+
+    Each segment, up to the next start or to `total`, is a `warmup_cosine` over its own length: SGDR (Loshchilov and
+    Hutter, arXiv:1608.03983, eq. 5 with a lowest rate of 0), with a warm-up in front of each cosine. With a restart
+    where the network is pruned, what follows is trained from the highest rate down to 0: the idea of learning-rate
+    rewinding (Renda et al., arXiv:2003.02389), which goes back to an earlier point of one schedule instead.
+
+    Args:
+        step: Optimizer steps done, >= 0.
+        starts: First step of each segment, increasing; starts[0] is 0.
+        total: Steps of the training, more than starts[-1].
+        warmup_fraction: Part of each segment in which the rate rises, in [0, 1).
+
+    Example:
+        >>> [round(warm_restarts(step, [0, 4], total=6, warmup_fraction=0.0), 2) for step in range(7)]
+        [1.0, 0.85, 0.5, 0.15, 1.0, 0.5, 0.0]
+    """
+    segment = bisect_right(starts, step)
+    start, end = starts[segment - 1], [*starts, total][segment]
+    return warmup_cosine(step - start, end - start, int(warmup_fraction * (end - start)))
+
+
+def _with_schedule(
+    task: pl.LightningModule, optimizer: torch.optim.Optimizer, warmup_fraction: float, restarts: Sequence[float]
+) -> OptimizerLRScheduler:
+    if task.trainer.estimated_stepping_batches == math.inf:
         raise ValueError("the cosine schedule needs an end: set trainer.max_epochs or trainer.max_steps")
-    factor = partial(warmup_cosine, total=int(total), warmup=int(warmup * total))
+    total = int(task.trainer.estimated_stepping_batches)
+    starts = [0, *(round(restart * total) for restart in restarts)]
+    if not all(before < after for before, after in pairwise([*starts, total])):
+        raise ValueError(
+            f"lr_restarts {list(restarts)} are the optimizer steps {starts[1:]} of {total}: each must lie in the "
+            "training and differ from the others; move them apart, or train for more steps"
+        )
+    factor = partial(warm_restarts, starts=starts, total=total, warmup_fraction=warmup_fraction)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from emp_callbacks.study.report import plots
 from emp_callbacks.study.report.arm_results import (
     ArmSummary,
     Results,
+    arm_of,
+    label_of,
 )
 from emp_callbacks.study.report.convergence import ArmConvergence, Convergence
+from emp_callbacks.study.report.equal_density import Against, EqualDensityRow
 from emp_callbacks.study.report.metric_format import SPACE, MetricFormat, p_text, reference_arm
 from emp_callbacks.study.report.page import DASH, number
 from emp_callbacks.study.report.statistics import PairedDifference
+from emp_callbacks.study.report.styles import arm_style
 from emp_callbacks.trajectory import Certificate, certificate_cells
 
 
-def table_rows(row: ArmSummary, results: Results, metric: MetricFormat) -> list[dict[str, str]]:
+def table_rows(row: ArmSummary, metric: MetricFormat) -> list[dict[str, str]]:
     """Return the cells of an arm and, where another arm than the reference does the same once, of that comparison."""
     own = {
         "arm": row.arm,
@@ -28,7 +31,7 @@ def table_rows(row: ArmSummary, results: Results, metric: MetricFormat) -> list[
         **_difference_cells(row.difference, metric),
         "seeds": str(row.metric.n),
         "seconds": number(row.seconds, 1),
-        "verdict": "reference" if row.arm == reference_arm(results) else row.verdict or "no common seed",
+        "verdict": _standing(row),
     }
     if row.once_difference is None:
         return [own]
@@ -40,6 +43,55 @@ def table_rows(row: ArmSummary, results: Results, metric: MetricFormat) -> list[
         "verdict": str(row.once_verdict),
     }
     return [own, against]
+
+
+def _standing(row: ArmSummary) -> str:
+    if row.reference is None:
+        return DASH
+    return "reference" if row.arm == row.reference else row.verdict or "no common seed"
+
+
+def equal_density_rows(row: EqualDensityRow, results: Results, metric: MetricFormat) -> list[dict[str, str]]:
+    """Return the cells of an arm beside one-shot pruning at its density and, for EMP, of that beside the best arm."""
+    reference = arm_of(row.label) == reference_arm(results)
+    own = {
+        "arm": row.label,
+        "color": color(row.label),
+        "density": number(row.density.mean, 3),
+        "mean": metric.with_sd(row.metric),
+        **_against_cells(row.one_shot, metric),
+        "compression": _times(row.compression, 1),
+        "inference": _times(row.inference, 2),
+        "training": _times(row.training, 2),
+        "explored": number(row.explored, 2),
+    }
+    if reference:
+        own |= {"verdict": "reference"}
+    if row.best is None:
+        return [own]
+    best = {
+        **dict.fromkeys(own, ""),
+        "arm": f"{SPACE}{SPACE}against {row.best.label}",
+        "density": number(row.best.density, 3),
+        **_against_cells(row.best, metric),
+    }
+    return [own, best]
+
+
+def _against_cells(against: Against | None, metric: MetricFormat) -> dict[str, str]:
+    if against is None:
+        return {**_difference_cells(None, metric), "other": DASH, "seeds": DASH, "verdict": DASH}
+    within = f"{against.verdict} within {metric.margin(against.equivalence.margin)}" if against.equivalence else ""
+    return {
+        "other": metric.number(against.metric),
+        **_difference_cells(against.difference, metric),
+        "seeds": str(against.difference.n),
+        "verdict": within if against.verdict == "equivalent" else against.verdict,
+    }
+
+
+def _times(value: float | None, decimals: int) -> str:
+    return DASH if value is None else f"{number(value, decimals)}\u00d7"
 
 
 def target_text(found: Convergence, results: Results, metric: MetricFormat) -> str:
@@ -78,7 +130,7 @@ def _difference_cells(difference: PairedDifference | None, metric: MetricFormat)
 def run_row(run: Mapping[str, Any], results: Results, metric: MetricFormat) -> dict[str, str]:
     """Return the cells of one run."""
     return {
-        "arm": run["arm"],
+        "arm": label_of(run),
         "color": color(run["arm"]),
         "seed": str(run["seed"]),
         "value": metric.number(run["metrics"].get(results["study"]["metric"])),
@@ -139,6 +191,6 @@ def _certificate_cells(record: Mapping[str, Any] | None) -> tuple[str, str, str]
     return (certificate.says, *certificate_cells(certificate))
 
 
-def color(arm: str) -> str:
+def color(label: str) -> str:
     """Return the colour of an arm, the same in all pictures and tables."""
-    return plots.arm_style(arm).color
+    return arm_style(label).color

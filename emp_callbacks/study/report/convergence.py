@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from emp_callbacks.study.arms import ARMS
-from emp_callbacks.study.report.arm_results import Results, Run, arm_names, runs_of
+from emp_callbacks.study.report.arm_results import Results, Run, arm_names, arm_of, at_middle_point, runs_of
 from emp_callbacks.study.report.statistics import (
     Interval,
     PairedDifference,
     Verdict,
     all_differences,
     mean_interval,
+    metric_range,
     verdict,
 )
 
@@ -70,9 +71,10 @@ def validation_metric(results: Results) -> str | None:
 
 
 def trained_arms(results: Results) -> list[str]:
-    """Return the arms with a training of their own; what is pruned after another arm's training has its curve."""
-    arms = arm_names(results)
-    return [arm for arm in arms if _trained_as(arm) == arm or _trained_as(arm) not in arms]
+    """Return the labels with a training of their own; what is pruned after another arm's training has its curve."""
+    labels = arm_names(results)
+    arms = {arm_of(label) for label in labels}
+    return [label for label in labels if _trained_as(label) == arm_of(label) or _trained_as(label) not in arms]
 
 
 def curve_of(run: Run, metric: str) -> dict[int, float]:
@@ -83,8 +85,10 @@ def curve_of(run: Run, metric: str) -> dict[int, float]:
 def convergence(results: Results) -> Convergence | None:
     """Compare the validation curves of the trainings with that of dense training; None where no curve was recorded.
 
-    Differences are paired by seed. First steps are not tested: seeds that never get there would be left out.
+    Differences are paired by seed. First steps are not tested: seeds that never get there would be left out. Of a
+    study at several points only the one in the middle is shown.
     """
+    results = at_middle_point(results)
     metric = validation_metric(results)
     if metric is None:
         return None
@@ -92,7 +96,8 @@ def convergence(results: Results) -> Convergence | None:
     curves = {arm: by_seed for arm, by_seed in curves.items() if by_seed}
     areas = {arm: {seed: _area(curve) for seed, curve in by_seed.items()} for arm, by_seed in curves.items()}
     baseline = next((arm for arm in curves if _trained_as(arm) == "dense"), None)
-    differences = all_differences(areas, [(arm, baseline) for arm in areas if arm != baseline])
+    within = metric_range(metric, (value for by_seed in areas.values() for value in by_seed.values()))
+    differences = all_differences(areas, [(arm, baseline) for arm in areas if arm != baseline], within)
     target = None
     if baseline:
         target = mean_interval([list(curve.values())[-1] for curve in curves[baseline].values()]).mean
@@ -103,7 +108,7 @@ def convergence(results: Results) -> Convergence | None:
         difference = differences.get((arm, baseline))
         row = ArmConvergence(
             arm=arm,
-            area=mean_interval(list(areas[arm].values())),
+            area=mean_interval(list(areas[arm].values()), within=within),
             difference=difference,
             verdict=verdict(difference, higher) if difference else None,
             seeds=len(steps),
@@ -125,8 +130,9 @@ def _interval(values: Sequence[float]) -> Interval | None:
     return mean_interval(values) if values else None
 
 
-def _trained_as(arm: str) -> str:
-    """Return the arm whose training an arm is measured on."""
+def _trained_as(label: str) -> str:
+    """Return the arm whose training an arm, given by its label, is measured on."""
+    arm = arm_of(label)
     return (ARMS[arm].shares_fit_of if arm in ARMS else None) or arm
 
 

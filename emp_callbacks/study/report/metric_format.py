@@ -43,6 +43,15 @@ class MetricFormat:
         """Return a signed difference with its unit; differences of percentages are points."""
         return self.number(value, sign=True) + (f"{SPACE}points" if self.percent else "")
 
+    def with_sd(self, interval: Interval) -> str:
+        """Return mean \u00b1 standard deviation, without unit; the mean alone without one."""
+        sd = "" if interval.sd is None else f"{SPACE}\u00b1{SPACE}{self.number(interval.sd)}"
+        return self.number(interval.mean) + sd
+
+    def margin(self, value: float) -> str:
+        """Return "±value" of an equivalence margin with the unit of differences."""
+        return f"\u00b1{self.number(value)}" + (f"{SPACE}points" if self.percent else "")
+
     def interval(self, interval: Interval | PairedDifference, sign: bool = False) -> str:
         """Return the interval in brackets, or that there is none."""
         if interval.low is None:

@@ -9,19 +9,25 @@ from typing import Any
 import jinja2
 
 from emp_callbacks.pruning.signatures import nearly_all
+from emp_callbacks.study.arms import ARMS
 from emp_callbacks.study.report import plots
 from emp_callbacks.study.report.arm_results import (
     ArmSummary,
     Results,
     arm_names,
+    arm_of,
+    at_middle_point,
     first_training_arm,
     missing_runs,
+    points_of,
+    prunes_by_n_eff,
     runs_of,
     summarise,
 )
 from emp_callbacks.study.report.cells import (
     color,
     convergence_row,
+    equal_density_rows,
     layer_tables,
     record_row,
     run_row,
@@ -29,27 +35,17 @@ from emp_callbacks.study.report.cells import (
     target_text,
 )
 from emp_callbacks.study.report.convergence import convergence
+from emp_callbacks.study.report.equal_density import equal_density
 from emp_callbacks.study.report.fairness import MATCHED_TOLERANCE, fairness_checks
+from emp_callbacks.study.report.findings import findings
 from emp_callbacks.study.report.metric_format import SPACE, MetricFormat, p_text, reference_arm, verdict_text
 from emp_callbacks.study.report.page import embedded, picture, template, write_files
 
-ARMS = {
-    "dense": "trained without pruning: what the model can do with everything kept.",
-    "one_shot": "trained like dense, then pruned once by N_eff after the last step, not trained further.",
-    "one_shot_dynamic": "trained like dense; after the last step each sample keeps its own N_eff features.",
-    "training_feedback": "masks recomputed by N_eff during training; what is pruned is still measured (weights keep "
-    "training behind the mask) and may come back.",
-    "training_project": "weights pruned at a refresh are set to zero and may grow back until the next one.",
-    "training_freeze": "what is pruned stays pruned for good; N_eff is measured on the survivors: it compounds.",
-    "training_dynamic": "from the first refresh on, each sample keeps its own N_eff features in every forward pass.",
-    "fixed_magnitude": "the largest weights are kept, at a density set in advance to that of the first "
-    "training arm: the same schedule without N_eff.",
-    "random": "a fixed random mask at that same density: the control for the choice of what is kept.",
-}
 PLOT_TEXT = {
     "n_eff.png": "N_eff / N of the scores (of random scores in the arm random). Line: mean over seeds. Band: "
     "lowest to highest seed.",
-    "metric_density.png": "Small markers: runs. Large markers: means with 95 % intervals. Line: dense.",
+    "metric_density.png": "Means over seeds with 95 % intervals. Thick: one-shot. Horizontal: dense, its interval as a "
+    "band. Arms of one point are moved sideways a little; without points, small markers are runs.",
     "density.png": "Kept over all; constant between two refreshes.",
     "learning_curves.png": "Validation metric of the model as it is at that step, mask applied. Line: mean over "
     "seeds. Band: lowest to highest seed.",
@@ -71,15 +67,23 @@ def write_report(results: Results, folder: Path) -> Path:
     pictures = {name: picture(draw(results)) for name, draw in plots.STUDY_PLOTS.items()}
     images = [{"name": name, "text": PLOT_TEXT[name], "data": embedded(png)} for name, png in pictures.items()]
     metric = MetricFormat.of(results)
-    leader = first_training_arm(results)
-    told = sorted(summaries, key=lambda row: row.arm != leader)  # the question first, the rest in study order
+    leader = first_training_arm(at_middle_point(results))
+    # The question first, the rest in study order; a study at points has its answers in `findings`.
+    told = [] if points_of(results) else sorted(summaries, key=lambda row: row.arm != leader)
+    equal = equal_density(results)
+    found = findings(equal, results) or [headline(results, summaries)]
+    arms = list(dict.fromkeys(map(arm_of, arm_names(results))))
     html = _template().render(
         kind="study",
         title=f"Pruning during training: {results['study']['metric']}",
         study=results["study"],
-        headline=headline(results, summaries),
+        headline=found[0],
+        findings=found[1:],
+        tolerance=MATCHED_TOLERANCE,
+        equal=[cells for row in equal for cells in equal_density_rows(row, results, metric)],
+        margin=metric.margin(results["study"]["margin"]) if results["study"].get("margin") else None,
         sentences=[(row.arm, color(row.arm), answer(row, results, metric)) for row in told],
-        rows=[cells for row in summaries for cells in table_rows(row, results, metric)],
+        rows=[cells for row in summaries for cells in table_rows(row, metric)],
         convergence=_convergence_section(results, metric),
         unit=" (%)" if metric.percent else "",
         points=" (points)" if metric.percent else "",
@@ -90,7 +94,7 @@ def write_report(results: Results, folder: Path) -> Path:
             [run.get("trajectory") or [] for arm in arm_names(results) for run in runs_of(results, arm)[:1]]
         ),
         missing=missing_runs(results),
-        arms=[(arm, color(arm), ARMS.get(arm, "an arm of this recipe.")) for arm in arm_names(results)],
+        arms=[(arm, color(arm), ARMS[arm].summary if arm in ARMS else "an arm of this recipe") for arm in arms],
         runs=[run_row(run, results, metric) for arm in arm_names(results) for run in runs_of(results, arm)],
         layers=layer_tables(runs_of(results, leader)[0].get("trajectory") or []) if leader else [],
         leader=leader,
@@ -126,7 +130,7 @@ def write_trajectory_report(records: Sequence[Mapping[str, Any]], folder: Path, 
 def headline(results: Results, summaries: Sequence[ArmSummary]) -> str:
     """Answer the study's question in one sentence, for the first training arm."""
     reference = reference_arm(results)
-    compared = [row for row in summaries if row.arm.startswith("training_") and row.arm != reference]
+    compared = [row for row in summaries if prunes_by_n_eff(arm_of(row.arm)) and row.arm != reference]
     if not compared:
         return "No arm that prunes during training was compared with another arm."
     row, leader = compared[0], compared[0].arm

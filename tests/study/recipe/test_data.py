@@ -1,4 +1,5 @@
 import gzip
+import hashlib
 import pickle
 import tracemalloc
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from emp_callbacks.study.recipe.data import DigitsData, EpochSampler, FashionMNISTData, TextData
-from emp_callbacks.study.recipe.sources import read_idx, stdlib_text
+from emp_callbacks.study.recipe.sources import read_idx, read_text, stdlib_text
 
 
 def ready(data):
@@ -307,6 +308,48 @@ def test_text_errors_say_what_to_do(tmp_path):
     assert ready(TextData(text_file(tmp_path, 360), sequence_length=16, batch_size=1))._parts["val"]
 
 
+@pytest.mark.parametrize("name", ["my.txt.gz", "my.dict.dz", "no-suffix"])
+def test_a_packed_text_is_read_as_its_content_whatever_its_name(tmp_path, name):
+    plain, packed = Path(text_file(tmp_path, 2000)), tmp_path / name
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    settings = {"sequence_length": 16, "max_bytes": 1000}
+    assert read_text(packed, 1000) == plain.read_bytes()[:1000]
+    assert ready(TextData(str(packed), **settings)).content_digest == (
+        ready(TextData(str(plain), **settings)).content_digest
+    )
+
+
+def test_a_plain_text_named_like_a_packed_one_is_read_as_it_is(tmp_path):
+    (tmp_path / "plain.gz").write_bytes(b"not packed")
+    assert read_text(tmp_path / "plain.gz", 100) == b"not packed"
+
+
+def test_a_text_is_unpacked_no_further_than_asked(tmp_path):
+    path = tmp_path / "long.gz"
+    path.write_bytes(gzip.compress(bytes(50_000_000)))
+    tracemalloc.start()
+    assert len(read_text(path, 3_000_000)) == 3_000_000
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 6_000_000  # the text, the piece that comes next, and room for what grows
+
+
+def test_a_damaged_packed_text_is_a_clear_error(tmp_path):
+    path, raw = tmp_path / "cut.dz", gzip.compress(np.random.default_rng(0).bytes(5000))
+    for damaged in (raw[:-500], raw[:40] + b"\xff" * 200 + raw[240:], raw[:2] + b"\x09" + raw[3:]):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"cut\.dz is a damaged gzip file .*get the file again"):
+            read_text(path, 10_000)
+
+
+def test_a_missing_text_of_a_package_names_the_package(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"gcide\.dict\.dz.*`apt-get install dict-gcide`.*--data\.file"):
+        TextData(str(tmp_path / "gcide.dict.dz")).setup()
+    with pytest.raises(FileNotFoundError) as error:
+        TextData(str(tmp_path / "my.txt")).setup()
+    assert "apt-get" not in str(error.value)
+
+
 def test_the_default_text_is_documentation_and_respects_the_cap():
     topics_only = stdlib_text(100_000)
     assert len(topics_only) == 100_000
@@ -321,3 +364,51 @@ def test_the_docstrings_follow_the_topics_in_one_fixed_order():
     assert stdlib_text(500_000) == text
     assert len(text) == 500_000
     assert b"Record of phased-in incompatible language changes." in text  # __future__.py sorts first
+
+
+# --- digests ---
+
+
+def sha256(*arrays):
+    return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
+
+
+def test_the_digest_of_images_is_that_of_pixels_and_labels(fashion):
+    data = ready(FashionMNISTData(str(fashion), val_size=6))
+    pixels = np.repeat(np.arange(30, dtype=np.uint8), 28 * 28)
+    labels = np.arange(30, dtype=np.int64) % 10
+    assert list(data.content_digest) == ["train", "val", "test"]
+    assert data.content_digest["train"] == sha256(pixels[: 24 * 784], labels[:24])
+    assert data.content_digest["val"] == sha256(pixels[24 * 784 :], labels[24:])
+
+
+def test_the_digest_of_text_is_that_of_the_bytes_used(tmp_path):
+    data = ready(TextData(text_file(tmp_path, 3000), sequence_length=16, max_bytes=2000))
+    used = np.frombuffer(Path(data.file).read_bytes()[:2000], np.uint8)
+    assert data.content_digest == {
+        "text": sha256(used), "train": sha256(used[:1800]), "val": sha256(used[1800:1900]), "test": sha256(used[1900:]),
+    }  # fmt: skip
+
+
+def test_the_digest_follows_the_content_and_nothing_else(fashion):
+    sizes = {"batch_size": 4, "val_size": 6}
+    digest = ready(FashionMNISTData(str(fashion), seed=1, **sizes)).content_digest
+    assert ready(FashionMNISTData(str(fashion), seed=2, **{**sizes, "batch_size": 8})).content_digest == digest
+    labels = np.arange(30) % 10
+    labels[[0, 1]] = labels[[1, 0]]
+    (fashion / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(labels)))
+    changed = ready(FashionMNISTData(str(fashion), **sizes)).content_digest
+    assert [name for name in digest if digest[name] != changed[name]] == ["train"]
+
+
+def test_the_digest_is_computed_once(tmp_path, monkeypatch):
+    data = ready(TextData(text_file(tmp_path, 2000), sequence_length=16))
+    first = data.content_digest
+    monkeypatch.delattr(hashlib, "sha256")
+    assert data.content_digest is first
+
+
+@pytest.mark.parametrize("data", [DigitsData, TextData])
+def test_there_is_no_digest_before_setup(data):
+    with pytest.raises(RuntimeError, match=r"call setup\(\) first"):
+        _ = data().content_digest

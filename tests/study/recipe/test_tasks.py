@@ -7,7 +7,13 @@ from torch import nn
 from torch.nn import functional
 
 from emp_callbacks.study.recipe.data import DigitsData, TextData
-from emp_callbacks.study.recipe.tasks import ImageClassification, LanguageModel, decay_groups, warmup_cosine
+from emp_callbacks.study.recipe.tasks import (
+    ImageClassification,
+    LanguageModel,
+    decay_groups,
+    warm_restarts,
+    warmup_cosine,
+)
 
 TINY_VIT = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}
 TINY_GPT = {"n_layer": 1, "n_head": 2, "n_embd": 8, "sequence_length": 16}
@@ -79,15 +85,21 @@ def test_a_language_model_does_not_see_the_future():
     assert not torch.equal(before[:, 10:], after[:, 10:])
 
 
-def test_the_learning_rate_rises_and_falls_to_zero_over_all_optimizer_steps():
+def rates_of(task, data, **settings):
+    """Return the learning rate after each optimizer step: that of the next one."""
     rates = []
 
     class Watch(pl.Callback):
         def on_train_batch_end(self, host, *args):
             rates.append(host.optimizers[0].param_groups[0]["lr"])
 
-    task, host = image_task(lr=0.01, warmup_fraction=0.25), trainer(max_epochs=2, callbacks=[Watch()])
-    host.fit(task, datamodule=DigitsData(batch_size=100, seed=0))  # 20 steps, of which 5 rise
+    trainer(callbacks=[Watch()], limit_val_batches=0, **settings).fit(task, datamodule=data)
+    return rates
+
+
+def test_the_learning_rate_rises_and_falls_to_zero_over_all_optimizer_steps():
+    task = image_task(lr=0.01, warmup_fraction=0.25)
+    rates = rates_of(task, DigitsData(batch_size=100, seed=0), max_epochs=2)  # 20 steps, of which 5 rise
     assert len(rates) == 20
     assert max(rates) == rates[3] == pytest.approx(0.01)  # the rate for the fifth step is set after the fourth
     assert rates[0] == pytest.approx(0.01 * 2 / 5)
@@ -103,6 +115,48 @@ def test_the_schedule_needs_an_end():
 def test_schedule_without_warmup_starts_at_the_top_and_stays_at_zero_beyond_the_end():
     assert warmup_cosine(0, total=4, warmup=0) == 1
     assert warmup_cosine(9, total=4, warmup=0) == 0
+
+
+def test_each_segment_of_warm_restarts_is_a_schedule_of_its_own_length():
+    factors = [warm_restarts(step, starts=[0, 4, 14], total=20, warmup_fraction=0.5) for step in range(20)]
+    # Warm-ups of 2, 5 and 3 steps, then cosines of 2, 5 and 3.
+    first = [1 / 2, 1, 1, 0.5]
+    second = [i / 5 for i in range(1, 6)] + [(1 + math.cos(math.pi * i / 5)) / 2 for i in range(5)]
+    third = [1 / 3, 2 / 3, 1, 1, 0.75, 0.25]
+    assert factors == pytest.approx([*first, *second, *third])
+
+
+def test_one_segment_is_the_schedule_without_restarts():
+    for step in range(25):
+        assert warm_restarts(step, [0], 20, 0.25) == warmup_cosine(step, total=20, warmup=5)
+
+
+@pytest.mark.parametrize("kind", ["images", "text"])
+def test_both_tasks_begin_their_learning_rate_anew(kind, text):
+    settings = {"lr": 0.01, "warmup_fraction": 0.25, "lr_restarts": [0.4, 0.8]}
+    task, data = (
+        (image_task(**settings), DigitsData(batch_size=50, seed=0))
+        if kind == "images"
+        else (LanguageModel(**TINY_GPT, **settings), text)
+    )
+    rates = rates_of(task, data, max_steps=20)  # segments of 8, 8 and 4 steps, of which 2, 2 and 1 rise
+    eight = [0.5, 1, *((1 + math.cos(math.pi * i / 6)) / 2 for i in range(6))]
+    four = [1, *((1 + math.cos(math.pi * i / 3)) / 2 for i in range(3))]
+    assert [rate / 0.01 for rate in rates] == pytest.approx([*eight, *eight, *four, 0][1:], abs=1e-9)
+
+
+@pytest.mark.parametrize("restarts", [[0.0, 0.5], [1.0], [0.5, 0.5], [0.8, 0.4], [math.nan]])
+def test_restarts_outside_the_training_or_out_of_order_are_an_error(restarts):
+    for make in (image_task, LanguageModel):
+        with pytest.raises(ValueError, match=r"increasing parts of the training in \(0, 1\), got \["):
+            make(lr_restarts=restarts)
+
+
+@pytest.mark.parametrize(("restarts", "steps"), [([0.5, 0.51], "[5, 5]"), ([0.01], "[0]"), ([0.99], "[10]")])
+def test_restarts_that_are_no_steps_of_their_own_are_an_error(restarts, steps):
+    with pytest.raises(ValueError, match=r"optimizer steps .* of 10: .*move them apart") as error:
+        rates_of(image_task(lr_restarts=restarts), DigitsData(), max_steps=10)
+    assert f"optimizer steps {steps} of 10" in str(error.value)
 
 
 def test_only_matrices_decay_and_no_parameter_is_lost():

@@ -17,6 +17,7 @@ from emp_callbacks.study.report import plots
 from emp_callbacks.study.report.arm_results import summarise
 from emp_callbacks.study.report.metric_format import MetricFormat
 from emp_callbacks.study.report.report import headline, write_report, write_trajectory_report
+from emp_callbacks.study.report.styles import FAMILIES, STYLES, arm_style
 from emp_callbacks.study.report.terminal import comparison_table
 
 FINAL = {
@@ -308,8 +309,10 @@ def test_one_colour_per_arm_in_every_figure():
         lines = {line.get_label(): line.get_color() for line in draw(results).axes[0].get_lines()}
         assert lines
         lines.pop("last of dense (mean)", None)
-        assert all(color == plots.arm_style(arm).color for arm, color in lines.items())
-    assert len({style.color for style in plots.STYLES.values()}) == len(FINAL)
+        assert all(color == arm_style(arm).color for arm, color in lines.items())
+    assert len({style.color for style in STYLES.values()}) == len(STYLES)
+    for family in FAMILIES.values():
+        assert len({style.marker for style in family.values()}) == len(family)
 
 
 def test_density_starts_at_one_and_observed_arms_are_not_drawn_as_pruned():

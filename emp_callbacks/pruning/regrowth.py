@@ -1,0 +1,86 @@
+"""What mode "rewire" replaces at a refresh: the lowest of the kept are dropped, and as many others grown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from emp_callbacks.criteria import Criterion
+from emp_callbacks.layer import Layer, Ranks
+from emp_callbacks.pruning.decision import Decision, KeepRule, Scored, decide
+
+
+@dataclass(frozen=True)
+class Regrowth:
+    """How weights are grown.
+
+    Attributes:
+        criterion: Scores what is pruned.
+        fraction: Of a group's kept weights those that are replaced, in [0, 1).
+    """
+
+    criterion: Criterion
+    fraction: float
+
+    def decide(
+        self, layers: Sequence[Layer], scored: Sequence[Scored], scope: str, rule: KeepRule, ranks: Ranks, step: int
+    ) -> list[Decision]:
+        """Return, for each group, what stays of the kept together with what is grown. Collective; changes nothing.
+
+        A group keeps K = floor(density * n). The round((1 - fraction) * K) highest of the kept stay; of the pruned,
+        the highest by the growth criterion fill up to K. What scores 0 neither stays nor is grown.
+
+        Args:
+            layers: All of which have a mask.
+            scored: Their scores.
+            scope: "global" or "tensor".
+            rule: Gives the density.
+            ranks: The job's processes.
+            step: Optimizer step, for error messages.
+
+        Raises:
+            MissingEvidence: The growth criterion knows nothing of a layer.
+            FloatingPointError: A score is NaN or Inf.
+
+        Source: Evci et al., arXiv:1911.11134, algorithm 1.
+        """
+        sizes = {one.span.name: one.span.size for one in scored}
+        sizes = {"global": sum(sizes.values())} if scope == "global" else sizes
+        total = {name: max(1, math.floor(rule.of_group(name).density * n + 1e-6)) for name, n in sizes.items()}  # type: ignore[operator]
+        masks = [layer.mask_or_ones for layer in layers]
+        kept = [Scored(one.span, _where(mask, one.scores)) for one, mask in zip(scored, masks, strict=True)]
+        fewer = {name: max(1, round((1 - self.fraction) * keep)) for name, keep in total.items()}
+        stay = decide(kept, scope, _exactly(fewer, sizes), ranks, step)
+        pruned = [
+            Scored(layer.span, _where(~mask, self.criterion.score(layer).abs()))
+            for layer, mask in zip(layers, masks, strict=True)
+        ]
+        lacking = {one.group: total[one.group] - one.keep for one in stay}
+        grown = decide(pruned, scope, _exactly(lacking, sizes), ranks, step)
+        return [_both(old, new, masks, lacking[old.group]) for old, new in zip(stay, grown, strict=True)]
+
+
+def _where(mask: Tensor, scores: Tensor) -> Tensor:
+    return torch.where(mask, scores, 0.0)
+
+
+def _exactly(counts: dict[str, int], sizes: dict[str, int]) -> KeepRule:
+    """Return the rule that keeps so many of each group: half a component above, so that no rounding loses one."""
+    return KeepRule(densities={name: min(1.0, (count + 0.5) / sizes[name]) for name, count in counts.items()})
+
+
+def _both(old: Decision, new: Decision, masks: Sequence[Tensor], lacking: int) -> Decision:
+    # A group whose scores are all 0 is "kept whole": here that is nothing to grow.
+    found = new.keep if lacking > 0 and new.n_eff else 0
+    note = f"only {found} of {lacking} weights were grown: no others have a gradient" if found < lacking else old.note
+
+    def mask(i: int) -> Tensor:
+        stays = old.mask(i) & masks[i]
+        return stays | (new.mask(i) & ~masks[i]) if found else stays
+
+    digest = old.digest ^ (new.digest if found else 0)
+    return replace(old, keep=old.keep + found, mask=mask, note=note, digest=digest, is_top=False, mass_floor=None)

@@ -1,0 +1,216 @@
+"""The runs of a study, one by one: what each needs of others, its training, and its pair at equal density."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from emp_callbacks.config import EMPConfig
+from emp_callbacks.study.arm_settings import Budget, arm_config, restarts_of
+from emp_callbacks.study.arms import ARMS, Cell, TrainingJob, leading_arm
+from emp_callbacks.study.horizon import Horizon, horizon_of
+from emp_callbacks.study.recipe.check import RecipeError
+from emp_callbacks.study.recipe.recipe import Recipe, StudyConfig
+from emp_callbacks.study.recipe.small import narrower
+from emp_callbacks.study.run_store import RunStore
+from emp_callbacks.study.training import Training, recipe_config
+from emp_callbacks.study.training_record import OnStep
+
+__all__ = ["CellRunner"]
+
+Record = dict[str, Any]
+# What a network that is pruned after training has in common with the training.
+_OF_THE_TRAINING = ("steps", "curve", "init_digest", "batches_digest")
+
+
+class CellRunner:
+    """Runs the cells of a study.
+
+    Args:
+        recipe: The recipe.
+        study: Its study, with the arms that fit.
+        store: Where weights and logs go.
+        records: Of the cells that are finished; whoever finishes one puts it there.
+    """
+
+    def __init__(self, recipe: Recipe, study: StudyConfig, store: RunStore, records: Mapping[Cell, Record]) -> None:
+        self.recipe, self._study, self._store, self._records = recipe, study, store, records
+        self.leader = leading_arm(study.arms)
+        self._dense: tuple[int, Training, dict[str, Tensor]] | None = None
+        self._pairs: dict[tuple[int, int], Record] = {}
+
+    @cached_property
+    def horizon(self) -> Horizon:
+        """How long each arm trains."""
+        return horizon_of(self.recipe, self._study.healing)
+
+    @cached_property
+    def emp(self) -> EMPConfig:
+        """The EMP settings of the recipe."""
+        return recipe_config(self.recipe)
+
+    def check(self) -> None:
+        """Check, before anything runs, that the model has what the arms ask of it.
+
+        Raises:
+            ValueError: Its learning rate cannot begin anew, or nobody knows how to make it narrower.
+        """
+        model = self.recipe.resolved()["model"]
+        for name in self._study.arms:
+            if ARMS[name].restarts:
+                try:
+                    self.recipe.with_model(lr_restarts=[0.5])
+                except RecipeError as error:
+                    raise ValueError(
+                        f"arm {name!r} needs a model whose learning rate can begin anew, and {model['class_path']} has "
+                        "no argument lr_restarts; remove the arm from study.arms"
+                    ) from error
+            if ARMS[name].narrower:
+                narrower(model["class_path"], model["init_args"], sys.maxsize)
+
+    # ---- how much is kept -----------------------------------------------------------------------------------------
+
+    def needed(self, cell: Cell) -> list[Cell]:
+        """Return the cells whose results decide how much this one keeps."""
+        arm, found = ARMS[cell.arm], []
+        if arm.narrower or (cell.point is not None and arm.density == "emp" and not arm.shares_fit_of):
+            found.append(Cell("dense", cell.seed))
+        if self.leader and (arm.leads_shares or (arm.density == "given" and cell.point is None)):
+            points = ARMS[self.leader].points_of(self._study.points)
+            found.append(Cell(self.leader, cell.seed, cell.point if cell.point in points else None))
+        return found
+
+    def leader_of(self, cell: Cell) -> str | None:
+        """Return the training arm that an arm follows; None where it follows none."""
+        follows = ARMS[cell.arm].leads_mode or any(needed.arm == self.leader for needed in self.needed(cell))
+        return self.leader if follows else None
+
+    def budget(self, cell: Cell) -> Budget:
+        """Return what decides how much a cell keeps."""
+        found = {needed.arm: self._records[needed] for needed in self.needed(cell)}
+        dense, leader = found.get("dense"), found.get(self.leader or "")
+        density = cell.point
+        if density is None and leader:
+            density = leader["density"] if self.emp.target != "weights" else _exactly(leader["keep"], leader["n"])
+        return Budget(
+            point=cell.point,
+            density=1.0 if density is None else density,
+            n_eff_share=dense["n_eff"] / dense["n"] if dense else 1.0,
+            shares=leader["layers"] if leader and ARMS[cell.arm].leads_shares else None,
+        )
+
+    # ---- one training ---------------------------------------------------------------------------------------------
+
+    def run(self, job: TrainingJob, missing: Sequence[Cell], on_step: OnStep) -> Iterator[tuple[Cell, Record]]:
+        """Train once, or take up what was trained, and yield the record of each missing cell.
+
+        Raises:
+            ValueError: An arm asks of the model what it does not have.
+            KeyboardInterrupt: The user stopped it.
+        """
+        kept = self._store.weights(job.fit)
+        if not (job.fit in self._records and kept.is_file()):
+            training = self._train(job.fit, on_step)
+            if job.fit.arm == "dense":
+                self._dense = job.fit.seed, training, _save(training, kept)
+            if job.fit in missing:
+                yield job.fit, self._completed(job.fit, training.record())
+        for cell in missing:
+            if cell != job.fit:
+                config = arm_config(cell.arm, self.emp, self.leader, self.budget(cell))
+                yield cell, self._pruned_once(cell, config, self._store.fresh_folder(cell))
+
+    def _train(self, cell: Cell, on_step: OnStep) -> Training:
+        # Before the recipe is built for this training: to know these it is built as well.
+        budget, horizon, recipe = self.budget(cell), self.horizon, self._recipe_of(cell)
+
+        def adapt(base: EMPConfig) -> EMPConfig:
+            return arm_config(cell.arm, base, self.leader, budget, horizon)
+
+        folder = self._store.fresh_folder(cell)
+        training = Training(recipe, cell.seed, adapt, folder, on_step, rewinds=ARMS[cell.arm].rewinds)
+        training.fit()
+        return training
+
+    def _recipe_of(self, cell: Cell) -> Recipe:
+        """Return the recipe with what an arm changes of the model."""
+        arm, model = ARMS[cell.arm], self.recipe.resolved()["model"]
+        if arm.narrower:
+            weights = int(self.budget(cell).density * self._records[Cell("dense", cell.seed)]["n"])
+            return self.recipe.with_model(**narrower(model["class_path"], model["init_args"], weights))
+        return self.recipe.with_model(lr_restarts=restarts_of(cell.arm, self.horizon)) if arm.restarts else self.recipe
+
+    def _completed(self, cell: Cell, record: Record) -> Record:
+        """Return a record with what only the study knows."""
+        if ARMS[cell.arm].narrower:
+            whole = self._records[Cell("dense", cell.seed)]["n"]
+            record = {**record, "n": whole, "density": record["n"] / whole, "keep": record["n"]}
+        return {**record, "differs": list(ARMS[cell.arm].differs)}
+
+    # ---- pruned once after training -------------------------------------------------------------------------------
+
+    def _pruned_once(self, cell: Cell, config: EMPConfig, folder: Path | None) -> Record:
+        """Prune the dense network of a seed, which stays as it was, and return the record."""
+        training, weights = self._trained(cell.seed)
+        training.take_up(weights)
+        found = training.record(training.prune_once(config, folder))
+        dense = self._records.get(Cell("dense", cell.seed), {})
+        return {**found, **{key: dense[key] for key in _OF_THE_TRAINING if key in dense}, "differs": []}
+
+    def _trained(self, seed: int) -> tuple[Training, dict[str, Tensor]]:
+        """Return the training that ended in the dense network of a seed, and its weights."""
+        if self._dense is None or self._dense[0] != seed:
+            weights = load_file(self._store.weights(Cell("dense", seed)))
+            training = Training(self.recipe, seed, lambda base: arm_config("dense", base), None, lambda *_: None)
+            self._dense = seed, training, weights
+        return self._dense[1:]
+
+    # ---- at equal density -----------------------------------------------------------------------------------------
+
+    def lacks_pair(self, cell: Cell) -> bool:
+        """Whether a finished cell has yet to be compared with the dense network pruned once to the same density."""
+        record = self._records.get(cell)
+        if record is None or cell.arm in ("dense", "one_shot") or self.emp.target != "weights":
+            return False
+        return record.get("matched") is None and Cell("dense", cell.seed) in self._records
+
+    def pair(self, cell: Cell) -> Record | None:
+        """Return the record of a cell together with that of one-shot at exactly its density.
+
+        None where the dense network is on another machine.
+        """
+        record = self._records[cell]
+        if not self._store.weights(Cell("dense", cell.seed)).is_file():
+            return None
+        key = cell.seed, record["keep"]
+        for other, known in self._records.items():
+            if other.arm == "one_shot" and (other.seed, known["keep"]) == key:
+                self._pairs[key] = _as_pair(known)
+        if key not in self._pairs:
+            budget = Budget(point=_exactly(record["keep"], record["n"]))
+            config = arm_config("one_shot", self.emp, self.leader, budget)
+            found = self._pruned_once(Cell("one_shot", cell.seed, budget.point), config, None)
+            self._pairs[key] = _as_pair(found)
+        return {**record, "matched": self._pairs[key]}
+
+
+def _as_pair(record: Record) -> Record:
+    return {"arm": "one_shot", **{name: record[name] for name in ("density", "keep", "metrics")}}
+
+
+def _exactly(keep: int, n: int) -> float:
+    """Return the density that keeps so many of n: half a weight more, so that no rounding loses one."""
+    return min(1.0, (keep + 0.5) / n)
+
+
+def _save(training: Training, path: Path) -> dict[str, Tensor]:
+    """Write the weights of a trained network to a file and return them."""
+    weights = {name: value.detach().cpu().clone() for name, value in training.model.state_dict().items()}
+    save_file({name: value.contiguous() for name, value in weights.items()}, path)
+    return weights

@@ -1,0 +1,79 @@
+"""How long the trainings of a study are, known before the first one begins."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from pytorch_lightning.utilities.seed import isolate_rng
+
+from emp_callbacks.config import EMPConfig
+from emp_callbacks.study.quiet import quiet
+from emp_callbacks.study.recipe.recipe import Recipe
+
+__all__ = ["Horizon", "horizon_of"]
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """How long a study trains.
+
+    Attributes:
+        steps: Optimizer steps of a training.
+        epochs: Of a training; None where steps end it.
+        healing: Part of the training, in [0, 1), after the last refresh.
+    """
+
+    steps: int
+    epochs: int | None
+    healing: float
+
+    @property
+    def pruned_until(self) -> int:
+        """Last step that may end in a refresh."""
+        return max(1, round((1 - self.healing) * self.steps))
+
+    def steps_of(self, recipe: EMPConfig) -> int:
+        """Return the steps between two refreshes of a recipe."""
+        if recipe.every_n_steps is not None:
+            return recipe.every_n_steps
+        return max(1, (recipe.every_n_epochs or 1) * self.steps // max(1, self.epochs or 1))
+
+
+@cache
+def horizon_of(recipe: Recipe, healing: float) -> Horizon:
+    """Return how long a recipe trains; its data are set up for that where epochs are counted.
+
+    Raises:
+        ValueError: Nobody knows: neither max_steps nor max_epochs ends it, or the data have no length.
+    """
+    with isolate_rng(), quiet():
+        recipe.build_bare(logger=False, enable_checkpointing=False)
+    trainer, data = recipe.trainer, recipe.datamodule
+    epochs, most = trainer.max_epochs, trainer.max_steps
+    if epochs is None or epochs < 0:
+        if most < 0:
+            raise ValueError("a study needs an end: set trainer.max_epochs or trainer.max_steps")
+        return Horizon(most, None, healing)
+    data.prepare_data()
+    data.setup("fit")
+    batches = _length(data.train_dataloader())
+    limit = trainer.limit_train_batches
+    batches = int(batches * limit) if isinstance(limit, float) else min(batches, limit)
+    of_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
+    steps = of_epoch * epochs
+    if 0 <= most < steps:
+        return Horizon(most, max(1, most // of_epoch), healing)
+    return Horizon(steps, epochs, healing)
+
+
+def _length(loader: Any) -> int:
+    try:
+        return len(loader)
+    except TypeError as error:
+        raise ValueError(
+            f"{type(loader).__name__} of the training data has no length, so nobody knows when three quarters of the "
+            "training are over: set trainer.max_steps, and leave out trainer.max_epochs"
+        ) from error

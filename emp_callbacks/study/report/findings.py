@@ -1,0 +1,54 @@
+"""What a study found at equal density, in sentences: what speaks against EMP during training stands first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from emp_callbacks.study.report.arm_results import Results, arm_of, prunes_by_n_eff
+from emp_callbacks.study.report.equal_density import Against, EqualDensityRow
+from emp_callbacks.study.report.metric_format import MetricFormat, reference_arm
+
+__all__ = ["findings"]
+
+_Pick = Callable[[EqualDensityRow], Against | None]
+
+
+def findings(rows: Sequence[EqualDensityRow], results: Results) -> list[str]:
+    """Return what the rows show of the arms in which N_eff decides during training: worse, better, equivalent, open.
+
+    Empty if no such arm has a pair.
+    """
+    own = [row for row in rows if prunes_by_n_eff(arm_of(row.label)) and (row.one_shot or row.best)]
+    if not own:
+        return []
+    metric = MetricFormat.of(results)
+    others: list[tuple[str, _Pick]] = [
+        (reference_arm(results), lambda row: row.one_shot),
+        ("the best fixed-density arm", lambda row: row.best),
+    ]
+    others = [(name, pick) for name, pick in others if any(map(pick, own))]
+    said = []
+    for verdict in ("worse", "better", "equivalent", "no difference shown", "undecided"):
+        for name, pick in others:
+            found = [(row, against) for row in own if (against := pick(row)) and against.verdict == verdict]
+            if found:
+                said.append(f"{_opening(verdict, name, results, metric)}: {_listed(found, name, metric)}.")
+            elif verdict in ("worse", "better"):
+                said.append(f"No EMP arm is shown to be {verdict} than {name} at equal density.")
+    return said
+
+
+def _opening(verdict: str, name: str, results: Results, metric: MetricFormat) -> str:
+    if verdict == "equivalent":
+        return f"Equivalent to {name} at equal density, within {metric.margin(results['study']['margin'])}"
+    if verdict in ("worse", "better"):
+        return f"{verdict.capitalize()} than {name} at equal density"
+    return f"{verdict.capitalize()} against {name} at equal density"
+
+
+def _listed(found: Sequence[tuple[EqualDensityRow, Against]], name: str, metric: MetricFormat) -> str:
+    named = name.startswith("the best")
+    return ", ".join(
+        f"{row.label} ({metric.difference(against.difference.mean)}{f' to {against.label}' if named else ''})"
+        for row, against in found
+    )
