@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +14,8 @@ from emp_callbacks.cli.options import export_parser, inspect_parser, prune_parse
 from emp_callbacks.cli.recipes import find_recipe
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from emp_callbacks.finished.export import Source
     from emp_callbacks.finished.weights_file import ExportReport
 
@@ -27,25 +32,26 @@ def inspect(words: list[str]) -> None:
         if getattr(options, name) is not None:
             raise ValueError(f"--{name} needs modules and data; name the recipe that builds them with --data RECIPE")
     from emp_callbacks.finished.inspection import inspect_model, load_model, report_json, report_table
-    from emp_callbacks.pruning.signatures import nearly_all
+    from emp_callbacks.pruning.signatures import emptied_layers, nearly_all, starved_layers
 
     console = make_console()
     beta, scope = 1.0 if options.beta is None else options.beta, options.scope or "global"
     loaded = load_model(options.source, pretrained=options.pretrained)
-    rows = inspect_model(
-        loaded.module,
-        beta=beta,
-        scope=scope,
-        include=options.include or loaded.include,
-        exclude=options.exclude,
-    )
+    with _said_in_notes():
+        rows = inspect_model(
+            loaded.module,
+            beta=beta,
+            scope=scope,
+            include=options.include or loaded.include,
+            exclude=options.exclude,
+        )
     settings = {"source": options.source, "beta": beta, "scope": scope}
     console.print(report_table(rows, f"{options.source}: scope {scope}, beta {beta:g}"))
     judged = rows[-1:] if scope == "global" else rows[:-1]
     alike = nearly_all([(row.name, row.n, row.n_eff_fraction) for row in judged], "magnitude")
-    notes = [*loaded.notes, *_already_pruned(rows[-1].density), *alike]
-    for note in notes:
-        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+    few = [*emptied_layers(rows[:-1], "magnitude"), *starved_layers(rows[:-1], scope)]
+    notes = [*loaded.notes, *_already_pruned(rows[-1].density), *alike, *few]
+    _print_notes(console, notes)
     if options.json:
         Path(options.json).write_text(report_json(rows, **settings, notes=notes))
 
@@ -62,14 +68,29 @@ def _inspect_with_data(options: argparse.Namespace) -> None:
     settings = {name: value for name in names if (value := getattr(options, name)) is not None}
     recipe = find_recipe(options.data)
     console, steps = make_console(), 2 * options.probes * options.batches
-    with console.status(f"measuring: Tr(H) alone takes about {steps} training steps (--probes, --batches)"):
+    told = f"measuring: Tr(H) alone takes about {steps} training steps (--probes, --batches)"
+    with _said_in_notes(), console.status(told):
         found = certify_source(options.source, recipe, settings, batches=options.batches, probes=options.probes)
     console.print(layer_table(found.cost.events))
     console.print(cost_table(found))
-    for note in found.notes:
-        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+    _print_notes(console, found.notes)
     if options.json:
         Path(options.json).write_text(certified_json(found))
+
+
+@contextmanager
+def _said_in_notes() -> Iterator[None]:
+    """Hide the warnings of a refresh that the command prints as notes."""
+    from emp_callbacks.pruning.signatures import SAID_OF_A_REFRESH
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=SAID_OF_A_REFRESH)
+        yield
+
+
+def _print_notes(console: Console, notes: Iterable[str]) -> None:
+    for note in notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
 
 
 def _already_pruned(density: float) -> list[str]:
@@ -81,21 +102,55 @@ def _already_pruned(density: float) -> list[str]:
 def prune(words: list[str]) -> None:
     """Prune a finished model once."""
     options = prune_parser().parse_args(words)
+    from emp_callbacks.finished.budget import budget_table
     from emp_callbacks.finished.export import prune
+    from emp_callbacks.pruning.signatures import signatures_of
     from emp_callbacks.trajectory import layer_table
 
-    names = ("target", "criterion", "scope", "beta", "density", "include", "exclude")
-    settings = {name: value for name in names if (value := getattr(options, name)) is not None}
-    pruner, report = prune(
-        _source(options),
-        options.out,
-        settings,
-        batches=options.batches,
-        shrink_units=options.shrink,
-        overwrite=options.overwrite,
-    )
-    make_console().print(layer_table(pruner.last_events))
+    tolerance = _loss_tolerance(options)
+    names = ("target", "criterion", "scope", "beta", "density", "min_density", "include", "exclude")
+    settings = {name: value for name in names if (value := getattr(options, name)) not in (None, "auto")}
+    console = make_console()
+    with _said_in_notes(), _budget_bar(console, shown=tolerance is not None) as on_tried:
+        pruner, report = prune(
+            _source(options),
+            options.out,
+            settings,
+            batches=options.batches,
+            loss_tolerance=tolerance,
+            on_tried=on_tried,
+            shrink_units=options.shrink,
+            overwrite=options.overwrite,
+        )
+    if report.budget:
+        console.print(budget_table(report.budget))
+        console.print(report.budget.says, highlight=False, soft_wrap=True)
+    console.print(layer_table(pruner.last_events))
     _print_export(report)
+    _print_notes(console, signatures_of(pruner.last_events).values())
+
+
+def _loss_tolerance(options: argparse.Namespace) -> float | None:
+    """Return the tolerance by which beta is looked for; None where it is given."""
+    if options.tolerance is None and options.beta != "auto":
+        return None
+    for name in ("beta", "density"):
+        if (value := getattr(options, name)) not in (None, "auto"):
+            raise ValueError(f"--{name} {value:g} says what is kept, and --tolerance looks for it; drop one")
+    return 0.01 if options.tolerance is None else float(options.tolerance)
+
+
+@contextmanager
+def _budget_bar(console: Console, *, shown: bool) -> Iterator[Callable[[object], None]]:
+    """Show how many budgets are measured, on a terminal, and lend what counts them."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from emp_callbacks.finished.budget import EVALUATIONS
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not (shown and console.is_terminal), transient=True) as bar:
+        task = bar.add_task("budgets measured, at most", total=EVALUATIONS)
+        yield lambda _: bar.advance(task)
 
 
 def export(words: list[str]) -> None:

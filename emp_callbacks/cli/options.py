@@ -230,6 +230,7 @@ examples:
   emp prune timm:resnet18 --pretrained --out pruned.safetensors
   emp prune timm:resnet18 --pretrained --target neurons --shrink --out small.safetensors
   emp prune last.ckpt --config recipes/quickstart.yaml --target heads --criterion taylor --out pruned.safetensors
+  emp prune last.ckpt --config recipes/quickstart.yaml --beta auto --tolerance 0.02 --out pruned.safetensors
 
 With --config, what the recipe's EMPCallback says is the default of each setting. Criteria that read gradients, inputs
 or activations take them from --batches of the recipe's training data; the weights are not trained.
@@ -243,12 +244,30 @@ Heads and neurons need modules: --config RECIPE, timm:NAME, or a Hugging Face fo
         choices=("global", "tensor", "row"),
         help="where scores compete (default: tensor for neurons and KAN nodes, else global)",
     )
-    parser.add_argument("--beta", type=float, help="keep floor(beta * N_eff) (default: 1.0)")
+    parser.add_argument(
+        "--beta",
+        type=_beta,
+        metavar="BETA|auto",
+        help="keep floor(beta * N_eff) (default: 1.0); auto: the smallest beta within --tolerance",
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        metavar="SHARE",
+        help="how much beta auto may raise the loss on --batches, relative to the dense loss (default: 0.01)",
+    )
     parser.add_argument("--density", type=float, help="keep this fraction instead of N_eff")
+    parser.add_argument("--min-density", type=float, help="keep at least this fraction of each group (default: 0)")
     parser.add_argument("--include", nargs="+", metavar="GLOB", help="prune these parameters (or modules) only")
     parser.add_argument("--exclude", nargs="+", metavar="GLOB", help="leave these parameters (or modules) out")
-    parser.add_argument("--batches", type=int, default=32, help="training batches for criteria that read data (32)")
+    parser.add_argument(
+        "--batches", type=int, default=32, help="training batches for criteria that read data, and for --tolerance (32)"
+    )
     return parser
+
+
+def _beta(text: str) -> float | str:
+    return text if text == "auto" else float(text)
 
 
 def export_parser() -> argparse.ArgumentParser:

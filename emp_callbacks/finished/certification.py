@@ -16,7 +16,7 @@ from emp_callbacks.cost.training_loss import show_batches, training_loss
 from emp_callbacks.criteria import make_criterion
 from emp_callbacks.finished.finished_model import open_model
 from emp_callbacks.pruning.pruner import EMPPruner
-from emp_callbacks.pruning.signatures import emptied_layers, uniform_scores
+from emp_callbacks.pruning.signatures import signatures_of
 from emp_callbacks.study.recipe.parts import open_recipe
 from emp_callbacks.trajectory import certified_loss_change
 
@@ -87,8 +87,7 @@ def certify_source(
     notes = (
         *model.notes,
         *(event.note for event in cost.events if event.note),
-        *uniform_scores(cost.events),
-        *emptied_layers(cost.events),
+        *signatures_of(cost.events).values(),
     )
     told = {name: getattr(config, name) for name in ("target", "scope", "beta", "density", "include", "exclude")}
     told = {**told, "criterion": config.criterion_name, "source": source, "data": recipe_path}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from glob import escape
 from itertools import islice
@@ -16,12 +16,14 @@ from emp_callbacks.checkpoint.reading import trajectory_rows
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.cost.training_loss import show_batches
 from emp_callbacks.criteria import make_criterion
+from emp_callbacks.finished.budget import find_budget
 from emp_callbacks.finished.finished_model import FinishedModel, open_model
 from emp_callbacks.finished.weights_file import ExportReport, check_free, write_weights
 from emp_callbacks.pruning.pruner import EMPPruner
 from emp_callbacks.shrinking import ShrinkReport, pruned_units, shrink
 
 if TYPE_CHECKING:
+    from emp_callbacks.cost.budget_search import Tried
     from emp_callbacks.study.recipe.parts import RecipeParts
 
 __all__ = ["Source", "export", "prune"]
@@ -87,6 +89,8 @@ def prune(
     settings: Mapping[str, Any],
     *,
     batches: int = 32,
+    loss_tolerance: float | None = None,
+    on_tried: Callable[[Tried], None] | None = None,
     shrink_units: bool = False,
     overwrite: bool = False,
 ) -> tuple[EMPPruner, ExportReport]:
@@ -98,6 +102,9 @@ def prune(
         settings: Fields of EMPConfig that say what is pruned and how; the rest keeps its default.
         batches: Training batches of the recipe's data for criteria that read data, >= 1. The model is in evaluation
             mode for them: without dropout, and with the batch norms' running statistics.
+        loss_tolerance: Look for the smallest beta that raises the loss on these batches by this share at most, >= 0,
+            see `smallest_budget`; what was tried is in the report and in the file's metadata ("budget_search").
+        on_tried: Called after each budget that is measured for that.
         shrink_units: Whether pruned heads, neurons and channels are removed.
         overwrite: Whether an existing file may be replaced.
 
@@ -111,12 +118,10 @@ def prune(
     """
     check_free(out, overwrite)
     recipe = source.open_recipe()
-    config = _one_shot(recipe.config if recipe else EMPConfig(), settings)
+    looked_for = {} if loss_tolerance is None else {"beta": 1.0}  # in place of what the recipe says of beta or density
+    config = _one_shot(recipe.config if recipe else EMPConfig(), {**looked_for, **settings})
     needs = make_criterion(config.criterion, config.target).needs
-    if needs and recipe is None:
-        raise ValueError(
-            f"criterion {config.criterion_name!r} reads {needs} of data; name a recipe with --config RECIPE"
-        )
+    _check_data(config, needs, recipe, batches, loss_tolerance)
     model = _opened(source, recipe, needs_modules=config.target != "weights" or shrink_units)
     if config.target != "weights":
         _check_modules(model, source.name, f"target {config.target!r}")
@@ -124,13 +129,19 @@ def prune(
         _check_modules(model, source.name, "--shrink")
     if model.weights and not config.include:
         config = replace(config, include=[escape(name) for name in model.weights])
+    shown, found = _training_batches(recipe, batches) if needs or looked_for else [], None
+    if recipe and loss_tolerance is not None:
+        found = find_budget(recipe, config, shown, loss_tolerance, on_tried)
+        config = found.config
     pruner = EMPPruner(model.module, config=config)
-    if needs and recipe:
-        _gather(recipe, pruner, batches, gradients=needs == "gradients")
+    if recipe and needs:
+        recipe.module.zero_grad()
+        show_batches(pruner, recipe.module, shown, gradients=needs == "gradients")
     pruner.refresh()
     pruner.finalize()
     shrunk = _shrunk(model, _kept(pruner, model)) if shrink_units else None
-    return pruner, write_weights(model, out, _described([_run_of(pruner)]), shrunk)
+    described = _described([_run_of(pruner)]) | ({"budget_search": json.dumps(found.record())} if found else {})
+    return pruner, replace(write_weights(model, out, described, shrunk), budget=found)
 
 
 def _opened(source: Source, recipe: RecipeParts | None, *, needs_modules: bool) -> FinishedModel:
@@ -162,12 +173,26 @@ def _check_modules(model: FinishedModel, source: str, what: str) -> None:
         )
 
 
-def _gather(recipe: RecipeParts, pruner: EMPPruner, batches: int, *, gradients: bool) -> None:
-    """Show the pruner gradients, or inputs and activations, of training batches; no weight is updated."""
-    if batches < 1:
+def _check_data(
+    config: EMPConfig, needs: str | None, recipe: RecipeParts | None, batches: int, loss_tolerance: float | None
+) -> None:
+    """Raise where data or a loss are asked for that are not there, or a budget that is given already."""
+    if recipe is None and needs:
+        raise ValueError(
+            f"criterion {config.criterion_name!r} reads {needs} of data; name a recipe with --config RECIPE"
+        )
+    if recipe is None and loss_tolerance is not None:
+        raise ValueError(
+            "--beta auto (--tolerance) measures the loss of training steps on data; name a recipe with --config RECIPE"
+        )
+    if batches < 1 and (needs or loss_tolerance is not None):
         raise ValueError(f"--batches must be at least 1, got {batches}")
-    recipe.module.zero_grad()
-    show_batches(pruner, recipe.module, islice(recipe.data.train_dataloader(), batches), gradients=gradients)
+    if loss_tolerance is not None and config.density is not None:
+        raise ValueError(f"density={config.density} says what is kept, and loss_tolerance looks for it; drop one")
+
+
+def _training_batches(recipe: RecipeParts | None, count: int) -> list[Any]:
+    return list(islice(recipe.data.train_dataloader(), count)) if recipe else []
 
 
 def _kept(pruner: EMPPruner, model: FinishedModel) -> dict[str, Tensor]:

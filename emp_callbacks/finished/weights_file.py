@@ -15,6 +15,7 @@ from torch import Tensor
 
 from emp_callbacks.checkpoint.reading import TIED_KEY
 from emp_callbacks.checkpoint.tensor_file import write_tensors
+from emp_callbacks.cost.budget_search import BudgetSearch
 from emp_callbacks.finished.finished_model import FinishedModel
 from emp_callbacks.shrinking import ShrinkReport
 
@@ -35,6 +36,7 @@ class ExportReport:
         tied: Name -> name of the tensor that it equals, being one parameter of the model; both are written.
         shrunk: What was removed, if asked for.
         notes: What a reader must know.
+        budget: How beta was found, if it was looked for.
     """
 
     path: Path
@@ -46,6 +48,7 @@ class ExportReport:
     tied: dict[str, str]
     shrunk: ShrinkReport | None
     notes: tuple[str, ...]
+    budget: BudgetSearch | None = None
 
 
 def write_weights(

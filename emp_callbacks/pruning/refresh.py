@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -116,10 +116,7 @@ def _refresh_scored(
     regrowth: Regrowth | None,
 ) -> list[PruneEvent]:
     """Give every layer the mask that its scores decide, and return the rows; see `refresh_masks`. Collective."""
-    if criterion.signed == "shift":
-        scores = _shifted(scores, common["scope"], backend)
-    visible = [_visible(values, layer, criterion, mode) for values, layer in zip(scores, layers, strict=True)]
-    scored = [Scored(layer.span, values) for layer, values in zip(layers, visible, strict=True)]
+    scored = _competing(layers, scores, criterion, mode, common["scope"], backend)
     if regrowth is None:
         decisions = decide(scored, common["scope"], rule, backend, common["step"])
     else:
@@ -148,6 +145,69 @@ def _refresh_scored(
     sums = backend.all_sum(gather_rows([rows[i] for i in range(len(layers))]))
     counts = [MaskCounts(*row) for row in sums.tolist()]
     return [prune_event(decision, scored, counts, certificates, common) for decision in decisions]
+
+
+def _competing(
+    layers: Sequence[Layer],
+    scores: Sequence[Tensor],
+    criterion: Criterion,
+    mode: MaskMode,
+    scope: str,
+    backend: Backend,
+) -> list[Scored]:
+    """Return the scores by which components compete: none below 0, and 0 of what `freeze` has pruned. Collective."""
+    if criterion.signed == "shift":
+        scores = _shifted(scores, scope, backend)
+    visible = [_visible(values, layer, criterion, mode) for values, layer in zip(scores, layers, strict=True)]
+    return [Scored(layer.span, values) for layer, values in zip(layers, visible, strict=True)]
+
+
+class Selection(NamedTuple):
+    """What a refresh would keep.
+
+    Attributes:
+        masks: Parameter name -> bool mask, layout of the parameter, True = kept; not of layers without evidence.
+        keep: Components that are kept, all of those in layers without evidence.
+        n: All components.
+    """
+
+    masks: dict[str, Tensor]
+    keep: int
+    n: int
+
+
+def selections_of(
+    layers: Sequence[Layer], criterion: Criterion, mode: MaskMode, backend: Backend, scope: str
+) -> Callable[[KeepRule], Selection]:
+    """Return what says, for any rule, what it selects by the scores of now; no mask is changed. Collective.
+
+    The scores are computed here, once, and may be the weights themselves: when it is asked, these are to hold what they
+    hold now.
+
+    Raises:
+        MissingEvidence: There is none for any layer.
+    """
+    found = scores_of(layers, criterion)
+    nothing = [scores for scores in found if isinstance(scores, MissingEvidence)]
+    if len(nothing) == len(found):
+        raise nothing[0]
+    pairs = [(layer, scores) for layer, scores in zip(layers, found, strict=True) if isinstance(scores, Tensor)]
+    known = [layer for layer, _ in pairs]
+    scored = _competing(known, [scores for _, scores in pairs], criterion, mode, scope, backend)
+    n = sum(layer.span.size for layer in layers)
+
+    def select(rule: KeepRule) -> Selection:
+        masks, pruned = {}, 0
+        for decision in decide(scored, scope, rule, backend, step=0):
+            for i in decision.members:
+                mask, before = decision.mask(i), known[i].mask
+                pruned += int(backend.all_sum(count_true(~mask.reshape(-1)[scored[i].span.counted]).cpu()))
+                for weight, part in zip(known[i].weights, known[i].put_mask(mask), strict=True):
+                    masks[weight.name] = part
+                known[i].put_back(before, None)
+        return Selection(masks, n - pruned, n)
+
+    return select
 
 
 def _take_as_it_is(layer: Layer, mode: MaskMode, backend: Backend) -> Tensor:

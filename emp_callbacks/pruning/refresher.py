@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import final
@@ -30,9 +30,9 @@ from emp_callbacks.pruning.assembly import (
 )
 from emp_callbacks.pruning.decision import KeepRule
 from emp_callbacks.pruning.evidence import Evidence
-from emp_callbacks.pruning.refresh import refresh_dynamic, refresh_masks, scores_of
+from emp_callbacks.pruning.refresh import Selection, refresh_dynamic, refresh_masks, scores_of, selections_of
 from emp_callbacks.pruning.regrowth import Regrowth
-from emp_callbacks.pruning.signatures import emptied_layers, uniform_scores, warn_the_user
+from emp_callbacks.pruning.signatures import signatures_of, warn_the_user
 from emp_callbacks.targets import canonical_name, few
 from emp_callbacks.targets.forward_site import ForwardSite
 from emp_callbacks.trajectory import PruneEvent
@@ -211,6 +211,22 @@ class Refresher:
                 raise next(error for error in found.values() if isinstance(error, MissingEvidence))
             return {layer.name: s.detach().abs() for layer, s in found.items() if isinstance(s, Tensor)}
 
+    @torch.no_grad()
+    def selections(self) -> Callable[[float], Selection]:
+        """Return what says, for any beta, what a refresh now would keep: the scores are computed once. Collective.
+
+        The weights are to hold their dense values, now and when it is asked.
+
+        Raises:
+            ValueError: Every sample or query row scores for itself.
+            MissingEvidence: There is none for any layer.
+        """
+        if self.dynamic:
+            raise ValueError("every sample or query row has masks of its own here; they exist in the forward pass only")
+        self.criterion.batches = self.evidence.gathered()
+        select = selections_of(self.layers, self.criterion, self._mode, self._backend, self._config.scope or "global")
+        return lambda beta: select(replace(self._rule, beta=beta, density=None))
+
     def collect(self, owners: Collection[int]) -> None:
         """Take the gradients that are there now as the evidence of one batch; see `EMPPruner.collect`."""
         if self.criterion.needs != "gradients":
@@ -258,14 +274,13 @@ class Refresher:
         self._kept |= {layer.name: layer.keep for event in events for layer in event.layers}
 
     def warn_once(self, events: Sequence[PruneEvent]) -> None:
-        """Say, once and on one rank, where N_eff is no good budget (a fixed density needs none) or a layer is empty."""
+        """Say, once of a kind and on one rank, where N_eff is no good budget, or a layer keeps next to nothing."""
         if self._backend.rank:
             return
-        alike = uniform_scores(events) if self._config.density is None else []
-        for kind, found in (("alike", alike), ("emptied", emptied_layers(events))):
-            if found and kind not in self._warned:
+        for kind, line in signatures_of(events).items():
+            if kind not in self._warned:
                 self._warned.add(kind)
-                warn_the_user(found[0])
+                warn_the_user(line)
 
     def _rule_at(self, position: int) -> KeepRule:
         config, density = self._config, self._config.density_at(position)

@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from emp_callbacks.pruning.signatures import SAID_OF_A_REFRESH
+
 __all__ = ["quiet"]
 
 _LOGGERS = ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning.fabric")
@@ -17,7 +19,7 @@ _NOISE = (
     r".*isinstance\(treespec, LeafSpec\)",
     r".*`?isinstance.treespec, LeafSpec.",
     r".*GPU available but not used",
-    r"N_eff is up to|nothing is kept of",  # the report has the figures
+    SAID_OF_A_REFRESH,  # the report has the figures
 )
 
 

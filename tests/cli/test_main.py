@@ -1,4 +1,5 @@
 import copy
+import json
 import subprocess
 import sys
 from itertools import pairwise
@@ -337,3 +338,23 @@ def test_help_does_not_import_lightning():
         " sys.exit('pytorch_lightning' in sys.modules or 'timm' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_a_layer_that_keeps_next_to_nothing_is_one_note_of_inspect_and_of_prune(tmp_path, capsys, recwarn):
+    torch.manual_seed(0)
+    state = {"a.weight": torch.randn(30, 30), "b.weight": 1e-3 * torch.randn(20, 20)}
+    state["b.weight"][0, :5] = 1.0
+    torch.save(state, tmp_path / "state.pt")
+    told = {}
+    for words in (["inspect", "--json", str(tmp_path / "rows.json")], ["prune", "--out", str(tmp_path / "out.st")]):
+        assert main([words[0], str(tmp_path / "state.pt"), *words[1:]]) == 0
+        told[words[0]] = [line for line in capsys.readouterr().out.splitlines() if "next to nothing is kept" in line]
+    (note,) = told["inspect"]
+    assert note.startswith("note: next to nothing is kept of b.weight (1.25 %), where all layers together keep ")
+    assert told["prune"] == [note]
+    assert note.removeprefix("note: ") in json.loads((tmp_path / "rows.json").read_text())["notes"]
+    assert not recwarn.list  # said once
+    words = ["prune", str(tmp_path / "state.pt"), "--scope", "tensor", "--min-density", "0.3"]
+    assert main([*words, "--out", str(tmp_path / "wide.st")]) == 0
+    assert "next to nothing" not in capsys.readouterr().out
+    assert int((load_file(tmp_path / "wide.st")["b.weight"] != 0).sum()) == 120

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from emp_callbacks.config import EMPConfig
+from emp_callbacks.pruning.signatures import SAID_OF_A_REFRESH
 from emp_callbacks.study.arms import Cell
 from emp_callbacks.study.comparison import StudyInterrupted, environment, what_trains
 from emp_callbacks.study.once.dense_models import DenseModel, dense_model
@@ -141,7 +142,7 @@ def _measured(
     check_metric(recipe.study.metric, dense.metrics, name)
     progress.begin(f"prune {name} seed {seed}")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="N_eff is up to|nothing is kept of")  # the report has the figures
+        warnings.filterwarnings("ignore", message=SAID_OF_A_REFRESH)  # the report has the figures
         rows = study.measure(dense, study.settings, progress.on_step)
     trained = "trained earlier" if dense.reused else "trained"
     metric = recipe.study.metric
