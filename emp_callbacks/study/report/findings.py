@@ -47,8 +47,13 @@ def _opening(verdict: str, name: str, results: Results, metric: MetricFormat) ->
 
 
 def _listed(found: Sequence[tuple[EqualDensityRow, Against]], name: str, metric: MetricFormat) -> str:
-    named = name.startswith("the best")
-    return ", ".join(
-        f"{row.label} ({metric.difference(against.difference.mean)}{f' to {against.label}' if named else ''})"
-        for row, against in found
+    """Return "arm at 0.2 (+1.0 points), 0.1 (+2.0 points); other arm at ..."."""
+    by_arm: dict[str, list[str]] = {}
+    for row, against in found:
+        place = f"{row.point:g} " if row.point is not None else ""
+        to = f" to {arm_of(against.label)}" if name != arm_of(against.label) else ""
+        shown = f"{place}({metric.difference(against.difference.mean)}{to})"
+        by_arm.setdefault(arm_of(row.label), []).append(shown)
+    return "; ".join(
+        f"{arm}{' ' if places[0].startswith('(') else ' at '}{', '.join(places)}" for arm, places in by_arm.items()
     )
