@@ -64,6 +64,7 @@ def equal_density_rows(row: EqualDensityRow, results: Results, metric: MetricFor
         "inference": _times(row.inference, 2),
         "training": _times(row.training, 2),
         "explored": number(row.explored, 2),
+        "point": str(row.point),
     }
     if reference:
         own |= {"verdict": "reference"}
@@ -71,7 +72,8 @@ def equal_density_rows(row: EqualDensityRow, results: Results, metric: MetricFor
         return [own]
     best = {
         **dict.fromkeys(own, ""),
-        "arm": f"{SPACE}{SPACE}against {row.best.label}",
+        "arm": f"{SPACE}{SPACE}vs {arm_of(row.best.label)}",
+        "point": str(row.point),
         "density": number(row.best.density, 3),
         **_against_cells(row.best, metric),
     }
@@ -81,12 +83,11 @@ def equal_density_rows(row: EqualDensityRow, results: Results, metric: MetricFor
 def _against_cells(against: Against | None, metric: MetricFormat) -> dict[str, str]:
     if against is None:
         return {**_difference_cells(None, metric), "other": DASH, "seeds": DASH, "verdict": DASH}
-    within = f"{against.verdict} within {metric.margin(against.equivalence.margin)}" if against.equivalence else ""
     return {
         "other": metric.number(against.metric),
         **_difference_cells(against.difference, metric),
         "seeds": str(against.difference.n),
-        "verdict": within if against.verdict == "equivalent" else against.verdict,
+        "verdict": against.verdict,
     }
 
 

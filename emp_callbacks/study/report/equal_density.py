@@ -35,6 +35,8 @@ from emp_callbacks.study.report.statistics import (
 
 __all__ = ["Against", "EqualDensityRow", "equal_density"]
 
+_BySeed = Mapping[str, Mapping[int, float]]  # label -> seed -> value
+
 
 @dataclass(frozen=True, slots=True)
 class Against:
@@ -107,11 +109,14 @@ def equal_density(results: Results) -> list[EqualDensityRow]:
     keeps the same count. Seeds without such a pair, or with one that keeps another count, are left out. Without any
     pair there are no rows.
     """
-    labels = [label for label in metric_by_label(results) if arm_of(label) != "dense"]
+    values = metric_by_label(results)
+    densities = {label: {run["seed"]: run["density"] for run in runs_of(results, label)} for label in values}
+    labels = [label for label in values if arm_of(label) != "dense"]
     one_shot = [_with_one_shot(results, label) for label in labels]
     if not any(one_shot):
         return []
-    found = _compared(results, [*one_shot, *(_with_best(results, label) for label in labels)])
+    best = [_with_best(results, label, values, densities) for label in labels]
+    found = _compared(results, [*one_shot, *best])
     rows = [_row(results, label, *pair) for label, *pair in zip(labels, found, found[len(labels) :], strict=False)]
     return sorted(rows, key=lambda row: -(row.density.mean if row.point is None else row.point))
 
@@ -141,18 +146,16 @@ def _one_shot_of(results: Results, run: Run, reference: str) -> Run | None:
     return other
 
 
-def _with_best(results: Results, label: str) -> _Pairing | None:
+def _with_best(results: Results, label: str, values: _BySeed, densities: _BySeed) -> _Pairing | None:
     if not prunes_by_n_eff(arm_of(label)):
         return None
-    metric = metric_by_label(results)
-    own = metric[label]
+    own = values[label]
     rivals = []
-    for rival, values in metric.items():
-        common = sorted(own.keys() & values.keys())
-        if common and _is_set_in_advance(results, rival) and _equal(results, label, rival, common):
-            density = fmean(run["density"] for run in runs_of(results, rival) if run["seed"] in common)
-            pair = _Pairing(rival, {s: own[s] for s in common}, {s: values[s] for s in common}, density)
-            rivals.append(pair)
+    for rival, others in values.items():
+        common = sorted(own.keys() & others.keys())
+        if common and _is_set_in_advance(results, rival) and _equal(densities[label], densities[rival], common):
+            density = fmean(densities[rival][seed] for seed in common)
+            rivals.append(_Pairing(rival, {s: own[s] for s in common}, {s: others[s] for s in common}, density))
 
     def rank(pair: _Pairing) -> tuple[int, float]:
         # Of arms with fewer seeds none is taken while another has all of them, and none that diverged.
@@ -169,9 +172,8 @@ def _is_set_in_advance(results: Results, label: str) -> bool:
     return arm != label or (arm in ARMS and ARMS[arm].density == "given")
 
 
-def _equal(results: Results, label: str, other: str, seeds: Sequence[int]) -> bool:
-    mine, others = ({run["seed"]: run["density"] for run in runs_of(results, name)} for name in (label, other))
-    return all(abs(mine[seed] - others[seed]) <= MATCHED_TOLERANCE + 1e-12 for seed in seeds)
+def _equal(densities: Mapping[int, float], others: Mapping[int, float], seeds: Sequence[int]) -> bool:
+    return all(abs(densities[seed] - others[seed]) <= MATCHED_TOLERANCE + 1e-12 for seed in seeds)
 
 
 def _compared(results: Results, pairings: Sequence[_Pairing | None]) -> list[Against | None]:

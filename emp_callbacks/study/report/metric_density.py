@@ -8,14 +8,16 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from emp_callbacks.study.report.arm_results import REFERENCE, ArmSummary, Results, arm_of, points_of, runs_of, summarise
 from emp_callbacks.study.report.metric_format import MetricFormat
 from emp_callbacks.study.report.statistics import Interval
 from emp_callbacks.study.report.styles import (
     DPI,
+    FAMILIES,
     INK,
+    OTHERS,
     SIZE,
     TITLE,
     arm_style,
@@ -30,6 +32,7 @@ __all__ = ["plot_metric_against_density"]
 
 PANELS_FROM = 10  # arms: more lines than that are split by family
 _TICKS = (1.0, 0.8, 0.6, 0.4, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)
+_PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 _Lines = Mapping[str, Sequence[ArmSummary]]  # arm -> its points, from high to low density
 
 
@@ -37,8 +40,8 @@ def plot_metric_against_density(results: Results) -> Figure:
     """Draw the mean metric with its 95 % interval over the density (log scale), one line per arm.
 
     One-shot pruning is a thick line, dense a horizontal one with its interval as a band. Many arms are drawn in one
-    panel per family, each with both of these. Arms of several points are moved sideways a little, so that the
-    intervals of one density lie beside each other; without points each run has a small marker.
+    panel per family, each with both of these. Without points each run has a small marker, and arms are moved sideways
+    by 2 % each, because many of them have one density.
     """
     lines: dict[str, list[ArmSummary]] = {}
     for row in summarise(results):
@@ -62,9 +65,8 @@ def _groups(lines: _Lines) -> dict[str, list[str]]:
     """Return panel -> arms; each of several panels also has the baselines."""
     baselines = [arm for arm in lines if arm in ("dense", REFERENCE)]
     others = [arm for arm in lines if arm not in baselines]
-    families: dict[str, list[str]] = {}
-    for arm in others:
-        families.setdefault(family_of(arm), []).append(arm)
+    families = {family: [arm for arm in others if family_of(arm) == family] for family in (*FAMILIES, OTHERS)}
+    families = {family: arms for family, arms in families.items() if arms}
     if len(lines) <= PANELS_FROM or len(families) < 2:
         return {"": list(lines)}
     return {family: baselines + arms for family, arms in families.items()}
@@ -78,6 +80,7 @@ def _panels(number: int) -> tuple[Figure, list[Axes]]:
     panels = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
     for axes in panels:
         style_axes(axes)
+        axes.tick_params(labelbottom=True)
     for axes in panels[number:]:
         axes.set_visible(False)
     return figure, panels
@@ -85,16 +88,16 @@ def _panels(number: int) -> tuple[Figure, list[Axes]]:
 
 def _draw_panel(axes: Axes, results: Results, lines: _Lines) -> None:
     factor = 100.0 if MetricFormat.of(results).percent else 1.0
-    moved = [arm for arm in lines if arm not in ("dense", REFERENCE)]
+    drawn = [arm for arm in lines if arm != "dense"]
     for arm, rows in lines.items():
         if arm == "dense":
             _draw_dense(axes, rows[0].metric, factor)
-            continue
-        by_point = bool(points_of(results))
-        aside = 10 ** (0.012 * (moved.index(arm) - (len(moved) - 1) / 2)) if by_point and arm in moved else 1.0
-        _draw_arm(axes, arm, rows, factor, aside)
-        if not by_point:
-            _draw_runs(axes, arm, results, factor)
+        elif points_of(results):
+            _draw_arm(axes, arm, rows, factor)
+        else:
+            aside = 10 ** (0.008 * (drawn.index(arm) - (len(drawn) - 1) / 2))
+            _draw_arm(axes, arm, rows, factor, aside)
+            _draw_runs(axes, arm, results, factor, aside)
 
 
 def _draw_dense(axes: Axes, metric: Interval, factor: float) -> None:
@@ -104,24 +107,26 @@ def _draw_dense(axes: Axes, metric: Interval, factor: float) -> None:
         axes.axhspan(factor * metric.low, factor * metric.high, color=color, alpha=0.07, linewidth=0)
 
 
-def _draw_arm(axes: Axes, arm: str, rows: Sequence[ArmSummary], factor: float, aside: float) -> None:
+def _draw_arm(axes: Axes, arm: str, rows: Sequence[ArmSummary], factor: float, aside: float = 1.0) -> None:
     style, thick = arm_style(arm), arm == REFERENCE
     rows = sorted(rows, key=lambda row: row.density.mean)
-    density = np.array([row.density.mean for row in rows]) * aside
-    mean = np.array([row.metric.mean for row in rows]) * factor
+    x, y = [aside * row.density.mean for row in rows], [factor * row.metric.mean for row in rows]
+    layer = 2 if thick else 3
     axes.errorbar(
-        density, mean, xerr=aside * _errors([row.density for row in rows]),
-        yerr=factor * _errors([row.metric for row in rows]), label=name_in_plot(arm),
-        color=style.color, linestyle=style.line, marker=style.marker, markeredgecolor="white",
-        linewidth=4.5 if thick else 1.6, markersize=9 if thick else 6.5, markeredgewidth=0.7,
-        elinewidth=1.0, capsize=2.5, zorder=2 if thick else 3,
+        x, y, xerr=aside * _errors([row.density for row in rows]), yerr=factor * _errors([row.metric for row in rows]),
+        fmt="none", ecolor=style.color, elinewidth=1.1, capsize=3, zorder=layer,
+    )  # fmt: skip
+    axes.plot(
+        x, y, label=name_in_plot(arm), color=style.color, linestyle=style.line if len(rows) > 1 else "",
+        linewidth=5 if thick else 1.6, marker=style.marker, markersize=9 if thick else 7.5, markeredgecolor="white",
+        markeredgewidth=0.4, zorder=layer,
     )  # fmt: skip
 
 
-def _draw_runs(axes: Axes, arm: str, results: Results, factor: float) -> None:
+def _draw_runs(axes: Axes, arm: str, results: Results, factor: float, aside: float) -> None:
     metric, style = results["study"]["metric"], arm_style(arm)
     runs = [run for run in runs_of(results, arm) if metric in run["metrics"]]
-    x, y = [run["density"] for run in runs], [factor * run["metrics"][metric] for run in runs]
+    x, y = [aside * run["density"] for run in runs], [factor * run["metrics"][metric] for run in runs]
     axes.scatter(x, y, s=20, color=style.color, marker=style.marker, alpha=0.45, linewidth=0)
 
 
@@ -156,6 +161,9 @@ def _scale_metric(axes: Axes, values: Sequence[float]) -> None:
     lowest, highest = min(values), max(values)
     if lowest > 0 and highest > 20 * lowest:  # a perplexity that explodes at low density
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(_PLAIN)
         return
     margin = 0.15 * (highest - lowest) or 0.01 * abs(lowest) or 0.01
     low, high = axes.get_ylim()
@@ -175,4 +183,4 @@ def _scale_density(axes: Axes, densities: Iterable[float], points: Sequence[floa
             ticks.append(tick)
     axes.xaxis.set_major_locator(FixedLocator(sorted(ticks)))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda density, _: f"{density:g}"))
+    axes.xaxis.set_major_formatter(_PLAIN)

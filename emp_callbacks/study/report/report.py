@@ -18,6 +18,7 @@ from emp_callbacks.study.report.arm_results import (
     arm_of,
     at_middle_point,
     first_training_arm,
+    middle_point,
     missing_runs,
     points_of,
     prunes_by_n_eff,
@@ -45,7 +46,7 @@ PLOT_TEXT = {
     "n_eff.png": "N_eff / N of the scores (of random scores in the arm random). Line: mean over seeds. Band: "
     "lowest to highest seed.",
     "metric_density.png": "Means over seeds with 95 % intervals. Thick: one-shot. Horizontal: dense, its interval as a "
-    "band. Arms of one point are moved sideways a little; without points, small markers are runs.",
+    "band. Where each arm has one density, small markers are runs, and arms are moved sideways by 2 % each.",
     "density.png": "Kept over all; constant between two refreshes.",
     "learning_curves.png": "Validation metric of the model as it is at that step, mask applied. Line: mean over "
     "seeds. Band: lowest to highest seed.",
@@ -79,6 +80,7 @@ def write_report(results: Results, folder: Path) -> Path:
         study=results["study"],
         headline=found[0],
         findings=found[1:],
+        middle=middle_point(results),
         tolerance=MATCHED_TOLERANCE,
         equal=[cells for row in equal for cells in equal_density_rows(row, results, metric)],
         margin=metric.margin(results["study"]["margin"]) if results["study"].get("margin") else None,

@@ -69,6 +69,7 @@ FAMILIES: dict[str, dict[str, ArmStyle]] = {
         "random_uniform": ArmStyle("#8899AA", "s", DOTTED),
     },
 }
+OTHERS = "Other arms"
 STYLES: dict[str, ArmStyle] = dict(chain.from_iterable(family.items() for family in FAMILIES.values()))
 OTHER_STYLES = (
     ArmStyle("#888888", "h"),
@@ -84,8 +85,8 @@ def arm_style(label: str) -> ArmStyle:
 
 
 def family_of(arm: str) -> str:
-    """Return the family of an arm; "Other arms" for one of your own."""
-    return next((name for name, arms in FAMILIES.items() if arm in arms), "Other arms")
+    """Return the family of an arm; OTHERS for one of your own."""
+    return next((name for name, arms in FAMILIES.items() if arm in arms), OTHERS)
 
 
 def study_figure(title: str, ylabel: str) -> tuple[Figure, Axes]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from emp_callbacks.study.report.arm_results import (
     Results,
+    middle_point,
     summarise,
 )
 from emp_callbacks.study.report.cells import convergence_row, equal_density_rows, table_rows, target_text
@@ -41,22 +43,32 @@ def comparison_table(results: Results) -> Group:
 
 def _equal_density_table(rows: Sequence[EqualDensityRow], results: Results) -> Table:
     study, metric = results["study"], MetricFormat.of(results)
+    margin = study.get("margin")
+    unit = " in %" if metric.percent else ""
+    direction = "higher" if study["higher_is_better"] else "lower"
     table = Table(
-        title=Text("At equal density: difference to one-shot"),
+        title=Text(f"At equal density: difference to one-shot, {study['metric']}{unit}, {direction} is better"),
         caption=Text(
-            "one-shot: the dense model of the same seed pruned once to the same count; p by Holm over this table; "
-            f"FLOPs of dense = 1; against: the best arm of a density set in advance, equal within {MATCHED_TOLERANCE}"
+            "one-shot: the dense model of the same seed pruned once to the same count; p by Holm over this table\n"
+            f"vs: the best arm of a density set in advance, equal within {MATCHED_TOLERANCE}, instead of one-shot"
+            + (f"\nequivalent: within {metric.margin(margin)} by TOST" if margin else "")
+            + "\nn seeds; N / kept; FLOPs of a forward pass and of the training, dense = 1; weights ever active"
         ),
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
     )
     table.add_column("arm", no_wrap=True)
-    unit = " (%)" if metric.percent else ""
-    heads = ("density", f"{study['metric']}{unit} \u00b1 SD", "one-shot", "difference [95 %]", "p (Holm)")
-    for name in heads:
+    for name in ("density", "mean \u00b1 SD", "one-shot", "difference [95 %]", "Holm p"):
+        table.add_column(Text(name), justify="right", no_wrap=True)
+    table.add_column("verdict", min_width=13)  # the width of "no difference"
+    for name in ("n", "N/\nkept", "FLOPs", "train\nFLOPs", "ever\nactive"):
         table.add_column(Text(name), justify="right")
-    table.add_column("verdict")
-    for name in ("seeds", "N / kept", "FLOPs", "training FLOPs", "explored"):
-        table.add_column(Text(name), justify="right")
+    point = rows[0].point
     for row in rows:
+        if row.point != point:
+            table.add_section()
+            point = row.point
         for cells in equal_density_rows(row, results, metric):
             table.add_row(
                 Text(cells["arm"]), cells["density"], Text(cells["mean"]), cells["other"],
@@ -98,8 +110,10 @@ def _metric_table(results: Results) -> Table:
 
 def _convergence_table(results: Results, found: Convergence) -> Table:
     metric = MetricFormat.of(results)
+    middle = middle_point(results)
+    at = f" at density {middle:g}" if middle else ""
     table = Table(
-        title=Text(f"Convergence: mean of {found.metric}{' (%)' if metric.percent else ''} over the training"),
+        title=Text(f"Convergence{at}: mean of {found.metric}{' (%)' if metric.percent else ''} over the training"),
         caption=f"first step at the last value of {found.baseline}, over the seeds that get there"
         * bool(found.baseline),
     )

@@ -9,7 +9,16 @@ from scipy import stats
 from emp_callbacks.study.report.arm_results import missing_runs, summarise
 from emp_callbacks.study.report.convergence import convergence
 from emp_callbacks.study.report.fairness import fairness_checks
-from emp_callbacks.study.report.statistics import PairedDifference, holm, mean_interval, paired_difference, verdict
+from emp_callbacks.study.report.statistics import (
+    Equivalence,
+    PairedDifference,
+    equivalence,
+    holm,
+    mean_interval,
+    metric_range,
+    paired_difference,
+    verdict,
+)
 
 ACCURACY = {
     "dense": [0.98, 0.97, 0.99],
@@ -169,6 +178,76 @@ def test_a_diverged_run_is_not_dropped_silently(reference):
     assert math.isnan(found.mean)
     assert found.p_value is None
     assert found.n == 2
+
+
+def test_the_standard_deviation_is_that_of_a_sample():
+    assert mean_interval([1.0, 2.0, 3.0]).sd == 1.0
+    assert mean_interval([1.0]).sd is None
+    assert paired_difference({0: 1.0, 1: 3.0}, {0: 1.0, 1: 1.0}).sd == pytest.approx(math.sqrt(2))
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "expected"),
+    [
+        ("test/accuracy", [0.0, 1.0, math.nan], (0.0, 1.0)),
+        ("test/accuracy", [97.0], (-math.inf, math.inf)),  # in percent
+        ("test/perplexity", [1.0, 1e4], (1.0, math.inf)),
+        ("val/loss", [0.0, math.inf], (0.0, math.inf)),
+        ("val/loss", [-0.5], (-math.inf, math.inf)),  # a likelihood
+        ("test/score", [0.5], (-math.inf, math.inf)),
+    ],
+)
+def test_range_of_a_metric(metric, values, expected):
+    assert metric_range(metric, values) == expected
+
+
+def test_intervals_end_where_the_metric_does():
+    free = mean_interval([0.9, 1.0])
+    assert free.high > 1
+    cut = mean_interval([0.9, 1.0], within=(0.0, 1.0))
+    assert (cut.mean, cut.low, cut.high, cut.sd) == (free.mean, free.low, 1.0, free.sd)
+    assert mean_interval([0.0, 0.1], within=(0.0, 1.0)).low == 0.0
+    difference = paired_difference({0: 0.1, 1: 0.9}, {0: 0.5, 1: 0.5}, within=(0.0, 1.0))
+    assert (difference.low, difference.high) == (-1.0, 1.0)
+    results = make_results({"dense": [0.9, 1.0, 0.9], "one_shot": [0.5, 0.6, 0.55]})
+    assert row_of(results, "dense").metric.high == 1.0
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.4, -0.4, 2.0])
+def test_equivalence_is_two_one_sided_t_tests(shift):
+    values = [0.1 + shift, -0.2 + shift, 0.15 + shift, 0.05 + shift]
+    found = equivalence(paired_difference(dict(enumerate(values)), dict.fromkeys(range(4), 0.0)), margin=0.5)
+    low = stats.ttest_1samp(values, -0.5, alternative="greater").pvalue
+    high = stats.ttest_1samp(values, 0.5, alternative="less").pvalue
+    assert found.p_value == pytest.approx(max(low, high))
+    assert found.shown is (shift == 0.0)
+
+
+def test_nothing_is_equivalent_without_a_test():
+    assert equivalence(paired_difference({0: 0.5}, {0: 0.5}), 0.1) is None
+    assert equivalence(paired_difference({0: 0.5, 1: 0.6}, {0: 0.5, 1: 0.6}), 0.1) is None
+    assert equivalence(paired_difference({0: math.nan, 1: 0.6}, {0: 0.5, 1: 0.6}), 0.1) is None
+
+
+@pytest.mark.parametrize("margin", [0.0, -0.1, math.nan, math.inf])
+def test_a_margin_is_a_positive_number(margin):
+    with pytest.raises(ValueError, match="must be a positive number"):
+        equivalence(paired_difference({0: 0.5, 1: 0.7}, {0: 0.5, 1: 0.6}), margin)
+
+
+@pytest.mark.parametrize(
+    ("p", "tost", "expected"),
+    [
+        (0.01, Equivalence(1.0, 0.001), "better"),
+        (0.5, Equivalence(1.0, 0.001), "equivalent"),
+        (0.5, Equivalence(1.0, 0.001, p_holm=0.06), "no difference shown"),
+        (0.5, Equivalence(1.0, 0.06), "no difference shown"),
+        (0.5, None, "no difference shown"),
+        (None, Equivalence(1.0, 0.001), "undecided"),
+    ],
+)
+def test_a_shown_difference_comes_before_equivalence(p, tost, expected):
+    assert verdict(PairedDifference(0.1, 0.0, 0.2, 3, p, p), True, tost) == expected
 
 
 def test_holm_by_hand():
