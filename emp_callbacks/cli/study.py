@@ -78,7 +78,9 @@ def compare(words: list[str]) -> None:
     if options.jobs is not None and options.only is None:
         from emp_callbacks.study.side_by_side import run_side_by_side
 
-        results: dict[str, Any] | None = run_side_by_side(recipe, out, options.jobs, overwrite=options.overwrite, console=console)
+        results: dict[str, Any] | None = run_side_by_side(
+            recipe, out, options.jobs, overwrite=options.overwrite, console=console
+        )
     else:
         results = run_study(recipe, out, overwrite=options.overwrite, only=options.only, console=console)
     if results is None:

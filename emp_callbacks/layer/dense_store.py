@@ -75,6 +75,7 @@ class DenseStore:
     def unhide(self, values: Tensor) -> None:
         """Move it back; twice is once."""
         self.written.clear()
+        self._follow(values)
         if self.stash is not None and self.hidden_by is not None:
             put_pruned(values, self.hidden_by, self.stash)
             self.stash = self.hidden_by = self._seal = None
@@ -97,11 +98,18 @@ class DenseStore:
 
     def behind(self, values: Tensor, mask: Tensor) -> Tensor | None:
         """Return the dense values behind one member's mask; None while the part itself holds them."""
+        self._follow(values)
         if self.stash is None or self.hidden_by is None or self.hidden_by is mask:
             return self.stash
         dense = values.clone()
         put_pruned(dense, self.hidden_by, self.stash)
-        return take_pruned(dense, mask)
+        return take_pruned(dense, mask.to(dense.device))
+
+    def _follow(self, values: Tensor) -> None:
+        """Go where the model was moved: Lightning takes it from the GPU to the CPU when a fit ends."""
+        if self.hidden_by is not None and self.hidden_by.device != values.device:
+            self.hidden_by = self.hidden_by.to(values.device)
+            self.stash = None if self.stash is None else self.stash.to(values.device)
 
     # ---- the watch ------------------------------------------------------------------------------------------------
 
@@ -156,8 +164,7 @@ class DenseStore:
         if self.stash is None or self.hidden_by is None:
             return False
         touched = self.is_touched(values)
-        if self.hidden_by.device != values.device:  # the model was moved
-            self.hidden_by = self.hidden_by.to(values.device)
+        self._follow(values)
         written = take_pruned(values, self.hidden_by)
         self.stash = self.stash.to(written)  # of the dtype that the model has now
         found = bool(written.any())
