@@ -43,7 +43,7 @@ class Arm:
         rewinds: Whether what is kept goes back to its initial values at each refresh.
         narrower: Whether instead of pruning a narrower network of the same number of weights is trained.
         once: Arm that prunes in the same form once, after training, where that is not the study's reference.
-        differs: What it does not share with the other arms of a seed: "init" or "steps".
+        differs: What it does not share with the others: "init", or the "density" of a point, which widths only near.
     """
 
     summary: str
@@ -187,7 +187,7 @@ ARMS: dict[str, Arm] = {
         summary="a narrower network with as many weights, trained as long, not pruned",
         settings=MappingProxyType({"observe_only": True}),
         narrower=True,
-        differs=("init",),
+        differs=("init", "density"),
     ),
 }
 DEFAULT_ARMS = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,16 @@ import yaml
 
 from emp_callbacks.study.recipe.check import RecipeError, nearest
 
-__all__ = ["check_yaml", "read_recipe"]
+__all__ = ["check_yaml", "counts_given", "read_recipe"]
 
+_COUNTS = (
+    "limit_train_batches",
+    "limit_val_batches",
+    "limit_test_batches",
+    "limit_predict_batches",
+    "overfit_batches",
+    "val_check_interval",
+)
 # Recipes have some hundred bytes, values and a handful of levels.
 _MOST_BYTES, _MOST_VALUES, _MOST_LEVELS = 1_000_000, 10_000, 50
 
@@ -61,6 +69,24 @@ def check_yaml(text: str, source: str) -> None:
                 raise RecipeError(f"{source} holds more than {_MOST_VALUES:,} values (aliases count); no recipe does")
     except yaml.YAMLError:
         return
+
+
+def counts_given(files: Sequence[str], words: Sequence[str]) -> dict[str, int]:
+    """Return the Trainer's settings that are a whole number of batches, as recipes and options give them.
+
+    Their type is int | float, a number of batches or a fraction of them, and 1 means another thing than 1.0. Python
+    keeps one object for int | float and float | int, whichever is made first in the process, so that the parser may
+    have read a 1 as 1.0: all batches.
+    """
+    given: dict[str, Any] = {}
+    for file in files:
+        trainer = read_recipe(file).get("trainer")
+        given |= {name: trainer[name] for name in _COUNTS if name in trainer} if isinstance(trainer, Mapping) else {}
+    for i, word in enumerate(words):
+        name, equals, text = word.removeprefix("--trainer.").partition("=")
+        if word.startswith("--trainer.") and name in _COUNTS:
+            given[name] = yaml.safe_load(text if equals else "".join(words[i + 1 : i + 2]))
+    return {name: value for name, value in given.items() if isinstance(value, int) and not isinstance(value, bool)}
 
 
 class _Values:

@@ -27,7 +27,7 @@ from emp_callbacks.study.recipe.check import (
     explain_parse_error,
 )
 from emp_callbacks.study.recipe.checkpoints import check_resumable, fitting_weights
-from emp_callbacks.study.recipe.reading import check_yaml, read_recipe
+from emp_callbacks.study.recipe.reading import check_yaml, counts_given, read_recipe
 from emp_callbacks.study.recipe.seeds import check_seed, check_seeds
 
 _USAGE = "emp %s --config recipe.yaml [--KEY VALUE ...]"
@@ -151,6 +151,9 @@ class _EmpCLI(LightningCLI):
             self.config = parser.parse_args(args)
         except argparse.ArgumentError as error:
             raise RecipeError(explain_parse_error(str(error))) from error
+        self._counts = counts_given(files, args)
+        for name, count in self._counts.items():
+            self._given.trainer[name] = count
         self._check_values()
 
     def _check_values(self) -> None:
@@ -245,6 +248,7 @@ class Recipe(_EmpCLI):
     def resolved(self) -> dict[str, Any]:
         """Return the recipe with every default filled in, as plain data."""
         data = json.loads(self.parser.dump(self.config, format="json"))
+        data["trainer"] |= self._counts
         return {key: value for key, value in data.items() if key != "config"}
 
 

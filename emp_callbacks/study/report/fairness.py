@@ -11,10 +11,8 @@ from emp_callbacks.study.arms import ARMS
 from emp_callbacks.study.report.arm_results import (
     Results,
     Run,
-    arm_of,
     first_training_arm,
     label_of,
-    labelled,
     prunes_by_n_eff,
 )
 
@@ -105,21 +103,13 @@ def _density_of_leader(results: Results) -> Check:
 
 
 def _density_of_point(results: Results) -> Check:
-    """Check that arms have the density of their point, or of the training arm there if they take it from that.
-
-    Arms whose count N_eff decides may end elsewhere: they are named.
-    """
-    leader = first_training_arm(results)
+    """Check that arms have the density of their point; those whose count N_eff decides may end elsewhere: named."""
     faults, elsewhere, checked = [], [], 0
     for run in results["runs"]:
         point, seed, density = run.get("point"), run["seed"], run["density"]
-        if point is None:
+        if point is None or "density" in (run.get("differs") or ()):
             continue
-        near_leader = False
-        if _follows(run) and leader:
-            there = _density_by_seed(results, labelled(arm_of(leader), point))
-            near_leader = seed in there and _near(density, there[seed])
-        if _near(density, point) or near_leader:
+        if _near(density, point):
             checked += 1
         elif prunes_by_n_eff(run["arm"]):
             elsewhere.append(run)
