@@ -8,9 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from emp_callbacks.checkpoint.tensor_file import write_tensors
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.study.arm_settings import Budget, arm_config, restarts_of
 from emp_callbacks.study.arms import ARMS, Cell, TrainingJob, leading_arm
@@ -212,5 +213,5 @@ def _exactly(keep: int, n: int) -> float:
 def _save(training: Training, path: Path) -> dict[str, Tensor]:
     """Write the weights of a trained network to a file and return them."""
     weights = {name: value.detach().cpu().clone() for name, value in training.model.state_dict().items()}
-    save_file({name: value.contiguous() for name, value in weights.items()}, path)
+    write_tensors({name: value.contiguous() for name, value in weights.items()}, path)
     return weights

@@ -70,6 +70,13 @@ def label_of(run: Run) -> str:
     return labelled(run["arm"], run.get("point"))
 
 
+def is_pair(run: Run, other: Run) -> bool:
+    """Return whether two runs keep the same count: up to a thousandth of all, which floors in many groups may lose."""
+    if run.get("keep") is None or other.get("keep") is None:
+        return False
+    return bool(abs(run["keep"] - other["keep"]) <= run.get("n", 0) / 1000)
+
+
 def arm_of(label: str) -> str:
     """Return the arm of a label."""
     return label.partition(_AT)[0]

@@ -13,6 +13,7 @@ from emp_callbacks.study.report.arm_results import (
     Results,
     Run,
     arm_of,
+    is_pair,
     labelled,
     metric_by_label,
     prunes_by_n_eff,
@@ -141,9 +142,7 @@ def _one_shot_of(results: Results, run: Run, reference: str) -> Run | None:
     if not other and run.get("point") is not None:
         there = runs_of(results, labelled(reference, run["point"]))
         other = next((found for found in there if found["seed"] == run["seed"]), None)
-    if not other or run.get("keep") is None or other.get("keep") != run["keep"]:
-        return None
-    return other
+    return other if other and is_pair(run, other) else None
 
 
 def _with_best(results: Results, label: str, values: _BySeed, densities: _BySeed) -> _Pairing | None:

@@ -12,6 +12,7 @@ from emp_callbacks.study.report.arm_results import (
     Results,
     Run,
     first_training_arm,
+    is_pair,
     label_of,
     prunes_by_n_eff,
 )
@@ -127,7 +128,7 @@ def _matched_exactly(results: Results) -> Check:
         matched = run.get("matched")
         if matched:
             pairs += 1
-            if run.get("keep") is None or matched.get("keep") != run["keep"]:
+            if not is_pair(run, matched):
                 faults.append(
                     f"{label_of(run)}, seed {run['seed']}: keeps {run.get('keep')}, {matched.get('arm')} there keeps "
                     f"{matched.get('keep')}"

@@ -86,7 +86,10 @@ def test_the_pair_is_the_same_count_and_not_the_same_point(at_points):
 
 def test_a_pair_of_another_count_is_left_out(at_points):
     results = at_points(("dense", "one_shot", "rigl"), points=(0.1,), seeds=range(3))
-    results["runs"][-1]["matched"]["keep"] += 1
+    last = results["runs"][-1]
+    last["matched"]["keep"] += last["n"] // 1000  # what floors in many groups may lose
+    assert row_of(results, "rigl @ 0.1").one_shot.difference.n == 3
+    last["matched"]["keep"] += 1
     assert row_of(results, "rigl @ 0.1").one_shot.difference.n == 2
 
 

@@ -1,0 +1,196 @@
+"""The comparison at equal density over several studies: tables in Markdown and one picture.
+
+python benchmarks/equal_density.py benchmarks/results/equal_density_*/results.json
+python benchmarks/equal_density.py ... --full      every arm at every density: interval, Holm's p, equivalence
+python benchmarks/equal_density.py ... --picture benchmarks/results/equal_density.png
+python benchmarks/equal_density.py --thin results.json   drop the layers of all refreshes but the last, in place
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from emp_callbacks.study.report.arm_results import arm_of, label_of
+from emp_callbacks.study.report.equal_density import Against, EqualDensityRow, equal_density
+from emp_callbacks.study.report.metric_format import MetricFormat
+from emp_callbacks.study.report.page import DASH, MINUS
+from emp_callbacks.study.report.statistics import mean_interval
+from emp_callbacks.study.report.styles import arm_style
+
+COLUMNS = {
+    "one_shot": "one-shot",
+    "one_shot_erk": "one-shot, ERK",
+    "one_shot_finetune_lr": "one-shot, fine-tuned",
+    "gmp": "GMP",
+    "training_freeze": "EMP `freeze`",
+    "training_feedback": "EMP `feedback`",
+    "fixed_magnitude": "fixed density",
+}
+SHOWN = ("one_shot", "one_shot_finetune_lr", "gmp", "training_freeze", "training_feedback", "fixed_magnitude", "sap")
+
+
+def main() -> None:
+    """Print the tables, draw the picture, or thin the files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="+", type=Path, help="results.json of `emp compare` with study.points")
+    parser.add_argument("--full", action="store_true", help="every arm, with interval, p and equivalence")
+    parser.add_argument("--picture", type=Path, help="draw metric against density into this file")
+    parser.add_argument("--thin", action="store_true", help="drop layers of all refreshes but the last, in place")
+    options = parser.parse_args()
+    studies = {path: json.loads(path.read_text()) for path in options.results}
+    if options.thin:
+        for path, results in studies.items():
+            path.write_text(json.dumps(thinned(results), separators=(",", ":")) + "\n")
+    elif options.picture:
+        draw([(name_of(path), results) for path, results in studies.items()], options.picture)
+    elif options.full:
+        print(full_table([(name_of(path), results) for path, results in studies.items()]))
+    else:
+        print(short_table([(name_of(path), results) for path, results in studies.items()]))
+
+
+def name_of(path: Path) -> str:
+    """Return what a study is called: its folder."""
+    return path.parent.name.removeprefix("equal_density_")
+
+
+def short_table(studies: list[tuple[str, dict[str, Any]]]) -> str:
+    """Return mean +- SD of each arm, one row for each study and density."""
+    lines = ["| task | density | " + " | ".join(COLUMNS.values()) + " |", "|---|---|" + "---|" * len(COLUMNS)]
+    for name, results in studies:
+        metric = MetricFormat.of(results)
+        rows = {row.label: row for row in equal_density(results)}
+        dense = mean_interval([run["metrics"][results["study"]["metric"]] for run in runs(results, "dense")])
+        unit = "accuracy, %" if metric.percent else "perplexity"
+        first = f"**{name}** ({unit}; dense {spread(metric, dense)})"
+        for point in results["study"]["points"]:
+            cells = []
+            for arm in COLUMNS:
+                row = rows.get(f"{arm} @ {point:g}")
+                reached = row is not None and abs(row.density.mean - point) > 0.1 * point
+                at = f" (at {row.density.mean:.3f})" if reached else ""
+                cells.append(f"{spread(metric, row.metric)}{at}" if row is not None else DASH)
+            lines.append(f"| {first} | {point:g} | " + " | ".join(cells) + " |")
+            first = ""
+    return "\n".join(lines)
+
+
+def full_table(studies: list[tuple[str, dict[str, Any]]]) -> str:
+    """Return every arm at every density against one-shot, and EMP's against the best arm of a given density."""
+    lines = []
+    for name, results in studies:
+        metric, margin = MetricFormat.of(results), results["study"].get("margin")
+        said = f", equivalence within ±{margin * (100 if metric.percent else 1):g}" if margin else ""
+        seeds = len(results["study"]["seeds"])
+        head = (
+            "density | mean ± SD | against | difference [95 %] | Holm p | verdict | N / kept | FLOPs | training FLOPs"
+        )
+        lines += [f"### {name}: {results['study']['metric']}, {seeds} seeds{said}", "", f"| arm | {head} |"]
+        lines += ["|---|---|---|---|---|---|---|---|---|---|"]
+        for row in equal_density(results):
+            own = f"| `{row.label}` | {row.density.mean:.3f} | {spread(metric, row.metric)} | "
+            costs = " | ".join(
+                DASH if value is None else f"{value:.2f}" for value in (row.compression, row.inference, row.training)
+            )
+            if row.one_shot is None:
+                lines.append(f"{own}{DASH} | {DASH} | {DASH} | {DASH} | {costs} |")
+                continue
+            lines.append(f"{own}one-shot {against(metric, row.one_shot)} | {costs} |")
+            if row.best is not None:
+                lines.append(f"| | | | `{arm_of(row.best.label)}` {against(metric, row.best)} | | | |")
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def against(metric: MetricFormat, found: Against) -> str:
+    """Return the cells of a comparison: the other's mean, difference and interval, p, verdict."""
+    p = found.difference.p_holm
+    shown = DASH if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+    interval = metric.interval(found.difference, sign=True)
+    difference = f"{metric.difference(found.difference.mean)} {interval}".replace(MINUS, "-")
+    return f"{metric.number(found.metric)} | {difference} | {shown} | {found.verdict}"
+
+
+def spread(metric: MetricFormat, found: Any) -> str:
+    """Return mean +- SD as text."""
+    deviation = "" if found.sd is None else f" ± {metric.number(found.sd)}"
+    return f"{metric.number(found.mean)}{deviation}".replace(MINUS, "-")
+
+
+def runs(results: dict[str, Any], arm: str) -> list[dict[str, Any]]:
+    """Return the runs of an arm at no point."""
+    return [run for run in results["runs"] if label_of(run) == arm]
+
+
+def draw(studies: list[tuple[str, dict[str, Any]]], path: Path) -> None:
+    """Draw metric against density, one panel for each study."""
+    figure = Figure(figsize=(4.6 * len(studies), 4.6), dpi=150, layout="constrained")
+    axes = figure.subplots(1, len(studies), squeeze=False)[0]
+    for axis, (name, results) in zip(axes, studies, strict=True):
+        panel(axis, name, results)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=9, ncols=4, loc="outside lower center")
+    figure.savefig(path)
+
+
+def panel(axis: Any, name: str, results: dict[str, Any]) -> None:
+    """Draw one study."""
+    metric, key = MetricFormat.of(results), results["study"]["metric"]
+    factor = 100 if metric.percent else 1
+    rows: list[EqualDensityRow] = equal_density(results)
+    for arm in SHOWN:
+        mine = sorted((row for row in rows if arm_of(row.label) == arm), key=lambda row: row.density.mean)
+        mine = [row for i, row in enumerate(mine) if not i or row.density.mean - mine[i - 1].density.mean > 1e-4]
+        if not mine:
+            continue
+        look, means = arm_style(arm), [factor * row.metric.mean for row in mine]
+        ends = [(row.metric.low, row.metric.high) for row in mine]
+        errors = [
+            [max(0.0, m - factor * low) if low is not None else 0.0 for m, (low, _) in zip(means, ends, strict=True)],
+            [
+                max(0.0, factor * high - m) if high is not None else 0.0
+                for m, (_, high) in zip(means, ends, strict=True)
+            ],
+        ]
+        thick = 4.0 if arm == "one_shot" else 1.8
+        axis.errorbar(
+            [row.density.mean for row in mine], means, errors, label=COLUMNS.get(arm, "SAP").replace("`", ""),
+            color=look.color, marker=look.marker, linestyle=look.line, linewidth=thick, markersize=5, capsize=2,
+        )  # fmt: skip
+    dense = factor * mean_interval([run["metrics"][key] for run in runs(results, "dense")]).mean
+    axis.axhline(dense, color="black", linewidth=1, label="dense")
+    axis.set_xscale("log")
+    ticks = [0.02, 0.05, 0.1, 0.2, 0.4]
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.minorticks_off()
+    if metric.percent:
+        lowest = dense - 12  # one-shot falls through the floor: what is worth comparing lies above
+        axis.set_ylim(lowest, dense + 1)
+        axis.text(0.98, 0.03, "one-shot goes on to chance", transform=axis.transAxes, fontsize=8, ha="right")
+    else:
+        axis.set_yscale("log")
+        marks = [4, 5, 7, 10, 20, 40]
+        axis.set_yticks(marks, [str(mark) for mark in marks])
+        axis.minorticks_off()
+    axis.set_title(name, fontsize=11, fontweight="bold", loc="left")
+    axis.set_xlabel("density (log scale)")
+    axis.set_ylabel(f"{key}{' (%)' if metric.percent else ' (log scale)'}")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.25)
+
+
+def thinned(results: dict[str, Any]) -> dict[str, Any]:
+    """Return results whose trajectories name single layers at the last refresh only."""
+    for run in results["runs"]:
+        last = max((row["step"] for row in run["trajectory"]), default=None)
+        run["trajectory"] = [row if row["step"] == last else {**row, "layers": []} for row in run["trajectory"]]
+    return results
+
+
+if __name__ == "__main__":
+    main()
