@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -172,22 +173,34 @@ class Training:
             "batches_digest": self.evidence.batches.hexdigest(),
         }
 
-    def _cost(self, pruner: EMPPruner) -> dict[str, float] | None:
-        """Return the FLOPs of the network and its training; None where its forward pass is not that of the module."""
-        if pruner.config.target != "weights":
+    @cached_property
+    def _layer_flops(self) -> tuple[Mapping[str, int], int] | None:
+        """FLOPs of each layer of the dense network for one example, and the examples in a batch.
+
+        None where a training step is more than one forward pass of the module.
+        """
+        if not self.model.automatic_optimization:
             return None
         with self.batches(1) as (batches, step_context), step_context():
             batch = next(iter(batches))
             examples = _examples_in(batch)
             try:
-                layers = layer_flops(self.model, lambda: self.model.training_step(batch, 0), examples)
-            except ValueError:  # the task runs an inner network by itself
+                return layer_flops(self.model, lambda: self.model.training_step(batch, 0), examples), examples
+            except (ValueError, RuntimeError):  # an inner network is run by itself, or the step needs gradients
                 return None
+
+    def _cost(self, pruner: EMPPruner) -> dict[str, float] | None:
+        """Return the FLOPs of the network and of its training; None where they are not known."""
+        if pruner.config.target != "weights" or self._layer_flops is None:
+            return None
+        layers, examples = self._layer_flops
         mode = "observe" if pruner.config.observe_only else pruner.config.mode
         rows = pruner.trajectory.records() if pruner.config.schedule.unit is not None else ()
-        cost = network_cost(layers, rows, mode, self.evidence.steps, examples)
-        inference = masked_flops(layers, layer_densities(self.model, pruner.config))
-        return {**cost, "inference": inference}
+        try:
+            cost = network_cost(layers, rows, mode, self.evidence.steps, examples)
+            return {**cost, "inference": masked_flops(layers, layer_densities(self.model, pruner.config))}
+        except ValueError:  # a layer of several weights, of which nobody knows their parts of its FLOPs
+            return None
 
     def _callbacks(self, own: list[pl.Callback]) -> list[pl.Callback]:
         for callback in own:
