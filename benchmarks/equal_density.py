@@ -1,6 +1,7 @@
 """The comparison at equal density over several studies: tables in Markdown and one picture.
 
 python benchmarks/equal_density.py benchmarks/results/equal_density_*/results.json
+python benchmarks/equal_density.py ... --pair A B  arm A minus arm B, paired by seed, at each density
 python benchmarks/equal_density.py ... --full      every arm at every density: interval, Holm's p, equivalence
 python benchmarks/equal_density.py ... --picture benchmarks/results/equal_density.png
 python benchmarks/equal_density.py --thin results.json   drop the layers of all refreshes but the last, in place
@@ -15,11 +16,11 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from emp_callbacks.study.report.arm_results import arm_of, label_of
+from emp_callbacks.study.report.arm_results import arm_of, label_of, labelled, runs_of
 from emp_callbacks.study.report.equal_density import Against, EqualDensityRow, equal_density
-from emp_callbacks.study.report.metric_format import MetricFormat
+from emp_callbacks.study.report.metric_format import MetricFormat, p_text
 from emp_callbacks.study.report.page import DASH, MINUS
-from emp_callbacks.study.report.statistics import mean_interval
+from emp_callbacks.study.report.statistics import all_differences, mean_interval
 from emp_callbacks.study.report.styles import arm_style
 
 COLUMNS = {
@@ -39,6 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="+", type=Path, help="results.json of `emp compare` with study.points")
     parser.add_argument("--full", action="store_true", help="every arm, with interval, p and equivalence")
+    parser.add_argument("--pair", nargs=2, metavar=("A", "B"), help="arm A minus arm B at each density")
     parser.add_argument("--picture", type=Path, help="draw metric against density into this file")
     parser.add_argument("--thin", action="store_true", help="drop layers of all refreshes but the last, in place")
     options = parser.parse_args()
@@ -48,6 +50,8 @@ def main() -> None:
             path.write_text(json.dumps(thinned(results), separators=(",", ":")) + "\n")
     elif options.picture:
         draw([(name_of(path), results) for path, results in studies.items()], options.picture)
+    elif options.pair:
+        print(pair_table([(name_of(path), results) for path, results in studies.items()], *options.pair))
     elif options.full:
         print(full_table([(name_of(path), results) for path, results in studies.items()]))
     else:
@@ -65,7 +69,7 @@ def short_table(studies: list[tuple[str, dict[str, Any]]]) -> str:
     for name, results in studies:
         metric = MetricFormat.of(results)
         rows = {row.label: row for row in equal_density(results)}
-        dense = mean_interval([run["metrics"][results["study"]["metric"]] for run in runs(results, "dense")])
+        dense = mean_interval([run["metrics"][results["study"]["metric"]] for run in runs_of(results, "dense")])
         unit = "accuracy, %" if metric.percent else "perplexity"
         first = f"**{name}** ({unit}; dense {spread(metric, dense)})"
         for point in results["study"]["points"]:
@@ -107,10 +111,39 @@ def full_table(studies: list[tuple[str, dict[str, Any]]]) -> str:
     return "\n".join(lines).rstrip()
 
 
+def pair_table(studies: list[tuple[str, dict[str, Any]]], arm: str, other: str) -> str:
+    """Return the difference of two arms at each density, paired by seed; p by Holm over the densities of a study."""
+    lines = [f"| task | density | `{arm}` | `{other}` | difference [95 %] | Holm p |", "|---|---|---|---|---|---|"]
+    for name, results in studies:
+        metric, key = MetricFormat.of(results), results["study"]["metric"]
+        values = {
+            label: {run["seed"]: run["metrics"][key] for run in runs_of(results, label)} for label in labels(results)
+        }
+        points = [point for point in (None, *results["study"]["points"]) if labelled(arm, point) in values]
+        pairs = [(labelled(arm, point), labelled(other, point)) for point in points]
+        pairs = [(mine, theirs if theirs in values else other) for mine, theirs in pairs]
+        found = all_differences(values, [pair for pair in pairs if pair[1] in values])
+        for (mine, theirs), difference in found.items():
+            if difference is None:
+                continue
+            cells = []
+            for label in (mine, theirs):
+                density = mean_interval([run["density"] for run in runs_of(results, label)]).mean
+                cells.append(f"{spread(metric, mean_interval(list(values[label].values())))} (at {density:.3f})")
+            shown = f"{metric.difference(difference.mean)} {metric.interval(difference, sign=True)}".replace(MINUS, "-")
+            point = mine.partition(" @ ")[2] or "own"
+            lines.append(f"| {name} | {point} | {' | '.join(cells)} | {shown} | {p_text(difference.p_holm)} |")
+    return "\n".join(lines)
+
+
+def labels(results: dict[str, Any]) -> set[str]:
+    """Return the labels of all runs."""
+    return {label_of(run) for run in results["runs"]}
+
+
 def against(metric: MetricFormat, found: Against) -> str:
     """Return the cells of a comparison: the other's mean, difference and interval, p, verdict."""
-    p = found.difference.p_holm
-    shown = DASH if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+    shown = p_text(found.difference.p_holm)
     interval = metric.interval(found.difference, sign=True)
     difference = f"{metric.difference(found.difference.mean)} {interval}".replace(MINUS, "-")
     return f"{metric.number(found.metric)} | {difference} | {shown} | {found.verdict}"
@@ -120,11 +153,6 @@ def spread(metric: MetricFormat, found: Any) -> str:
     """Return mean +- SD as text."""
     deviation = "" if found.sd is None else f" ± {metric.number(found.sd)}"
     return f"{metric.number(found.mean)}{deviation}".replace(MINUS, "-")
-
-
-def runs(results: dict[str, Any], arm: str) -> list[dict[str, Any]]:
-    """Return the runs of an arm at no point."""
-    return [run for run in results["runs"] if label_of(run) == arm]
 
 
 def draw(studies: list[tuple[str, dict[str, Any]]], path: Path) -> None:
@@ -162,7 +190,7 @@ def panel(axis: Any, name: str, results: dict[str, Any]) -> None:
             [row.density.mean for row in mine], means, errors, label=COLUMNS.get(arm, "SAP").replace("`", ""),
             color=look.color, marker=look.marker, linestyle=look.line, linewidth=thick, markersize=5, capsize=2,
         )  # fmt: skip
-    dense = factor * mean_interval([run["metrics"][key] for run in runs(results, "dense")]).mean
+    dense = factor * mean_interval([run["metrics"][key] for run in runs_of(results, "dense")]).mean
     axis.axhline(dense, color="black", linewidth=1, label="dense")
     axis.set_xscale("log")
     ticks = [0.02, 0.05, 0.1, 0.2, 0.4]

@@ -43,7 +43,8 @@ class Arm:
         rewinds: Whether what is kept goes back to its initial values at each refresh.
         narrower: Whether instead of pruning a narrower network of the same number of weights is trained.
         once: Arm that prunes in the same form once, after training, where that is not the study's reference.
-        differs: What it does not share with the others: "init", or the "density" of a point, which widths only near.
+        differs: What it does not share with the others: "init", or the "density" of a point, which widths and floors in
+            many rows only come near.
     """
 
     summary: str
@@ -84,8 +85,14 @@ def _training(summary: str, density: Literal["emp", "floor"], **settings: Any) -
     return Arm(summary=summary, settings=MappingProxyType(settings), density=density)
 
 
-def _once(summary: str, density: Literal["emp", "own", "given"] = "given", **settings: Any) -> Arm:
-    return Arm(summary=summary, settings=MappingProxyType(settings), density=density, shares_fit_of="dense")
+def _once(
+    summary: str,
+    density: Literal["emp", "own", "given"] = "given",
+    differs: tuple[str, ...] = (),
+    **settings: Any,
+) -> Arm:
+    prunes = MappingProxyType(settings)
+    return Arm(summary=summary, settings=prunes, density=density, shares_fit_of="dense", differs=differs)
 
 
 _ERK: dict[str, Any] = {"scope": "tensor", "shares": "erk"}
@@ -95,7 +102,9 @@ ARMS: dict[str, Arm] = {
     ),
     "one_shot": _once("the dense run, pruned once by EMP after training, no fine-tuning", "emp"),
     "one_shot_tensor": _once("the dense run, pruned once, each layer to the same density", scope="tensor"),
-    "one_shot_row": _once("the dense run, pruned once, each output unit to the same density", scope="row"),
+    "one_shot_row": _once(
+        "the dense run, pruned once, each output unit to the same density", differs=("density",), scope="row"
+    ),
     "one_shot_erk": _once("the dense run, pruned once, layers by Erdos-Renyi-Kernel (small layers keep more)", **_ERK),
     "one_shot_dynamic": _once(
         "features: the dense run; afterwards each sample keeps its own N_eff features", "own", dynamic=True

@@ -162,7 +162,8 @@ class CellRunner:
         training.take_up(weights)
         found = training.record(training.prune_once(config, folder))
         dense = self._records.get(Cell("dense", cell.seed), {})
-        return {**found, **{key: dense[key] for key in _OF_THE_TRAINING if key in dense}, "differs": []}
+        shared = {key: dense[key] for key in _OF_THE_TRAINING if key in dense}
+        return {**found, **shared, "differs": list(ARMS[cell.arm].differs)}
 
     def _trained(self, seed: int) -> tuple[Training, dict[str, Tensor]]:
         """Return the training that ended in the dense network of a seed, and its weights."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import gc
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -201,6 +202,7 @@ class _Study:
         for cell, record in self.runner.run(job, missing, progress.on_step):
             self._save(cell, record)
             progress.done(cell.label, self.records[cell])
+        gc.collect()  # model, data and trainer know each other: left to itself, that went after gigabytes
 
     def _pair(self, cells: Sequence[Cell], progress: StudyProgress) -> None:
         """Set one-shot at exactly its density beside each cell that has none yet."""
