@@ -4,7 +4,7 @@ python benchmarks/equal_density.py benchmarks/results/equal_density_*/results.js
 python benchmarks/equal_density.py ... --pair A B  arm A minus arm B, paired by seed, at each density
 python benchmarks/equal_density.py ... --full      every arm at every density: interval, Holm's p, equivalence
 python benchmarks/equal_density.py ... --picture benchmarks/results/equal_density.png
-python benchmarks/equal_density.py --thin results.json   drop the layers of all refreshes but the last, in place
+python benchmarks/equal_density.py --thin results.json   keep no more of each trajectory than the report shows, in place
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from emp_callbacks.study.report.arm_results import arm_of, label_of, labelled, runs_of
+from emp_callbacks.study.report.arm_results import arm_of, label_of, labelled, prunes_by_n_eff, runs_of
 from emp_callbacks.study.report.equal_density import Against, EqualDensityRow, equal_density
 from emp_callbacks.study.report.metric_format import MetricFormat, p_text
 from emp_callbacks.study.report.page import DASH, MINUS
-from emp_callbacks.study.report.statistics import all_differences, mean_interval
+from emp_callbacks.study.report.statistics import all_differences, equivalence, mean_interval
 from emp_callbacks.study.report.styles import arm_style
 
 COLUMNS = {
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="every arm, with interval, p and equivalence")
     parser.add_argument("--pair", nargs=2, metavar=("A", "B"), help="arm A minus arm B at each density")
     parser.add_argument("--picture", type=Path, help="draw metric against density into this file")
-    parser.add_argument("--thin", action="store_true", help="drop layers of all refreshes but the last, in place")
+    parser.add_argument("--thin", action="store_true", help="keep of trajectories what the report shows, in place")
     options = parser.parse_args()
     studies = {path: json.loads(path.read_text()) for path in options.results}
     if options.thin:
@@ -112,8 +112,14 @@ def full_table(studies: list[tuple[str, dict[str, Any]]]) -> str:
 
 
 def pair_table(studies: list[tuple[str, dict[str, Any]]], arm: str, other: str) -> str:
-    """Return the difference of two arms at each density, paired by seed; p by Holm over the densities of a study."""
-    lines = [f"| task | density | `{arm}` | `{other}` | difference [95 %] | Holm p |", "|---|---|---|---|---|---|"]
+    """Return the difference of two arms at each density, paired by seed; p by Holm over the densities of a study.
+
+    TOST p: of the hypothesis that they differ by more than the study's margin.
+    """
+    lines = [
+        f"| task | density | `{arm}` | `{other}` | difference [95 %] | Holm p | TOST p |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name, results in studies:
         metric, key = MetricFormat.of(results), results["study"]["metric"]
         values = {
@@ -132,7 +138,10 @@ def pair_table(studies: list[tuple[str, dict[str, Any]]], arm: str, other: str) 
                 cells.append(f"{spread(metric, mean_interval(list(values[label].values())))} (at {density:.3f})")
             shown = f"{metric.difference(difference.mean)} {metric.interval(difference, sign=True)}".replace(MINUS, "-")
             point = mine.partition(" @ ")[2] or "own"
-            lines.append(f"| {name} | {point} | {' | '.join(cells)} | {shown} | {p_text(difference.p_holm)} |")
+            margin = results["study"].get("margin")
+            alike = equivalence(difference, margin) if margin else None
+            tests = f"{p_text(difference.p_holm)} | {p_text(alike.p_value if alike else None)}"
+            lines.append(f"| {name} | {point} | {' | '.join(cells)} | {shown} | {tests} |")
     return "\n".join(lines)
 
 
@@ -199,7 +208,7 @@ def panel(axis: Any, name: str, results: dict[str, Any]) -> None:
     if metric.percent:
         lowest = dense - 12  # one-shot falls through the floor: what is worth comparing lies above
         axis.set_ylim(lowest, dense + 1)
-        axis.text(0.98, 0.03, "one-shot goes on to chance", transform=axis.transAxes, fontsize=8, ha="right")
+        axis.text(0.98, 0.03, "one-shot goes on falling", transform=axis.transAxes, fontsize=8, ha="right")
     else:
         axis.set_yscale("log")
         marks = [4, 5, 7, 10, 20, 40]
@@ -213,10 +222,16 @@ def panel(axis: Any, name: str, results: dict[str, Any]) -> None:
 
 
 def thinned(results: dict[str, Any]) -> dict[str, Any]:
-    """Return results whose trajectories name single layers at the last refresh only."""
+    """Return results whose trajectories name single layers at the last refresh only.
+
+    Of arms of a given density whose every layer has a row, the other refreshes are left out.
+    """
     for run in results["runs"]:
-        last = max((row["step"] for row in run["trajectory"]), default=None)
-        run["trajectory"] = [row if row["step"] == last else {**row, "layers": []} for row in run["trajectory"]]
+        rows = run["trajectory"]
+        last = max((row["step"] for row in rows), default=None)
+        if rows and rows[0]["scope"] != "global" and not prunes_by_n_eff(run["arm"]):
+            rows = [row for row in rows if row["step"] == last]
+        run["trajectory"] = [row if row["step"] == last else {**row, "layers": []} for row in rows]
     return results
 
 
