@@ -150,8 +150,12 @@ class CellRunner:
     def _completed(self, cell: Cell, record: Record) -> Record:
         """Return a record with what only the study knows."""
         if ARMS[cell.arm].narrower:
-            whole = self._records[Cell("dense", cell.seed)]["n"]
+            dense = self._records[Cell("dense", cell.seed)]
+            whole = dense["n"]
             record = {**record, "n": whole, "density": record["n"] / whole, "keep": record["n"]}
+            if record["flops"] and dense["flops"]:  # beside those of the network that it is narrower than
+                of_dense = {name: dense["flops"][name] for name in ("dense", "dense_training")}
+                record["flops"] = {**record["flops"], **of_dense}
         return {**record, "differs": list(ARMS[cell.arm].differs)}
 
     # ---- pruned once after training -------------------------------------------------------------------------------

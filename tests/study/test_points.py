@@ -122,6 +122,7 @@ def test_what_else_a_record_holds(study):
     assert small["differs"] == ["init", "density"]
     assert small["keep"] == pytest.approx(0.3 * dense["n"], rel=0.4)
     assert small["parameters"] < dense["parameters"]
+    assert small["flops"]["dense"] == dense["flops"]["dense"] > 2 * small["flops"]["inference"]
     assert 0.3 < runs["rigl@0.3"]["explored"] < 1
     assert runs["gmp@0.3"]["explored"] is None
     assert runs["one_shot@0.3"]["flops"]["inference"] < 0.6 * dense["flops"]["dense"]
