@@ -2,18 +2,21 @@
 
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import pytorch_lightning as pl
 import torch
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file
 
 from emp_callbacks import EMPCallback
 from emp_callbacks.cli.main import main
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.schedule import Ramp
+from emp_callbacks.study import side_by_side
 from emp_callbacks.study.arm_settings import Budget, arm_config, restarts_of
 from emp_callbacks.study.arms import ARMS, Cell, check_arms, plan_jobs
 from emp_callbacks.study.cells import CellRunner
@@ -199,6 +202,20 @@ def test_what_trained_behind_another_mode_is_not_taken_up(tmp_path):
     arms[2] = "training_project"  # now fixed_magnitude trains in its mode
     with pytest.raises(FileExistsError, match=r"fixed_magnitude@0\.3-seed0\.json does not match"):
         run_study(Recipe(write(tmp_path, arms)), tmp_path / "out")
+
+
+@pytest.mark.parametrize("stop", [RuntimeError("boom"), KeyboardInterrupt()])
+def test_a_cell_that_fails_side_by_side_is_named_and_ctrl_c_says_how_to_go_on(stop, tmp_path, monkeypatch, capsys):
+    def run(path, overrides, called, out, name):
+        if name == "gmp@0.3:0":
+            raise stop
+
+    monkeypatch.setattr(side_by_side, "ProcessPoolExecutor", lambda jobs, **_: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr(side_by_side, "_run_cell", run)
+    recipe = Recipe(write(tmp_path, ["dense", "gmp", "training_feedback"]))
+    with pytest.raises(type(stop), match=r"boom|after 3 of 4 runs; run the same command again"):
+        side_by_side.run_side_by_side(recipe, tmp_path / "out", 1, console=Console(width=200))
+    assert ("gmp@0.3:0 failed; finished runs are kept" in capsys.readouterr().out) == isinstance(stop, RuntimeError)
 
 
 # ---- settings ---------------------------------------------------------------------------------------------------
