@@ -183,6 +183,11 @@ class EMPConfig:
                     f"shares={self.shares!r} shares a density among layers that do not compete: give density, and "
                     "scope='tensor' or 'row'"
                 )
+        if self.shares == "erk" and self.target != "weights":
+            raise ValueError(
+                f"shares='erk' follows from the shapes of weights, and target={self.target!r} has one dimension, of "
+                "which it would say 'uniform': use that, or a mapping"
+            )
         if self.density is None:
             return
         for density in ends(self.density):

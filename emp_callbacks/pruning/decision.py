@@ -77,7 +77,7 @@ class KeepRule:
         """
         wanted, beta = (n_eff, self.beta) if self.density is None else (torch.full_like(n_eff, size), self.density)
         least = max(1, math.ceil(self.min_density * size * (1 - 1e-12)))
-        wanted = wanted + self.tolerance / beta
+        wanted = wanted + (self.tolerance / beta if beta else 0.0)  # a layer may have a share of 0
         return keep_counts(wanted, nonzero, beta, least).masked_fill(nonzero == 0, size)
 
 

@@ -35,7 +35,9 @@ class Persistence:
     ) -> None:
         self._config, self._mode, self._trajectory, self._backend = config, mode, trajectory, backend
         self._layers, self._weights, self._evidence = refresher.layers, refresher.weights, refresher.evidence
-        self._dynamic, self._criterion = refresher.dynamic, refresher.criterion
+        self._dynamic = refresher.dynamic
+        # Both follow from torch's initial seed, so one number in a state is enough.
+        self._drawing = [one for one in (refresher.criterion, refresher.growth) if one and one.seed is not None]
 
     @property
     def _sites(self) -> list[ForwardSite]:
@@ -43,7 +45,8 @@ class Persistence:
 
     @property
     def _seed(self) -> dict[str, int]:
-        return {} if self._criterion.seed is None else {"seed": self._criterion.seed}
+        seeds = [one.seed for one in self._drawing if one.seed is not None]
+        return {"seed": seeds[-1]} if seeds else {}
 
     def state(self, clock: Clock) -> dict[str, Any]:
         """Return this rank's state; see `EMPPruner.state_dict`."""
@@ -78,7 +81,8 @@ class Persistence:
         """Put in place what was read and checked as a whole, and say what of the trajectory is lost."""
         put_back(self._mode, self._layers, found.masks, found.units)
         if found.seed is not None:
-            self._criterion.seed = found.seed
+            for one in self._drawing:
+                one.seed = found.seed
         self._backend.refresh_copies()
         self._evidence.restore(found.batches, found.evidence)
         if lost and self._backend.rank == 0:

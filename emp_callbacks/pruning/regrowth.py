@@ -31,8 +31,9 @@ class Regrowth:
     ) -> list[Decision]:
         """Return, for each group, what stays of the kept together with what is grown. Collective; changes nothing.
 
-        A group keeps K = floor(density * n). The round((1 - fraction) * K) highest of the kept stay; of the pruned,
-        the highest by the growth criterion fill up to K. What scores 0 neither stays nor is grown.
+        A group keeps K = floor(density * n). The round((1 - fraction) * K) highest of the kept stay, more where fewer
+        are pruned than that would drop; of the pruned, the highest by the growth criterion fill up to K. What scores 0
+        neither stays nor is grown.
 
         Args:
             layers: All of which have a mask.
@@ -53,7 +54,8 @@ class Regrowth:
         total = {name: max(1, math.floor(rule.of_group(name).density * n + 1e-6)) for name, n in sizes.items()}  # type: ignore[operator]
         masks = [layer.mask_or_ones for layer in layers]
         kept = [Scored(one.span, _where(mask, one.scores)) for one, mask in zip(scored, masks, strict=True)]
-        fewer = {name: max(1, round((1 - self.fraction) * keep)) for name, keep in total.items()}
+        # No more are dropped than are pruned: a layer that is dense, or nearly, would have nothing to grow instead.
+        fewer = {name: max(1, round((1 - self.fraction) * k), 2 * k - sizes[name]) for name, k in total.items()}
         stay = decide(kept, scope, _exactly(fewer, sizes), ranks, step)
         pruned = [
             Scored(layer.span, _where(~mask, self.criterion.score(layer).abs()))

@@ -108,7 +108,7 @@ def _when(arm: Arm, recipe: EMPConfig, budget: Budget, horizon: Horizon) -> dict
         return {**in_steps, "every_n_steps": every, "stop": every * (ROUNDS - 1)}
     if recipe.stop is not None or recipe.schedule.unit is None:
         return {}
-    last = until if recipe.schedule.unit == "step" else round((1 - horizon.healing) * (horizon.epochs or 0))
+    last = until if recipe.schedule.unit == "step" else round((1 - horizon.healing) * (horizon.epochs or 1))
     return {"stop": max(recipe.schedule.first, last)}
 
 

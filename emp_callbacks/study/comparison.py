@@ -219,9 +219,7 @@ class _Study:
     def _fingerprint(self, cell: Cell) -> str:
         """Return a hash of everything that influences one run."""
         arm = ARMS[cell.arm]
-        leader = (
-            self.runner.leader if any(needed.arm == self.runner.leader for needed in self.runner.needed(cell)) else None
-        )
+        leader = self.runner.leader_of(cell)
         parts = [dict(ARMS[name].settings) for name in (cell.arm, leader) if name]
         scheduled = self.config.healing if arm.density != "none" and not arm.shares_fit_of else None
         return digest([self.recipe_digest, cell.arm, cell.point, leader, parts, cell.seed, scheduled])

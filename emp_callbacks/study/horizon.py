@@ -22,7 +22,7 @@ class Horizon:
 
     Attributes:
         steps: Optimizer steps of a training.
-        epochs: Of a training; None where steps end it.
+        epochs: Whole ones of a training, >= 1; None where steps end it and the data have no length.
         healing: Part of the training, in [0, 1), after the last refresh.
     """
 
@@ -36,15 +36,24 @@ class Horizon:
         return max(1, round((1 - self.healing) * self.steps))
 
     def steps_of(self, recipe: EMPConfig) -> int:
-        """Return the steps between two refreshes of a recipe."""
+        """Return the steps between two refreshes of a recipe.
+
+        Raises:
+            ValueError: It counts epochs, and nobody knows how many there are.
+        """
         if recipe.every_n_steps is not None:
             return recipe.every_n_steps
-        return max(1, (recipe.every_n_epochs or 1) * self.steps // max(1, self.epochs or 1))
+        if self.epochs is None:
+            raise ValueError(
+                f"every_n_epochs={recipe.every_n_epochs} counts epochs, and training data without a length do not say "
+                "how long one is: give every_n_steps"
+            )
+        return max(1, (recipe.every_n_epochs or 1) * self.steps // self.epochs)
 
 
 @cache
 def horizon_of(recipe: Recipe, healing: float) -> Horizon:
-    """Return how long a recipe trains; its data are set up for that where epochs are counted.
+    """Return how long a recipe trains; its data are set up for that.
 
     Raises:
         ValueError: Nobody knows: neither max_steps nor max_epochs ends it, or the data have no length.
@@ -52,21 +61,24 @@ def horizon_of(recipe: Recipe, healing: float) -> Horizon:
     with isolate_rng(), quiet():
         recipe.build_bare(logger=False, enable_checkpointing=False)
     trainer, data = recipe.trainer, recipe.datamodule
-    epochs, most = trainer.max_epochs, trainer.max_steps
-    if epochs is None or epochs < 0:
-        if most < 0:
-            raise ValueError("a study needs an end: set trainer.max_epochs or trainer.max_steps")
-        return Horizon(most, None, healing)
+    epochs, most = -1 if trainer.max_epochs is None else trainer.max_epochs, trainer.max_steps
+    only_steps = epochs < 0
+    if only_steps and most < 0:
+        raise ValueError("a study needs an end: set trainer.max_epochs or trainer.max_steps")
     data.prepare_data()
     data.setup("fit")
-    batches = _length(data.train_dataloader())
+    try:
+        batches = _length(data.train_dataloader())
+    except ValueError:
+        if only_steps:
+            return Horizon(most, None, healing)
+        raise
     limit = trainer.limit_train_batches
     batches = int(batches * limit) if isinstance(limit, float) else min(batches, limit)
     of_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
-    steps = of_epoch * epochs
-    if 0 <= most < steps:
+    if only_steps or 0 <= most < of_epoch * epochs:
         return Horizon(most, max(1, most // of_epoch), healing)
-    return Horizon(steps, epochs, healing)
+    return Horizon(of_epoch * epochs, epochs, healing)
 
 
 def _length(loader: Any) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from emp_callbacks.study.comparison import run_study, study_needs
+from emp_callbacks.study.comparison import StudyInterrupted, run_study, study_needs
 from emp_callbacks.study.recipe.recipe import Recipe
 
 __all__ = ["run_side_by_side"]
@@ -36,6 +36,7 @@ def run_side_by_side(
 
     Raises:
         ValueError: `jobs` is not positive; or what `run_study` raises, in whichever process.
+        StudyInterrupted: The user pressed Ctrl-C; finished runs stay.
     """
     if jobs < 1:
         raise ValueError(f"jobs must be >= 1, got {jobs}: the number of trainings at a time")
@@ -52,12 +53,17 @@ def run_side_by_side(
                     del waiting[name]
                     running[pool.submit(_run_cell, recipe.path, recipe.overrides, recipe.called, out, name)] = name
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    name = running.pop(future)
+                    name = running[future]
+                    if isinstance(future.exception(), Exception):  # which says nothing of the cell
+                        shown.print(f"{name} failed; finished runs are kept", markup=False, highlight=False)
                     future.result()
+                    del running[future]
                     left = len(waiting) + len(running)
                     shown.print(f"[{total - left}/{total}] {name}", markup=False, highlight=False)
-        except BaseException:
+        except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
+            if isinstance(error, KeyboardInterrupt):
+                raise StudyInterrupted(total - len(waiting) - len(running), total) from error
             raise
     results = run_study(recipe, out, console=console)
     assert results is not None, "nothing was left to run"

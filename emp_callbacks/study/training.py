@@ -74,6 +74,7 @@ class Training:
             )
         self.model, self.data, self.trainer = recipe.model, recipe.datamodule, recipe.trainer
         _check_single_process(self.trainer)
+        _check_fair(self.trainer.callbacks)  # type: ignore[attr-defined]
         self.seconds = self._seconds_after = 0.0
 
     def fit(self) -> None:
@@ -203,12 +204,6 @@ class Training:
             return None
 
     def _callbacks(self, own: list[pl.Callback]) -> list[pl.Callback]:
-        for callback in own:
-            if isinstance(callback, _UNFAIR):
-                raise ValueError(
-                    f"trainer.callbacks holds {type(callback).__name__}, which ends some arms earlier than others;"
-                    " remove it from the recipe and fix trainer.max_epochs or trainer.max_steps"
-                )
         self.recipe_config = _config_of(own)
         self.config = self._adapt(self.recipe_config)
         settings = {field.name: getattr(self.config, field.name) for field in dataclasses.fields(EMPConfig)}
@@ -270,6 +265,16 @@ def _unlogged(model: pl.LightningModule) -> Iterator[None]:
         yield
     finally:
         del model.log
+
+
+def _check_fair(callbacks: Sequence[pl.Callback]) -> None:
+    """Raise ValueError where a callback of the recipe, or a Trainer's own for `max_time`, ends a training early."""
+    for callback in callbacks:
+        if isinstance(callback, _UNFAIR):
+            raise ValueError(
+                f"the trainer holds {type(callback).__name__}, which ends some arms earlier than others; remove it (or "
+                "trainer.max_time) from the recipe and fix trainer.max_epochs or trainer.max_steps"
+            )
 
 
 def _check_single_process(trainer: pl.Trainer) -> None:

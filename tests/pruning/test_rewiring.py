@@ -106,8 +106,8 @@ def test_a_resumed_run_rewires_as_one_that_never_stopped(grow):
     saved = copy.deepcopy([net.state_dict(), optimizer.state_dict(), pruner.state_dict()])
     train(net, pruner, optimizer, 17, 11)
 
-    torch.manual_seed(99)
     resumed = make_net()
+    torch.manual_seed(99)  # of another process: the seed of what is drawn comes from the checkpoint
     again = torch.optim.AdamW(resumed.parameters(), lr=0.05)
     successor = EMPPruner(resumed, again, **settings)
     for part, state in zip((resumed, again, successor), saved, strict=True):
@@ -149,6 +149,16 @@ def test_where_nothing_pruned_has_a_gradient_nothing_is_grown_and_the_row_says_s
     assert last.note == "only 0 of 2 weights were grown: no others have a gradient"
 
 
+@pytest.mark.parametrize("density", [0.9, 1.0])
+@pytest.mark.parametrize("grow", ["gradient", "random"])
+def test_a_layer_that_is_nearly_dense_keeps_its_density(density, grow):
+    net = make_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    pruner = EMPPruner(net, optimizer, scope="tensor", **{**REWIRE, "density": density, "grow": grow})
+    train(net, pruner, optimizer, 12)
+    assert [event.keep for event in pruner.trajectory] == 3 * [math.floor(density * 192), math.floor(density * 96)]
+
+
 def test_a_density_ramp_prunes_along_a_cubic_curve():
     net = make_net()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
@@ -169,5 +179,9 @@ def test_layers_share_a_density_by_name_and_a_wrong_name_is_refused():
     kept = {name: float(mask.float().mean()) for name, mask in pruner.masks.items()}
     assert kept["2.weight"] == pytest.approx(2 * kept["0.weight"], abs=0.02)
     assert pruner.density == pytest.approx(0.3, abs=0.01)
+    none = EMPPruner(make_net(), density=0.3, scope="tensor", mode="project", shares={"0.weight": 0, "2.weight": 1})
+    with pytest.warns(UserWarning, match=r"next to nothing is kept of 0\.weight"):
+        none.refresh()
+    assert int(none.masks["0.weight"].sum()) == 1, "a share of 0 leaves the one weight that a group keeps at least"
     with pytest.raises(ValueError, match=r"each pruned layer once; not in both: 2\.weight, 3\.weight"):
         EMPPruner(make_net(), density=0.3, scope="tensor", shares={"0.weight": 1, "3.weight": 2})

@@ -355,6 +355,11 @@ def test_early_stopping_is_refused(tmp_path, fits):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     with pytest.raises(ValueError, match="EarlyStopping"):
         run_study(Recipe(tmp_path / "recipe.yaml"), tmp_path / "out")
+    recipe["trainer"]["callbacks"].remove(stopping)
+    recipe["trainer"]["max_time"] = "00:01:00:00"
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(ValueError, match=r"Timer, .*trainer\.max_time"):
+        run_study(Recipe(tmp_path / "recipe.yaml"), tmp_path / "out2")
     assert fits == []
 
 

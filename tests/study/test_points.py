@@ -2,18 +2,21 @@
 
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import pytorch_lightning as pl
 import torch
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file
 
 from emp_callbacks import EMPCallback
 from emp_callbacks.cli.main import main
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.schedule import Ramp
+from emp_callbacks.study import side_by_side
 from emp_callbacks.study.arm_settings import Budget, arm_config, restarts_of
 from emp_callbacks.study.arms import ARMS, Cell, check_arms, plan_jobs
 from emp_callbacks.study.cells import CellRunner
@@ -194,6 +197,28 @@ def test_side_by_side_is_what_one_after_the_other_gives(study, tmp_path):
         )  # fmt: skip
 
 
+def test_what_trained_behind_another_mode_is_not_taken_up(tmp_path):
+    arms = ["dense", "one_shot", "training_feedback", "fixed_magnitude"]
+    run_study(Recipe(write(tmp_path, arms)), tmp_path / "out")
+    arms[2] = "training_project"  # now fixed_magnitude trains in its mode
+    with pytest.raises(FileExistsError, match=r"fixed_magnitude@0\.3-seed0\.json does not match"):
+        run_study(Recipe(write(tmp_path, arms)), tmp_path / "out")
+
+
+@pytest.mark.parametrize("stop", [RuntimeError("boom"), KeyboardInterrupt()])
+def test_a_cell_that_fails_side_by_side_is_named_and_ctrl_c_says_how_to_go_on(stop, tmp_path, monkeypatch, capsys):
+    def run(path, overrides, called, out, name):
+        if name == "gmp@0.3:0":
+            raise stop
+
+    monkeypatch.setattr(side_by_side, "ProcessPoolExecutor", lambda jobs, **_: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr(side_by_side, "_run_cell", run)
+    recipe = Recipe(write(tmp_path, ["dense", "gmp", "training_feedback"]))
+    with pytest.raises(type(stop), match=r"boom|after 3 of 4 runs; run the same command again"):
+        side_by_side.run_side_by_side(recipe, tmp_path / "out", 1, console=Console(width=200))
+    assert ("gmp@0.3:0 failed; finished runs are kept" in capsys.readouterr().out) == isinstance(stop, RuntimeError)
+
+
 # ---- settings ---------------------------------------------------------------------------------------------------
 
 RECIPE = EMPConfig(every_n_steps=10)
@@ -223,6 +248,10 @@ def test_a_schedule_of_epochs_and_a_stop_of_the_recipes_own():
     assert arm_config("training_freeze", EMPConfig(every_n_epochs=1, stop=4), horizon=HORIZON).stop == 4
     assert arm_config("gmp", epochs, budget=Budget(density=0.1), horizon=HORIZON).every_n_steps == 50
     assert arm_config("dense", epochs, horizon=HORIZON).stop is None
+    unknown = Horizon(steps=200, epochs=None, healing=0.25)
+    with pytest.raises(ValueError, match=r"every_n_epochs=1 counts epochs.*give every_n_steps"):
+        arm_config("training_freeze", epochs, horizon=unknown)
+    assert arm_config("training_freeze", RECIPE, horizon=unknown).stop == 150
 
 
 def test_what_decides_how_much_is_kept():
@@ -291,7 +320,7 @@ def test_how_long_a_recipe_trains(tmp_path):
     assert horizon("--trainer.limit_train_batches", "0.5") == (3 * 16, 3, 36)
     assert horizon("--trainer.accumulate_grad_batches", "3") == (9, 3, 7)
     assert horizon("--trainer.max_steps", "10") == (10, 1, 8)
-    assert horizon("--trainer.max_epochs", "null", "--trainer.max_steps", "10") == (10, None, 8)
+    assert horizon("--trainer.max_epochs", "null", "--trainer.max_steps", "18") == (18, 2, 14)
     with pytest.raises(ValueError, match="a study needs an end"):
         horizon("--trainer.max_epochs", "-1")
 

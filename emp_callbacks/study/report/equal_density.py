@@ -123,24 +123,23 @@ def equal_density(results: Results) -> list[EqualDensityRow]:
 
 
 def _with_one_shot(results: Results, label: str) -> _Pairing | None:
-    reference = str(results["study"].get("reference", REFERENCE))
     metric = results["study"]["metric"]
-    if arm_of(label) == reference:
+    if arm_of(label) == REFERENCE:
         return None
     values, others, densities = {}, {}, []
     for run in runs_of(results, label):
-        other = _one_shot_of(results, run, reference)
+        other = _one_shot_of(results, run)
         if other and metric in run["metrics"] and metric in other["metrics"]:
             values[run["seed"]], others[run["seed"]] = run["metrics"][metric], other["metrics"][metric]
             densities.append(other["density"])
-    return _Pairing(reference, values, others, fmean(densities)) if values else None
+    return _Pairing(REFERENCE, values, others, fmean(densities)) if values else None
 
 
-def _one_shot_of(results: Results, run: Run, reference: str) -> Run | None:
+def _one_shot_of(results: Results, run: Run) -> Run | None:
     """Return what the dense model of a run's seed gives at exactly the run's count, None if that is not known."""
     other: Run | None = run.get("matched")
     if not other and run.get("point") is not None:
-        there = runs_of(results, labelled(reference, run["point"]))
+        there = runs_of(results, labelled(REFERENCE, run["point"]))
         other = next((found for found in there if found["seed"] == run["seed"]), None)
     return other if other and is_pair(run, other) else None
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from emp_callbacks.study.report.arm_results import Results, arm_of, prunes_by_n_eff
+from emp_callbacks.study.report.arm_results import REFERENCE, Results, arm_of, prunes_by_n_eff
 from emp_callbacks.study.report.equal_density import Against, EqualDensityRow
-from emp_callbacks.study.report.metric_format import MetricFormat, reference_arm
+from emp_callbacks.study.report.metric_format import MetricFormat
 from emp_callbacks.study.report.statistics import SIGNIFICANCE
 
 __all__ = ["findings"]
@@ -26,7 +26,7 @@ def findings(rows: Sequence[EqualDensityRow], results: Results) -> list[str]:
         return []
     metric = MetricFormat.of(results)
     others: list[tuple[str, _Pick]] = [
-        (reference_arm(results), lambda row: row.one_shot),
+        (REFERENCE, lambda row: row.one_shot),  # also of a study that has no such arm: the pairs are with it
         ("the best fixed-density arm", lambda row: row.best),
     ]
     others = [(name, pick) for name, pick in others if any(map(pick, own))]

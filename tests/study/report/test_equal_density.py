@@ -183,6 +183,14 @@ def test_a_loss_that_the_adjustment_hides_is_told_before_what_is_better(sign, to
         assert next(place for place, sentence in enumerate(said) if sentence.startswith(words)) < better
 
 
+def test_findings_name_one_shot_where_the_study_has_no_such_arm(at_points):
+    results = at_points(("dense", "training_feedback"), points=(0.1,), seeds=range(3))
+    results["study"]["reference"] = "dense"
+    said = findings(equal_density(results), results)
+    assert said
+    assert all("one_shot" in sentence and "dense" not in sentence for sentence in said)
+
+
 def test_findings_without_a_loss_say_so_and_name_the_margin(at_points):
     results = at_points(("dense", "one_shot", "training_feedback"), points=(0.1,), seeds=range(4))
     same = {"training_feedback": [0.80, 0.81, 0.82, 0.831], "one_shot": [0.80, 0.81, 0.82, 0.83]}
