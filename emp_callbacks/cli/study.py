@@ -75,7 +75,9 @@ def compare(words: list[str]) -> None:
         console.print("\n".join(study_cells(recipe)), highlight=False)
         return
     out = Path(options.out or recipe.study.out or Path("runs", recipe.path.stem))
-    if options.jobs is not None and options.only is None:
+    if options.jobs is not None and options.only is not None:
+        raise ValueError("--only trains its cells one after the other: drop --jobs, or drop --only")
+    if options.jobs is not None:
         from emp_callbacks.study.side_by_side import run_side_by_side
 
         results: dict[str, Any] | None = run_side_by_side(

@@ -33,7 +33,9 @@ class Random(Criterion):
 
     def score(self, layer: Layer) -> Tensor:
         span, like = layer.span, layer.mask_or_ones
-        key = (self.seed ^ zlib.crc32(span.name.encode()) ^ (self.draw << 32)) & 0x7FFF_FFFF_FFFF_FFFF
+        # In the low 32 bits, which are all that torch's generator on a CPU looks at.
+        drawn = f"{span.name} {self.draw}" if self.draw else span.name
+        key = (self.seed ^ zlib.crc32(drawn.encode())) & 0x7FFF_FFFF_FFFF_FFFF
         full = 1.0 - torch.rand(span.size, generator=torch.Generator().manual_seed(key))
         at = span.positions
         own = full[at : at + span.length] if isinstance(at, int) else full[at.cpu()]

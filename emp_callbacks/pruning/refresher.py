@@ -72,6 +72,7 @@ class Refresher:
             self.dynamic = find_dynamic_sites(config, self.criterion, backend, self._count)
         else:
             self.layers = find_layers(config, self.criterion, backend)
+            _check_named(config.shares, self.layers)
         self._rule = self._rule_at(0)
         self.weights = masked_weights(self.layers)
         self._chosen = [id(parameter) for parameter in chosen_parameters(config, backend)]
@@ -316,15 +317,19 @@ def _growth(config: EMPConfig) -> Saliency | Random | None:
     return Saliency() if config.grow == "gradient" else Random()
 
 
-def _shared(density: float, shares: str | Mapping[str, float], layers: Sequence[Layer]) -> dict[str, float]:
-    """Return the density of each layer, by name.
+def _check_named(shares: str | Mapping[str, float], layers: Sequence[Layer]) -> None:
+    """Raise ValueError where shares by name leave out a layer, or name one that there is not."""
+    names = {layer.name for layer in layers}
+    if isinstance(shares, Mapping) and shares.keys() != names:
+        raise ValueError(f"shares must name each pruned layer once; not in both: {few(sorted(shares.keys() ^ names))}")
 
-    Raises:
-        ValueError: The shares name a layer that there is not, or leave one out.
-    """
-    names, shapes = [layer.name for layer in layers], [layer.span.shape for layer in layers]
-    if isinstance(shares, Mapping) and shares.keys() != set(names):
-        strange = sorted(shares.keys() ^ set(names))
-        raise ValueError(f"shares must name each pruned layer once; not in both: {few(strange)}")
-    factors = [shares[n] for n in names] if isinstance(shares, Mapping) else [erk_factor(shape) for shape in shapes]
-    return dict(zip(names, layer_densities([shape.numel() for shape in shapes], factors, density), strict=True))
+
+def _shared(density: float, shares: str | Mapping[str, float], layers: Sequence[Layer]) -> dict[str, float]:
+    """Return the density of each layer, by name; of layers that came later than the shares, none."""
+    named = [layer for layer in layers if not isinstance(shares, Mapping) or layer.name in shares]
+    shapes = [layer.span.shape for layer in named]
+    factors = (
+        [shares[n.name] for n in named] if isinstance(shares, Mapping) else [erk_factor(shape) for shape in shapes]
+    )
+    sizes = [shape.numel() for shape in shapes]
+    return dict(zip([layer.name for layer in named], layer_densities(sizes, factors, density), strict=True))

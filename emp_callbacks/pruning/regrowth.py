@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from emp_callbacks.criteria import Criterion
-from emp_callbacks.layer import Layer, Ranks
+from emp_callbacks.layer import Layer, MissingEvidence, Ranks
 from emp_callbacks.pruning.decision import Decision, KeepRule, Scored, decide
 
 
@@ -31,9 +31,9 @@ class Regrowth:
     ) -> list[Decision]:
         """Return, for each group, what stays of the kept together with what is grown. Collective; changes nothing.
 
-        A group keeps K = floor(density * n). The round((1 - fraction) * K) highest of the kept stay, more where fewer
-        are pruned than that would drop; of the pruned, the highest by the growth criterion fill up to K. What scores 0
-        neither stays nor is grown.
+        A group keeps K = floor(density * n). The round((1 - fraction) * K) highest of the kept stay; of all others,
+        those just dropped among them, the highest by the growth criterion fill up to K. What scores 0 neither stays
+        nor is grown. A layer of which the growth criterion knows nothing drops nothing where layers do not compete.
 
         Args:
             layers: All of which have a mask.
@@ -44,7 +44,7 @@ class Regrowth:
             step: Optimizer step, for error messages.
 
         Raises:
-            MissingEvidence: The growth criterion knows nothing of a layer.
+            MissingEvidence: The growth criterion knows nothing of any layer.
             FloatingPointError: A score is NaN or Inf.
 
         Source: Evci et al., arXiv:1911.11134, algorithm 1.
@@ -54,16 +54,34 @@ class Regrowth:
         total = {name: max(1, math.floor(rule.of_group(name).density * n + 1e-6)) for name, n in sizes.items()}  # type: ignore[operator]
         masks = [layer.mask_or_ones for layer in layers]
         kept = [Scored(one.span, _where(mask, one.scores)) for one, mask in zip(scored, masks, strict=True)]
-        # No more are dropped than are pruned: a layer that is dense, or nearly, would have nothing to grow instead.
-        fewer = {name: max(1, round((1 - self.fraction) * k), 2 * k - sizes[name]) for name, k in total.items()}
+        growth = self._scores(layers)
+        fewer = {
+            name: keep if name in growth and growth[name] is None else max(1, round((1 - self.fraction) * keep))
+            for name, keep in total.items()
+        }
         stay = decide(kept, scope, _exactly(fewer, sizes), ranks, step)
-        pruned = [
-            Scored(layer.span, _where(~mask, self.criterion.score(layer).abs()))
-            for layer, mask in zip(layers, masks, strict=True)
-        ]
+        staying = {i: one.mask(i) & masks[i] for one in stay for i in one.members}
+        others = []
+        for i, layer in enumerate(layers):
+            scores = growth[layer.name]
+            nothing = torch.zeros_like(masks[i], dtype=torch.float32)
+            others.append(Scored(layer.span, nothing if scores is None else _where(~staying[i], scores)))
         lacking = {one.group: total[one.group] - one.keep for one in stay}
-        grown = decide(pruned, scope, _exactly(lacking, sizes), ranks, step)
-        return [_both(old, new, masks, lacking[old.group]) for old, new in zip(stay, grown, strict=True)]
+        grown = decide(others, scope, _exactly(lacking, sizes), ranks, step)
+        return [_both(old, new, staying, lacking[old.group]) for old, new in zip(stay, grown, strict=True)]
+
+    def _scores(self, layers: Sequence[Layer]) -> dict[str, Tensor | None]:
+        """Return what the growth criterion says of each layer, by name; None where it knows nothing. Collective."""
+        found: dict[str, Tensor | None] = {}
+        missing: MissingEvidence | None = None
+        for layer in layers:
+            try:
+                found[layer.name] = self.criterion.score(layer).abs()
+            except MissingEvidence as error:
+                found[layer.name], missing = None, error
+        if missing is not None and all(scores is None for scores in found.values()):
+            raise missing
+        return found
 
 
 def _where(mask: Tensor, scores: Tensor) -> Tensor:
@@ -75,14 +93,13 @@ def _exactly(counts: dict[str, int], sizes: dict[str, int]) -> KeepRule:
     return KeepRule(densities={name: min(1.0, (count + 0.5) / sizes[name]) for name, count in counts.items()})
 
 
-def _both(old: Decision, new: Decision, masks: Sequence[Tensor], lacking: int) -> Decision:
+def _both(old: Decision, new: Decision, staying: Mapping[int, Tensor], lacking: int) -> Decision:
     # A group whose scores are all 0 is "kept whole": here that is nothing to grow.
     found = new.keep if lacking > 0 and new.n_eff else 0
     note = f"only {found} of {lacking} weights were grown: no others have a gradient" if found < lacking else old.note
 
     def mask(i: int) -> Tensor:
-        stays = old.mask(i) & masks[i]
-        return stays | (new.mask(i) & ~masks[i]) if found else stays
+        return staying[i] | (new.mask(i) & ~staying[i]) if found else staying[i]
 
     digest = old.digest ^ (new.digest if found else 0)
     return replace(old, keep=old.keep + found, mask=mask, note=note, digest=digest, is_top=False, mass_floor=None)

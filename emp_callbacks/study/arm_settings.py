@@ -79,13 +79,16 @@ def _kept(arm: Arm, recipe: EMPConfig, budget: Budget) -> dict[str, Any]:
     if arm.density == "given":
         given: dict[str, Any] = {"density": budget.density, "beta": 1.0, "min_density": 0.0}
         return given | ({"shares": dict(budget.shares)} if arm.leads_shares and budget.shares else {})
-    if budget.point is None or arm.density in ("none", "own"):
+    by_n_eff: dict[str, Any] = {"density": None, "shares": "uniform"}  # whatever density the recipe asks for
+    if arm.density == "none":
         return {}
+    if budget.point is None or arm.density == "own":
+        return by_n_eff
     if arm.shares_fit_of:
         return {"density": budget.point}
     if arm.density == "floor":
-        return {"min_density": budget.point}
-    return {"beta": recipe.beta_at(0) * budget.point / budget.n_eff_share, "density": None}
+        return {**by_n_eff, "min_density": budget.point}
+    return {**by_n_eff, "beta": recipe.beta_at(0) * budget.point / budget.n_eff_share}
 
 
 def _when(arm: Arm, recipe: EMPConfig, budget: Budget, horizon: Horizon) -> dict[str, Any]:
@@ -108,7 +111,7 @@ def _when(arm: Arm, recipe: EMPConfig, budget: Budget, horizon: Horizon) -> dict
         return {**in_steps, "every_n_steps": every, "stop": every * (ROUNDS - 1)}
     if recipe.stop is not None or recipe.schedule.unit is None:
         return {}
-    last = until if recipe.schedule.unit == "step" else round((1 - horizon.healing) * (horizon.epochs or 1))
+    last = until if recipe.schedule.unit == "step" else int((1 - horizon.healing) * (horizon.epochs or 1))
     return {"stop": max(recipe.schedule.first, last)}
 
 

@@ -41,7 +41,7 @@ class StudyConfig:
     Args:
         seeds: One training per arm and seed.
         arms: Ways of pruning to compare; see `emp compare --help`.
-        points: Densities, in (0, 1), at which the arms are compared, such as [0.6, 0.4, 0.2, 0.1, 0.05]; beside N_eff's
+        points: Densities, in (0, 1], at which the arms are compared, such as [0.6, 0.4, 0.2, 0.1, 0.05]; beside N_eff's
             own count. Without points an arm whose density is given follows the first training arm.
         healing: Part of the training, in [0, 1), after the last refresh: what was pruned last is trained around.
         margin: Differences within +-margin, in units of the metric, count as equivalent where the interval shows it.
