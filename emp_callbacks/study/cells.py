@@ -180,20 +180,18 @@ class CellRunner:
     # ---- at equal density -----------------------------------------------------------------------------------------
 
     def lacks_pair(self, cell: Cell) -> bool:
-        """Whether a finished cell has yet to be compared with the dense network pruned once to the same density."""
-        record = self._records.get(cell)
+        """Whether a finished cell has yet to be compared with the dense network pruned once to the same density.
+
+        Where the weights of that are gone it cannot be, and the report says which runs stand alone.
+        """
+        record, dense = self._records.get(cell), Cell("dense", cell.seed)
         if record is None or cell.arm in ("dense", "one_shot") or self.emp.target != "weights":
             return False
-        return record.get("matched") is None and Cell("dense", cell.seed) in self._records
+        return record.get("matched") is None and dense in self._records and self._store.weights(dense).is_file()
 
-    def pair(self, cell: Cell) -> Record | None:
-        """Return the record of a cell together with that of one-shot at exactly its density.
-
-        None where the dense network is on another machine.
-        """
+    def pair(self, cell: Cell) -> Record:
+        """Return the record of a cell together with that of one-shot at exactly its density."""
         record = self._records[cell]
-        if not self._store.weights(Cell("dense", cell.seed)).is_file():
-            return None
         key = cell.seed, record["keep"]
         for other, known in self._records.items():
             if other.arm == "one_shot" and (other.seed, known["keep"]) == key:

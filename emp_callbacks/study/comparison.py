@@ -209,8 +209,7 @@ class _Study:
         lacking = sorted((cell for cell in cells if self.runner.lacks_pair(cell)), key=lambda cell: cell.seed)
         for i, cell in enumerate(lacking):
             progress.begin(f"one-shot as dense as {cell.label}", i, len(lacking))
-            if (record := self.runner.pair(cell)) is not None:
-                self._save(cell, record)
+            self._save(cell, self.runner.pair(cell))
 
     def _save(self, cell: Cell, record: Record) -> None:
         identity = {"arm": cell.arm, "seed": cell.seed, "point": cell.point, "fingerprint": self._fingerprint(cell)}

@@ -183,6 +183,18 @@ def test_more_points_prune_the_dense_network_that_is_there(study, tmp_path, fits
     assert again["one_shot@0.1"]["density"] == pytest.approx(0.1, abs=1e-3)
 
 
+def test_without_the_dense_weights_a_study_still_ends(tmp_path):
+    recipe = Recipe(write(tmp_path, ["dense", "one_shot", "gmp"]))
+    run_study(recipe, tmp_path / "out")
+    runs = tmp_path / "out" / "runs"
+    (runs / "dense-seed0.safetensors").unlink()
+    (runs / "gmp@0.3-seed0.json").unlink()
+    again = labelled(results := run_study(recipe, tmp_path / "out"))
+    assert again["gmp@0.3"].get("matched") is None
+    checks = {check.name: check for check in fairness_checks(results)}
+    assert all(check.passed for check in checks.values())
+
+
 @pytest.mark.slow
 @pytest.mark.processes
 def test_side_by_side_is_what_one_after_the_other_gives(study, tmp_path):
