@@ -87,8 +87,14 @@ def study_cells(recipe: Recipe) -> list[str]:
 
     With points "arm@point:seed". `one_shot` and `dense` of a seed are one training, named after `dense`.
     """
-    study = _fitting_study(recipe)
-    return [job.fit.name for job in plan_jobs(study.arms, study.seeds, study.points)]
+    study = _Study(recipe, Path(), None)
+    needed = {job.fit: study.runner.needed(job.fit) for job in study.jobs}
+
+    def depth(cell: Cell) -> int:
+        return 1 + max((depth(other) for other in needed[cell]), default=-1)
+
+    # Of all seeds first what needs no other: a cluster's job array can wait for that once.
+    return [cell.name for cell in sorted(needed, key=depth)]
 
 
 def study_needs(recipe: Recipe, out: Path, *, overwrite: bool = False) -> dict[str, list[str]]:

@@ -142,7 +142,9 @@ def some_rows():
 def persistence(layers, rows, backend):
     criterion, weights = make_criterion("magnitude", "weights"), masked_weights(layers)
     evidence = Evidence(layers, [], criterion, backend)
-    parts = SimpleNamespace(layers=layers, weights=weights, dynamic=[], criterion=criterion, evidence=evidence)
+    parts = SimpleNamespace(
+        layers=layers, weights=weights, dynamic=[], criterion=criterion, growth=None, evidence=evidence
+    )
     return Persistence(EMPConfig(), MASK_MODES["feedback"](), parts, rows, backend)
 
 

@@ -45,7 +45,7 @@ def recipe_text(**study):
             "init_args": {"model": "vit_tiny_patch16_224", "model_args": size, "lr": 0.01},
         },
         "data": {"class_path": "emp_callbacks.study.recipe.data.DigitsData", "init_args": {"batch_size": 32}},
-        "study": {"seeds": [0, 1], **study},
+        "study": {"seeds": [0, 1], "healing": 0.0, **study},
     })  # fmt: skip
 
 
