@@ -107,12 +107,16 @@ def _when(arm: Arm, recipe: EMPConfig, budget: Budget, horizon: Horizon) -> dict
     if arm.timing == "constant":
         return {**in_steps, "start": 1, "drop_fraction": Ramp(first=_DROP, last=0.0, until=until, shape="cosine")}
     if arm.timing == "rounds":
-        every = max(1, horizon.steps // ROUNDS)
+        every = _steps_of_round(horizon)
         return {**in_steps, "every_n_steps": every, "stop": every * (ROUNDS - 1)}
     if recipe.stop is not None or recipe.schedule.unit is None:
         return {}
     last = until if recipe.schedule.unit == "step" else int((1 - horizon.healing) * (horizon.epochs or 1))
     return {"stop": max(recipe.schedule.first, last)}
+
+
+def _steps_of_round(horizon: Horizon) -> int:
+    return max(1, horizon.steps // ROUNDS)
 
 
 def restarts_of(name: str, horizon: Horizon) -> list[float]:
@@ -121,7 +125,7 @@ def restarts_of(name: str, horizon: Horizon) -> list[float]:
     if not arm.restarts:
         return []
     if arm.timing == "rounds":
-        return [round(i * max(1, horizon.steps // ROUNDS) / horizon.steps, 6) for i in range(1, ROUNDS)]
+        return [round(i * _steps_of_round(horizon) / horizon.steps, 6) for i in range(1, ROUNDS)]
     return [round(horizon.pruned_until / horizon.steps, 6)]
 
 
