@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from emp_callbacks.core.device import on_host
+
 # On a CPU: 2 MiB of float32, which two cores share. On an accelerator: few kernels, yet little scratch.
 CHUNK = 1 << 19
 ACCELERATOR_CHUNK = 1 << 24
@@ -17,7 +19,7 @@ FEW = 16  # one in so many is few enough to be taken out
 
 def chunk_length(device: torch.device) -> int:
     """Return the number of elements to be worked on at a time."""
-    return CHUNK if device.type == "cpu" else ACCELERATOR_CHUNK
+    return CHUNK if on_host(device) else ACCELERATOR_CHUNK
 
 
 def chunks(scores_n: Tensor) -> Iterator[slice]:
@@ -38,7 +40,7 @@ def scratch(length: int, dtype: torch.dtype, device: torch.device) -> Iterator[T
     Flags are best kept as floats: on a CPU torch compares into floats three times as fast as into bool.
     """
     size, width = length * dtype.itemsize, max(4, dtype.itemsize)
-    if device.type != "cpu" or length > CHUNK:
+    if not on_host(device) or length > CHUNK:
         yield torch.empty(length, dtype=dtype, device=device)
         return
     try:
@@ -73,7 +75,7 @@ def longest_chunk(scores_n: Tensor) -> int:
 
 def take(values: Tensor, chosen: Tensor) -> Tensor:
     """Return the positive values whose flag in `chosen` is not 0, flat; on an accelerator as `accelerator_take`."""
-    if values.device.type == "cpu":  # numpy is four times as fast as masked_select
+    if on_host(values):  # numpy is four times as fast as masked_select
         return torch.from_numpy(values.numpy()[chosen.bool().numpy()])
     return accelerator_take(values, chosen, most=min(len(values), len(values) // FEW + CHUNK // FEW))
 
@@ -89,7 +91,7 @@ def accelerator_take(values: Tensor, chosen: Tensor, most: int) -> Tensor:
 
 def count_true(mask: Tensor) -> Tensor:
     """Return how many entries of a bool tensor are True, shape (), int64, on its device."""
-    if mask.device.type == "cpu":  # numpy is three times as fast
+    if on_host(mask):  # numpy is three times as fast
         return torch.tensor(np.count_nonzero(mask.numpy()))
     return torch.count_nonzero(mask)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from emp_callbacks.core.bit_patterns import as_bits
 from emp_callbacks.core.chunks import chunks, count_true, longest_chunk, scratch
+from emp_callbacks.core.device import on_host
 
 
 def zero_pruned(values: Tensor, mask: Tensor) -> None:
@@ -66,7 +67,7 @@ def put_pruned(values: Tensor, mask: Tensor, taken: Tensor) -> None:
 
 
 def _in_flat_order(values: Tensor, mask: Tensor) -> bool:
-    return values.device.type == "cpu" and values.is_contiguous() and mask.is_contiguous()
+    return on_host(values) and values.is_contiguous() and mask.is_contiguous()
 
 
 def _bits(values: Tensor) -> Tensor:

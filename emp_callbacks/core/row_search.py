@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from emp_callbacks.core.bit_patterns import as_bits, from_bits
+from emp_callbacks.core.device import on_host
 from emp_callbacks.core.effective_number import ScoreMoments, key_dtype
 from emp_callbacks.core.row_parts import RowPart, pieces_of
 from emp_callbacks.core.threshold import AllSum, local_sum
@@ -224,7 +225,7 @@ class SearchedRows:
 
 def _places(flags: Tensor) -> Tensor:
     """Return the flat places of the flags that are not 0, on their device."""
-    if flags.device.type == "cpu":  # numpy is twice as fast
+    if on_host(flags):  # numpy is twice as fast
         return torch.from_numpy(np.flatnonzero(flags.bool().numpy()))
     return flags.reshape(-1).nonzero().squeeze(1)
 

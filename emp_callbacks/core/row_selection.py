@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from emp_callbacks.core.chunks import chunk_length
+from emp_callbacks.core.device import on_host
 from emp_callbacks.core.effective_number import ScoreMoments, score_moments
 from emp_callbacks.core.row_parts import RowPart, pieces_of, row_magnitudes, whole_rows
 from emp_callbacks.core.row_search import ALL_TIES, Brackets, SearchedRows, search_rows
@@ -48,7 +49,7 @@ class RowThresholds:
             below = torch.lt(magnitude, value[at[1], None], out=magnitude)
             kept[at].copy_(below).logical_not_()
         # Few rows have ties to cut; which, an accelerator is not asked: it would have to be waited for.
-        tied = torch.arange(len(last_tie)) if device.type != "cpu" else (last_tie < ALL_TIES).nonzero().squeeze(1)
+        tied = torch.arange(len(last_tie)) if not on_host(device) else (last_tie < ALL_TIES).nonzero().squeeze(1)
         for rows in torch.split(tied.to(device), max(1, chunk_length(device) // max(1, kept[:, :1].numel()))):
             equal = part.scores[:, rows].abs() == value[rows, None]
             surplus = part.columns.expand(kept.shape)[:, rows] > last_tie[rows, None]
@@ -93,7 +94,7 @@ def top_rows(scores_gn: Tensor, keep_g: Tensor, moments: ScoreMoments | None = N
         Shape (G, N), bool, True = kept.
     """
     rows = whole_rows(scores_gn)
-    if scores_gn.device.type != "cpu" or scores_gn.numel() <= FEW:
+    if not on_host(scores_gn) or scores_gn.numel() <= FEW:
         thresholds = _sort_rows(scores_gn.detach(), keep_g.to(scores_gn.device))
     else:
         known = moments or score_moments(scores_gn)

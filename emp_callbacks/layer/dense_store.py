@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from emp_callbacks.core.bit_patterns import as_bits
+from emp_callbacks.core.device import on_host
 from emp_callbacks.core.masked_values import put_pruned, take_pruned, zero_pruned
 from emp_callbacks.layer.segment import Segment
 
@@ -130,7 +131,7 @@ class DenseStore:
             return False
         if self._seal != (values.data_ptr(), _version(values)):
             return True
-        places = self._sample(values) if sampled and waits_for_nothing(values) else None
+        places = self._sample(values) if sampled and on_host(values) else None
         return places is not None and bool(as_bits(_in_memory_order(values)).numpy().take(places.numpy()).any())
 
     def count_sampled(self, values: Tensor) -> Tensor | None:
@@ -148,7 +149,7 @@ class DenseStore:
             kept = _in_memory_order(mask if alike else torch.empty_like(values, dtype=torch.bool).copy_(mask))
             candidates = _spread(kept.numel(), _CANDIDATES).to(kept.device)
             pruned = candidates[~kept[candidates]]
-            chosen = _spread(len(pruned), _SAMPLES if waits_for_nothing(values) else _ACCELERATOR_SAMPLES)
+            chosen = _spread(len(pruned), _SAMPLES if on_host(values) else _ACCELERATOR_SAMPLES)
             self._sampled = mask, values.stride(), pruned[chosen.to(pruned.device)]
         return self._sampled[2]
 
@@ -176,11 +177,6 @@ class DenseStore:
             self.stash = torch.where((written == 0) & self.stash.isfinite(), self.stash, written)
             zero_pruned(values, self.hidden_by)
         return found
-
-
-def waits_for_nothing(values: Tensor) -> bool:
-    """Whether values can be read at once, as a CPU's can."""
-    return values.device.type == "cpu"
 
 
 def _is_dense(values: Tensor) -> bool:

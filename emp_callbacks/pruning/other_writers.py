@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from emp_callbacks.core.bit_patterns import as_bits
+from emp_callbacks.core.device import on_host
 from emp_callbacks.core.masked_values import put_pruned, take_pruned, zero_pruned
-from emp_callbacks.layer import dense_store
 from emp_callbacks.layer.mask_mode import MaskedWeight, MaskMode
 from emp_callbacks.pruning.signatures import warn_the_user
 
@@ -155,7 +155,7 @@ class OtherWriters:
 
     def _suspect(self, weights: Sequence[MaskedWeight]) -> None:
         """On an accelerator, look at a few values of one weight, the next at each step; do not wait for the answer."""
-        if not weights or dense_store.waits_for_nothing(weights[0].weight):
+        if not weights or on_host(weights[0].weight):
             return
         self._turn += 1
         weight = weights[self._turn % len(weights)]

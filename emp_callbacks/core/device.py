@@ -1,0 +1,16 @@
+"""Whether a tensor's values can be read at once, or whoever reads them has to wait for an accelerator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_AT_ONCE = {"cpu"}
+
+
+def on_host(where: Tensor | torch.device) -> bool:
+    """Return whether values are read without waiting: on a CPU, where numpy reads them too.
+
+    The one place that tells devices apart: with another answer the path of accelerators runs on a CPU's tensors.
+    """
+    return (where.device if isinstance(where, Tensor) else where).type in _AT_ONCE
