@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from emp_callbacks.layer import dense_store
+from emp_callbacks.core import device
 from emp_callbacks.layer.dense_store import DenseStore
 
 
@@ -107,7 +107,7 @@ def test_values_with_gaps_between_them_are_left_to_their_version():
 
 
 def test_an_accelerator_is_asked_for_sixteen(monkeypatch):
-    monkeypatch.setattr(dense_store, "waits_for_nothing", lambda values: False)
+    monkeypatch.setattr(device, "_AT_ONCE", set())
     values = nn.Linear(64, 64).weight.detach()
     store = hidden(values, torch.zeros(64, 64, dtype=torch.bool))
     values.data.fill_(1)

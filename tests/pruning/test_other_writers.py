@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from emp_callbacks import EMPPruner
-from emp_callbacks.layer import dense_store
+from emp_callbacks.core import device
 
 
 def net_of(seed=0):
@@ -298,7 +298,7 @@ def test_a_refresh_before_the_first_step_keeps_them():
 
 
 def test_on_an_accelerator_a_write_through_data_is_said_where_waiting_costs_nothing(monkeypatch):
-    monkeypatch.setattr(dense_store, "waits_for_nothing", lambda values: False)
+    monkeypatch.setattr(device, "_AT_ONCE", set())
     net, optimizer, pruner = masked("feedback")
     for _ in range(2):
         step(net, optimizer, pruner)
