@@ -12,7 +12,8 @@ from emp_callbacks.core.bit_patterns import as_bits
 from emp_callbacks.core.kernels.tables import addresses, tiles_of
 
 BLOCK = 4096
-_TYPES = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
+WARPS = 8
+INTEGERS = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
 
 
 def mask_tensors(values: Sequence[Tensor], masks: Sequence[Tensor], into: Sequence[Tensor] | None = None) -> None:
@@ -31,14 +32,14 @@ def mask_tensors(values: Sequence[Tensor], masks: Sequence[Tensor], into: Sequen
     if tiles.count:
         _mask[(tiles.count,)](
             table, len(values), tiles.owner, tiles.start, tiles.length,
-            _TYPES[size], into is None, BLOCK, alignment, num_warps=8,
+            INTEGERS[size], into is None, BLOCK, alignment, num_warps=WARPS,
         )  # fmt: skip
 
 
 def mask_tensor(values: Tensor, mask: Tensor) -> None:
     """Set what a mask prunes to 0, in place, as `mask_tensors`; without a table."""
     bits = as_bits(values)
-    _mask_one[(triton.cdiv(bits.numel(), BLOCK),)](bits, mask, bits.numel(), BLOCK, num_warps=8)
+    _mask_one[(triton.cdiv(bits.numel(), BLOCK),)](bits, mask, bits.numel(), BLOCK, num_warps=WARPS)
 
 
 @triton.jit
