@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -13,16 +14,15 @@ import torch
 from torch import Tensor
 
 from emp_callbacks.core.bounds import tight_mass_bound, tight_mass_bounds
-from emp_callbacks.core.chunks import gather_rows
 from emp_callbacks.core.effective_number import (
     ScoreMoments,
     effective_numbers,
     keep_counts,
     key_dtype,
-    score_moments,
 )
 from emp_callbacks.core.row_selection import find_rows, row_sums, top_rows
-from emp_callbacks.core.threshold import ScoredPart, Threshold, find_threshold
+from emp_callbacks.core.search import Search, search_of
+from emp_callbacks.core.threshold import Group, ScoredPart, Threshold, find_thresholds, local_sum
 from emp_callbacks.layer import Ranks
 from emp_callbacks.layer.row_layout import row_layout
 from emp_callbacks.layer.segment import Span
@@ -69,6 +69,11 @@ class KeepRule:
     def of_group(self, name: str) -> KeepRule:
         """Return the rule of one group."""
         return replace(self, density=self.densities[name]) if name in self.densities else self
+
+    def share(self, fraction: Tensor) -> Tensor:
+        """Return about which fraction of a group stays, whose N_eff is a `fraction` of its size."""
+        share = self.beta * fraction if self.density is None else torch.full_like(fraction, self.density)
+        return share.clamp(min=self.min_density, max=1.0)
 
     def counts(self, n_eff: Tensor, size: int, nonzero: Tensor) -> Tensor:
         """Return the keep counts of G groups of `size` components, shape (G,), int64.
@@ -139,14 +144,7 @@ def decide(layers: Sequence[Scored], scope: str, rule: KeepRule, ranks: Ranks, s
         moments = _layer_moments(torch.stack([of_layer.sum(0) for of_layer in rows]), layers, ranks, step)
         own = _layer_sums(moments)
         return [_decide_rows(i, layer, rule, rows[i], own[i], ranks) for i, layer in enumerate(layers)]
-    local = gather_rows([score_moments(layer.counted.scores[None]).stack()[0] for layer in layers])
-    moments = _layer_moments(local, layers, ranks, step)
-    own = _layer_sums(moments)
-    if scope == "global":
-        everything = tuple(range(len(layers)))
-        return [_decide_pooled("global", everything, layers, moments.sum(), own, rule, ranks)]
-    alone = [ScoreMoments.unstack(row[None]) for row in moments.stack()]
-    return [_decide_pooled(layer.span.name, (i,), layers, alone[i], own, rule, ranks) for i, layer in enumerate(layers)]
+    return _decide_pooled(layers, scope, rule, ranks, step)
 
 
 def _layer_sums(moments: ScoreMoments) -> list[LayerSums]:
@@ -155,10 +153,10 @@ def _layer_sums(moments: ScoreMoments) -> list[LayerSums]:
 
 def _layer_moments(local: Tensor, layers: Sequence[Scored], ranks: Ranks, step: int) -> ScoreMoments:
     """Return the moments of each layer, shape (L,), over all ranks from those of this rank, (L, 3). Collective."""
-    sums = ranks.all_sum(local)
+    sums = ranks.all_sum(local).cpu()
     broken = ~torch.isfinite(sums[:, 0])
     if bool(broken.any()):
-        seen = ranks.from_all((~torch.isfinite(local[:, 0])).long())
+        seen = ranks.from_all((~torch.isfinite(local[:, 0])).long().cpu())
         where = "; ".join(
             f"{layers[i].span.name!r} (rank {', '.join(map(str, seen[:, i].nonzero().flatten().tolist()))})"
             for i in broken.nonzero().flatten().tolist()
@@ -170,66 +168,121 @@ def _layer_moments(local: Tensor, layers: Sequence[Scored], ranks: Ranks, step: 
     return ScoreMoments.unstack(sums)
 
 
-def _decide_pooled(
-    group: str,
-    members: tuple[int, ...],
-    layers: Sequence[Scored],
-    moments: ScoreMoments,
-    layer_sums: list[LayerSums],
+def _decide_pooled(layers: Sequence[Scored], scope: str, rule: KeepRule, ranks: Ranks, step: int) -> list[Decision]:
+    """Decide on groups whose members' components compete with each other: all layers, or each alone. Collective."""
+    pools = _pools(layers, scope)
+    rules = [rule.of_group(pool.name) for pool in pools]
+    search = _search(pools, ranks)
+    local = search.look(lambda fraction: torch.stack([rules[g].share(one) for g, one in enumerate(fraction)]))
+    moments = _layer_moments(local, layers, ranks, step)
+    own = _layer_sums(moments)
+    sums = moments.stack()
+    keeps, n_effs = [], []
+    for pool, of_pool in zip(pools, rules, strict=True):
+        together = ScoreMoments.unstack(sums[list(pool.members)].sum(0, keepdim=True))
+        n_eff = effective_numbers(together)
+        keeps.append(int(of_pool.counts(n_eff, pool.size, together.nonzero)[0]) if together.nonzero[0] else 0)
+        n_effs.append(float(n_eff[0]))
+    thresholds = search.thresholds(keeps)
+    found = []
+    for pool, of_pool, keep, effective, threshold in zip(pools, rules, keeps, n_effs, thresholds, strict=True):
+        of_layers = tuple(own[i] for i in pool.members)
+        if threshold is None:
+            found.append(_nothing_known(pool, of_layers))
+        else:
+            found.append(_decision(pool, keep, effective, threshold, of_layers, of_pool, ranks))
+    return found
+
+
+def _pools(layers: Sequence[Scored], scope: str) -> list[_Pool]:
+    everything = range(len(layers))
+    members = {"global": tuple(everything)} if scope == "global" else {layers[i].span.name: (i,) for i in everything}
+    pools = []
+    for name, of_pool in members.items():
+        starts = dict(zip(of_pool, itertools.accumulate([0, *(layers[i].span.size for i in of_pool)]), strict=False))
+        pools.append(_Pool(name, layers, {i: layers[i].scores for i in of_pool}, starts))
+    return pools
+
+
+def _search(pools: Sequence[_Pool], ranks: Ranks) -> Search:
+    """Return the search for the thresholds of some pools, the parts of all of them in the order of the layers."""
+    group_of = {i: g for g, pool in enumerate(pools) for i in pool.members}
+    dtype = key_dtype([scores.dtype for pool in pools for scores in pool.scores.values()])
+    parts = [pools[group_of[i]].part(i, counted=True) for i in sorted(group_of)]
+    all_sum = ranks.all_sum if ranks.world_size > 1 else local_sum
+    return search_of(parts, [group_of[i] for i in sorted(group_of)], [pool.size for pool in pools], dtype, all_sum)
+
+
+def _nothing_known(pool: _Pool, own: tuple[LayerSums, ...]) -> Decision:
+    note = "every score is 0: no information, nothing more is pruned"
+    size = pool.size
+    return Decision(
+        pool.name, pool.members, size, 0.0, size, 0.0, own, 0, note, False, None, lambda i: _all_kept(pool.layers[i])
+    )
+
+
+def _decision(
+    pool: _Pool,
+    keep: int,
+    n_eff: float,
+    threshold: Threshold,
+    own: tuple[LayerSums, ...],
     rule: KeepRule,
     ranks: Ranks,
 ) -> Decision:
-    """Decide on one group whose members' components compete with each other. Collective."""
-    starts, size = {}, 0
-    for i in members:
-        starts[i] = size
-        size += layers[i].span.size
-    n_eff = effective_numbers(moments)
-    rule = rule.of_group(group)
-    keep = int(rule.counts(n_eff, size, moments.nonzero)[0])
-    own = tuple(layer_sums[i] for i in members)
-    if not int(moments.nonzero[0]):
-        note = "every score is 0: no information, nothing more is pruned"
-        return Decision(group, members, size, 0.0, size, 0.0, own, 0, note, False, None, lambda i: _all_kept(layers[i]))
-    scores = {i: layers[i].scores for i in members}
-    pool = _Pool(layers, scores, starts)
-    threshold = pool.threshold(keep, ranks)
-    lowest, note = threshold.value, ""
+    """Decide on one group of known threshold; collective where a layer would fall below its guard."""
+    members, lowest, note = pool.members, threshold.value, ""
     short = [i for i in members if rule.min_units and len(members) > 1 and _is_short(pool.mask(i, threshold), rule)]
     if short:
-        best = {i: _best_units(layers[i], rule.min_units) for i in members}
+        best = {i: _best_units(pool.layers[i], rule.min_units) for i in members}
         keep = max(keep, sum(int(chosen.sum()) for chosen in best.values()))
-        pool = _Pool(layers, {i: scores[i].masked_fill(best[i], torch.inf) for i in members}, starts)
-        threshold = pool.threshold(keep, ranks)
-        lowest = min(float(scores[i].abs()[pool.mask(i, threshold)].min()) for i in members)
-        names = ", ".join(layers[i].span.name for i in short)
+        lifted = {i: scores.masked_fill(best[i], torch.inf) for i, scores in pool.scores.items()}
+        pool = pool._replace(scores=lifted)
+        threshold = _threshold(pool, keep, ranks)
+        kept = [pool.layers[i].scores.abs()[pool.mask(i, threshold)] for i in members]
+        lowest = min(float(scores.min()) for scores in kept)
+        names = ", ".join(pool.layers[i].span.name for i in short)
         note = f"kept so that no layer falls below min_units={rule.min_units}: {names}"
     digest = zlib.crc32(f"{keep} {threshold.key} {threshold.last_tie}".encode())
-    chosen, total = partial(pool.mask, threshold=threshold), float(n_eff[0])
-    floor = None if short else tight_mass_bound(keep, size, total)
-    return Decision(group, members, size, total, keep, lowest, own, digest, note, not short, floor, chosen)
+    chosen = partial(pool.mask, threshold=threshold)
+    floor = None if short else tight_mass_bound(keep, pool.size, n_eff)
+    return Decision(pool.name, members, pool.size, n_eff, keep, lowest, own, digest, note, not short, floor, chosen)
 
 
 class _Pool(NamedTuple):
     """The scores of layers that compete with each other, by their index, and each layer's place in the group."""
 
+    name: str
     layers: Sequence[Scored]
     scores: dict[int, Tensor]
     starts: dict[int, int]
 
-    def threshold(self, keep: int, ranks: Ranks) -> Threshold:
-        """Return what keeps exactly `keep` of the group. Collective."""
-        dtype = key_dtype([scores.dtype for scores in self.scores.values()])
-        return find_threshold([self._part(i, counted=True) for i in self.scores], keep, dtype, ranks.all_sum)
+    @property
+    def members(self) -> tuple[int, ...]:
+        """The indices of the layers."""
+        return tuple(self.scores)
+
+    @property
+    def size(self) -> int:
+        """Components of all layers."""
+        return sum(self.layers[i].span.size for i in self.scores)
 
     def mask(self, i: int, threshold: Threshold) -> Tensor:
         """Return the mask of a layer, layout of its scores."""
-        return threshold.mask(self._part(i, counted=False)).view(self.scores[i].shape)
+        return threshold.mask(self.part(i, counted=False)).view(self.scores[i].shape)
 
-    def _part(self, i: int, *, counted: bool) -> ScoredPart:
+    def part(self, i: int, *, counted: bool) -> ScoredPart:
+        """Return this rank's part of a layer, or what it counts of it, and where it lies in the group."""
         scored = Scored(self.layers[i].span, self.scores[i])
         part = scored.counted if counted else scored.all
         return ScoredPart(part.scores, part.positions + self.starts[i])
+
+
+def _threshold(pool: _Pool, keep: int, ranks: Ranks) -> Threshold:
+    """Return what keeps exactly `keep` of a pool, on the host's path: its infinite scores have no moments."""
+    dtype = key_dtype([scores.dtype for scores in pool.scores.values()])
+    group = Group([pool.part(i, counted=True) for i in pool.members], pool.size, keep)
+    return find_thresholds([group], dtype, ranks.all_sum if ranks.world_size > 1 else local_sum)[0]
 
 
 def _mean_floor(keep: Tensor, n: int, n_eff: Tensor, mass: Tensor) -> float | None:
