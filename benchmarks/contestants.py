@@ -20,7 +20,8 @@ from transformers.pytorch_utils import Conv1D
 
 from emp_callbacks import EMPPruner
 from emp_callbacks.core.effective_number import FLOOR_SLACK
-from emp_callbacks.pruning.decision import KeepRule, Scored, decide
+from emp_callbacks.pruning.decision import decide
+from emp_callbacks.pruning.groups import KeepRule, Scored
 
 CHUNK = 1 << 18  # 1 MiB of float32: stays in a core's cache
 GPT2_WIDTH = 768

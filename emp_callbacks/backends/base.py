@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from emp_callbacks.backends.group import Group, on_wire
 from emp_callbacks.backends.optimizer_state import OptimizerState, forget_histories, states_of
 from emp_callbacks.backends.step_watch import StepWatch, UpdateListener
 from emp_callbacks.layer.segment import Segment
@@ -22,14 +23,16 @@ class Backend(ABC):
         module: The user's own module.
         optimizers: The innermost torch optimizers, whose steps update the segments' owners; may be empty (a model
             that is pruned once, by hand).
+        group: The processes that train the model together; others of the job are not waited for. None: all.
     """
 
     name: str
     can_follow = False  # whether weights may be added and dropped while training runs
 
-    def __init__(self, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    def __init__(self, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], group: Group = None) -> None:
         self.module = module
         self.optimizers = list(optimizers)
+        self.group = group
         self._watch = StepWatch(self.optimizers)
 
     # ---- where the parameters are ---------------------------------------------------------------------------------
@@ -53,28 +56,35 @@ class Backend(ABC):
 
     @property
     def rank(self) -> int:
-        """This process's number in the job, from 0."""
-        return dist.get_rank() if dist.is_initialized() else 0
+        """This process's number among those that train the model, from 0."""
+        return dist.get_rank(self.group) if dist.is_initialized() else 0
 
     @property
     def world_size(self) -> int:
-        """Number of processes in the job."""
-        return dist.get_world_size() if dist.is_initialized() else 1
+        """Number of processes that train the model."""
+        return dist.get_world_size(self.group) if dist.is_initialized() else 1
 
     def all_sum(self, value: Tensor) -> Tensor:
         """Return the sum of `value` over all ranks, on its own device. Collective."""
+        return self._reduced(value, dist.ReduceOp.SUM)
+
+    def all_min(self, value: Tensor) -> Tensor:
+        """Return the lowest `value` of any rank, element by element, on its own device. Collective."""
+        return self._reduced(value, dist.ReduceOp.MIN)
+
+    def _reduced(self, value: Tensor, how: dist.ReduceOp.RedOpType) -> Tensor:
         if self.world_size == 1:
             return value
-        on_wire = value.cuda() if dist.get_backend() == "nccl" else value.clone()
+        sent = on_wire(value, self.group)
         try:
-            dist.all_reduce(on_wire)
+            dist.all_reduce(sent, how, group=self.group)
         except RuntimeError as error:  # a rank waited for others that never came
             raise RuntimeError(
                 f"a sum over all ranks did not come about ({str(error).splitlines()[0]}). Collective: making a pruner, "
                 "refresh(), save(), load(), scores(), audit() must be called on all ranks; masks, density and "
                 "trajectory may be read on one"
             ) from error
-        return on_wire.to(value.device)
+        return sent.to(value.device)
 
     def from_all(self, value: Tensor) -> Tensor:
         """Return the `value` of every rank, shape (world_size, *value.shape), in order of rank. Collective."""

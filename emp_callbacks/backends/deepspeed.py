@@ -39,7 +39,7 @@ class DeepSpeedBackend(Backend):
 
     def __init__(self, engine: Any) -> None:
         _check_supported(engine)
-        super().__init__(engine.module, [engine.basic_optimizer])
+        super().__init__(engine.module, [engine.basic_optimizer], engine.seq_data_parallel_group)
         layout = layout_of(engine.optimizer, engine.basic_optimizer)
         if layout is None:
             raise NotImplementedError(
@@ -173,6 +173,10 @@ def _refusals(engine: Any, wrapper: Any, base: Any) -> list[tuple[bool, str]]:
             f"{kind} changes gradients or momentum on its own; use AdamW",
         ),
         (has("pipeline_parallelism"), "a pipeline engine splits the model over ranks; use ZeRO"),
+        (
+            getattr(engine, "mp_world_size", 1) > 1,
+            "tensor parallelism cuts parameters in a way that EMP does not know; use ZeRO alone",
+        ),
         (has("has_moe_layers"), "experts live on different ranks; use a model without DeepSpeed MoE layers"),
         (
             has("swap_optimizer", "params_in_nvme_and_cpu"),

@@ -35,6 +35,7 @@ def detect_backend(model: Any, optimizer: Optimizers) -> Backend:
         return DeepSpeedBackend(model)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module or a DeepSpeed engine, got {type(model).__name__}")
+    group = model.process_group if isinstance(model, DistributedDataParallel) else None
     if isinstance(model, (DistributedDataParallel, DataParallel)):
         model = model.module
     optimizers = _optimizers(optimizer)
@@ -51,7 +52,7 @@ def detect_backend(model: Any, optimizer: Optimizers) -> Backend:
         from emp_callbacks.backends.fsdp import FSDP2Backend
 
         return FSDP2Backend(model, optimizers)
-    return LocalBackend(model, optimizers)
+    return LocalBackend(model, optimizers, group)
 
 
 def _any_is(things: Sequence[object], package: str, name: str) -> bool:

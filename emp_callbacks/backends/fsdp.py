@@ -7,12 +7,15 @@ from dataclasses import replace
 from typing import Any, NamedTuple, final
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from emp_callbacks.backends.base import Backend
 from emp_callbacks.backends.coverage import counted_once
+from emp_callbacks.backends.group import Group, group_of
 from emp_callbacks.backends.local import LocalBackend
 from emp_callbacks.layer.segment import Segment
 from emp_callbacks.targets import WeightTarget
@@ -35,12 +38,13 @@ class FSDP2Backend(Backend):
         super().__init__(module, optimizers)
         # A forward without gradients leaves the root's parameters gathered, and the module then shows plain tensors.
         self.refresh_copies()
+        self.group = _group_of_meshes([p.device_mesh for p in module.parameters() if isinstance(p, DTensor)])
         self._homes: dict[Tensor, tuple[nn.Module, str]] = {}
 
     def segments(self, targets: Sequence[WeightTarget]) -> list[Segment]:
         """Return this rank's part of every target, in order. Collective."""
         self._homes = {p: (m, name) for m in self.module.modules() for name, p in m.named_parameters(recurse=False)}
-        whole = LocalBackend(self.module, self.optimizers).segments(targets)
+        whole = LocalBackend(self.module, self.optimizers, self.group).segments(targets)
         segments = [
             _dtensor_segment(segment, target.parameter) if isinstance(target.parameter, DTensor) else segment
             for segment, target in zip(whole, targets, strict=True)
@@ -88,6 +92,7 @@ class FSDP1Backend(Backend):
                 "wrap the model with use_orig_params=True, and make the optimizer after that"
             )
         self.refresh_copies()
+        self.group = _group_of_wrappers(wrappers)
         self._parts: dict[Tensor, _FlatPart] = {}
         for wrapper in self._wrappers:
             self._parts.update(_flat_parts(wrapper))
@@ -99,7 +104,7 @@ class FSDP1Backend(Backend):
 
     def segments(self, targets: Sequence[WeightTarget]) -> list[Segment]:
         """Return this rank's part of every target, in order. Collective."""
-        whole = LocalBackend(self.module, self.optimizers).segments(targets)
+        whole = LocalBackend(self.module, self.optimizers, self.group).segments(targets)
         segments = [self._segment(segment) for segment in whole]
         return counted_once(segments, self, made_by="FullyShardedDataParallel")
 
@@ -139,6 +144,15 @@ class FSDP1Backend(Backend):
 
 
 # ---- FSDP2 --------------------------------------------------------------------------------------------------------
+
+
+def _group_of_meshes(meshes: Sequence[DeviceMesh]) -> Group:
+    """Return the processes on which any of these meshes lies. Collective over them."""
+    distinct = list(dict.fromkeys(meshes))
+    if not distinct:
+        return None
+    flat = [mesh.get_group() for mesh in distinct if mesh.ndim == 1]
+    return group_of({rank for mesh in distinct for rank in mesh.mesh.flatten().tolist()}, flat)
 
 
 def _dtensor_segment(whole: Segment, parameter: DTensor) -> Segment:
@@ -192,6 +206,20 @@ def _local_flat(tensor: Tensor) -> Tensor:
 
 
 # ---- FSDP1 --------------------------------------------------------------------------------------------------------
+
+
+def _group_of_wrappers(wrappers: Sequence[FullyShardedDataParallel]) -> Group:
+    """Return the processes over which any of these is sharded or replicated. Collective over them."""
+    pairs = {(wrapper.process_group, getattr(wrapper, "_inter_node_pg", None)) for wrapper in wrappers}
+    ranks: set[int] = set()
+    for shards, replicas in sorted(pairs, key=lambda pair: dist.get_process_group_ranks(pair[0])):
+        own = dist.get_process_group_ranks(shards)
+        rows: list[list[int]] = [own]
+        if replicas is not None:  # each of these processes knows another set of shards
+            rows = [[]] * dist.get_world_size(replicas)
+            dist.all_gather_object(rows, own, group=replicas)
+        ranks.update(*rows)
+    return group_of(ranks, [shards for shards, _ in pairs])
 
 
 class _FlatPart(NamedTuple):

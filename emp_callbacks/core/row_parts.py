@@ -37,6 +37,15 @@ class RowPart(NamedTuple):
             return torch.full_like(self.rows, self.scores.shape[0] * self.scores.shape[2])
         return (self.columns < FILLED).sum((0, 2)).cpu()
 
+    def of_rows(self, at: Tensor) -> RowPart:
+        """Return the part of some of its rows, by ascending index; no copy of rows that follow each other."""
+        columns = self.columns
+        if len(at) and int(at[-1]) - int(at[0]) + 1 == len(at):
+            chosen: slice | Tensor = slice(int(at[0]), int(at[-1]) + 1)
+        else:
+            chosen = at.to(self.scores.device)
+        return RowPart(self.scores[:, chosen], self.rows[at], columns if columns.shape[1] == 1 else columns[:, chosen])
+
 
 def whole_rows(scores_gn: Tensor) -> RowPart:
     """Return all rows of a matrix as one part."""

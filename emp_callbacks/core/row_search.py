@@ -1,6 +1,6 @@
 """The lowest kept score of many rows at once: counts narrow a bracket around each, until what is inside is sorted.
 
-Counts of the scores that reach a probe add over ranks: so do rows that are cut between them.
+Rows that are cut between ranks are searched in `cut_rows`, with the same brackets.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from emp_callbacks.core.row_parts import RowPart, pieces_of
 from emp_callbacks.core.threshold import AllSum, local_sum
 
 FEW_INSIDE = 256  # brackets that hold one in so many of the scores are sorted
+TIE_DIGIT = 3  # bits of a column that one sum settles, by eight counts for each row
 INTERPOLATIONS = 10  # probes after which every second one halves the bracket, which ends for any scores
 # Of normal scores EMP keeps those above 0.6 times their mean, and there a threshold higher by its own size would keep
 # a third of all scores less. For others this is only a first guess.
@@ -27,22 +29,26 @@ GUESS, SLOPE = 0.6, 0.35
 ALL_TIES = torch.iinfo(torch.int64).max
 
 
-def search_rows(brackets: Brackets, searched: Sequence[SearchedRows], all_sum: AllSum) -> Tensor:
-    """Narrow the brackets of some rows to the lowest kept score and return the last tie of each. Collective."""
+def search_rows(brackets: Brackets, searched: Sequence[SearchedRows]) -> Tensor:
+    """Narrow the brackets of some rows to the lowest kept score and return the last tie of each."""
     rows = len(brackets.low)
     for i in itertools.count():
         is_open = brackets.is_open
         if not bool(is_open.any()):
             break
-        if all_sum is local_sum and brackets.hold_few:
+        if brackets.hold_few:
             return _pick(brackets, searched)
         unsettled = brackets.unsettled
         if int(unsettled.sum()) < 0.75 * max(len(part.rows) for part in searched):
             for part in searched:
                 part.keep_only(unsettled)
         probe = brackets.probe(i)
-        brackets.narrow(probe, all_sum(_sum(rows, [part.count_reaching(probe) for part in searched])))
-    return _last_ties(brackets, searched, all_sum)
+        brackets.narrow(probe, _sum(rows, [part.count_reaching(probe) for part in searched]))
+    tied = brackets.unsettled
+    found = [part.equal_to(brackets.low.masked_fill(~tied, torch.nan)) for part in searched]
+    row, column = (torch.cat(places) for places in zip(*found, strict=True))
+    ties = Ties((tied.cumsum(0) - 1)[row], column, brackets.need[tied].long(), brackets.size)
+    return brackets.of_every_row(last_ties([ties], local_sum)[0])
 
 
 def _pick(brackets: Brackets, searched: Sequence[SearchedRows]) -> Tensor:
@@ -67,20 +73,44 @@ def _pick(brackets: Brackets, searched: Sequence[SearchedRows]) -> Tensor:
     return last_tie
 
 
-def _last_ties(brackets: Brackets, searched: Sequence[SearchedRows], all_sum: AllSum) -> Tensor:
-    """Return the column of the last kept score equal to the lowest: fewer than needed lie before it. Collective."""
-    tied = brackets.unsettled
-    last_tie = torch.full(tied.shape, ALL_TIES)
-    if not bool(tied.any()):
-        return last_tie
-    ties = [part.equal_to(brackets.low.masked_fill(~tied, torch.nan)) for part in searched]
-    row, column = (torch.cat(places) for places in zip(*ties, strict=True))
-    found = torch.zeros_like(last_tie)
-    for bit in reversed(range(brackets.size.bit_length())):
-        candidate = found | (1 << bit)
-        before = all_sum(torch.bincount(row[column < candidate[row]], minlength=len(tied)))
-        found = torch.where(before < brackets.need, candidate, found)
-    return torch.where(tied, found, last_tie)
+class Ties(NamedTuple):
+    """Scores equal to the lowest kept one of their row, in n rows where not all of them stay.
+
+    Attributes:
+        rows: Which of the n rows each is in, int64, on the CPU.
+        columns: Its place in the row, int64, on the CPU.
+        need: How many of each row's stay, over all ranks, shape (n,), int64.
+        size: Scores in a row.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    need: Tensor
+    size: int
+
+
+def last_ties(ties: Sequence[Ties], all_sum: AllSum) -> list[Tensor]:
+    """Return the column of the last tie that stays in each row, of one matrix after the other. Collective.
+
+    The columns are counted digit by digit, from the leading one; what is counted adds over ranks.
+    """
+    last, need = [torch.zeros_like(each.need) for each in ties], [each.need for each in ties]
+    if not sum(len(each) for each in need):
+        return last
+    digits = -(-max(each.size - 1 for each in ties).bit_length() // TIE_DIGIT)
+    for shift in reversed(range(0, digits * TIE_DIGIT, TIE_DIGIT)):
+        own = []
+        for each, prefix in zip(ties, last, strict=True):
+            among = each.columns >> (shift + TIE_DIGIT) == prefix[each.rows]
+            digit = each.columns[among] >> shift & ((1 << TIE_DIGIT) - 1)
+            own.append(torch.bincount((each.rows[among] << TIE_DIGIT) + digit, minlength=len(prefix) << TIE_DIGIT))
+        counts = torch.split(all_sum(torch.cat(own)), [len(each) for each in own])
+        for i, found in enumerate(counts):
+            upto = found.view(-1, 1 << TIE_DIGIT).cumsum(1)
+            digit = (upto < need[i][:, None]).sum(1, keepdim=True)
+            need[i] = need[i] - (upto - found.view(upto.shape)).gather(1, digit).squeeze(1)
+            last[i] = (last[i] << TIE_DIGIT) + digit.squeeze(1)
+    return last
 
 
 class Brackets:
@@ -124,6 +154,10 @@ class Brackets:
         inside = (self.reach_low - self.reach_high)[self.unsettled].sum()
         return bool(inside * FEW_INSIDE <= self.size * len(self.low))
 
+    def of_every_row(self, last_tie: Tensor) -> Tensor:
+        """Return the last tie of every row, of which `last_tie` has those of the unsettled ones."""
+        return torch.full(self.low.shape, ALL_TIES).masked_scatter_(self.unsettled, last_tie)
+
     def settle(self, rows: Tensor, lowest: Tensor) -> None:
         """Close the brackets of some rows at their lowest kept score."""
         self.low[rows] = lowest.to(self.low.dtype)
@@ -159,6 +193,24 @@ class Brackets:
         self.high = torch.where(lowered, probe, self.high)
         self.reach_high = torch.where(lowered, reached, self.reach_high)
 
+    def spread(self, count: int) -> Tensor:
+        """Return `count` values to try in each row, ascending, shape (count, rows): they divide the bracket evenly."""
+        low, pieces, steps = _bits(self.low), count + 1, torch.arange(1, count + 1)[:, None]
+        width = _bits(self.high) - low  # of float64 too large to be multiplied
+        return from_bits(low + width // pieces * steps + width % pieces * steps // pieces, self.low.dtype)
+
+    def narrow_among(self, probes: Tensor, reached: Tensor) -> None:
+        """Move both ends of each open bracket to neighbours among ascending probes, shape (probes, rows)."""
+        values = torch.cat([self.low[None], probes, self.high[None]])
+        counts = torch.cat([self.reach_low[None], reached, self.reach_high[None]])
+        at, opened = (reached >= self._keep).sum(0, keepdim=True), self.is_open
+
+        def moved(end: Tensor, ends: Tensor, place: Tensor) -> Tensor:
+            return torch.where(opened, ends.gather(0, place)[0], end)
+
+        self.low, self.reach_low = moved(self.low, values, at), moved(self.reach_low, counts, at)
+        self.high, self.reach_high = moved(self.high, values, at + 1), moved(self.reach_high, counts, at + 1)
+
 
 def _bits(value: Tensor) -> Tensor:
     return as_bits(value).long()
@@ -175,9 +227,7 @@ class SearchedRows:
         place = torch.searchsorted(rows, part.rows).clamp(max=len(rows) - 1)
         held = (rows[place] == part.rows).nonzero().squeeze(1)
         self.rows = place[held]
-        at = _run(held, part.scores.device)
-        scores = part.scores[:, at]
-        self.columns = part.columns if part.columns.shape[1] == 1 else part.columns[:, at]
+        scores, _, self.columns = part.of_rows(held)
         self.magnitude = torch.empty(scores.shape, dtype=key_dtype([scores.dtype]), device=scores.device)
         self.magnitude.copy_(scores).abs_()
 
@@ -228,10 +278,3 @@ def _places(flags: Tensor) -> Tensor:
     if on_host(flags):  # numpy is twice as fast
         return torch.from_numpy(np.flatnonzero(flags.bool().numpy()))
     return flags.reshape(-1).nonzero().squeeze(1)
-
-
-def _run(indices: Tensor, device: torch.device) -> slice | Tensor:
-    """Return ascending indices as a slice if they follow each other: what it takes is then no copy."""
-    if not len(indices) or int(indices[-1]) - int(indices[0]) + 1 == len(indices):
-        return slice(int(indices[0]), int(indices[-1]) + 1) if len(indices) else slice(0, 0)
-    return indices.to(device)

@@ -1,7 +1,7 @@
 """The highest scores of every row of a matrix, each row its own group, without a Python loop over rows.
 
-Few rows that lie whole on one device are sorted, many are searched, see `row_search`; rows that are spread over ranks
-are searched by all of them together.
+Few rows that lie whole on one device are sorted, many are searched, see `row_search`; rows that are cut between ranks
+are searched by all of them together, see `cut_rows`.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from emp_callbacks.core.chunks import chunk_length
+from emp_callbacks.core.cut_rows import CutRows, search_cut_rows
 from emp_callbacks.core.device import on_host
 from emp_callbacks.core.effective_number import ScoreMoments, score_moments
 from emp_callbacks.core.row_parts import RowPart, pieces_of, row_magnitudes, whole_rows
@@ -38,6 +40,10 @@ class RowThresholds:
     value: Tensor
     above: Tensor
     last_tie: Tensor
+
+    def put(self, rows: Tensor, found: Brackets, last_tie: Tensor) -> None:
+        """Take what a search found of some rows."""
+        self.value[rows], self.above[rows], self.last_tie[rows] = found.low, found.high, last_tie
 
     def mask(self, part: RowPart) -> Tensor:
         """Return the mask of a part of the rows, shape (A, R, B), bool, True = kept."""
@@ -98,7 +104,8 @@ def top_rows(scores_gn: Tensor, keep_g: Tensor, moments: ScoreMoments | None = N
         thresholds = _sort_rows(scores_gn.detach(), keep_g.to(scores_gn.device))
     else:
         known = moments or score_moments(scores_gn)
-        thresholds = find_rows([rows], [rows], keep_g, known, scores_gn.shape[1], scores_gn.dtype)
+        matrix = RowMatrix([rows], [rows], keep_g, known, scores_gn.shape[1], scores_gn.dtype)
+        (thresholds,) = find_rows([matrix])
     return thresholds.mask(rows)[0]
 
 
@@ -120,42 +127,70 @@ def _extremes(value: Tensor, keep: Tensor, size: int) -> Tensor:
     return value.masked_fill(keep == 0, torch.inf).masked_fill(keep == size, -torch.inf)
 
 
-def find_rows(
-    held: Sequence[RowPart],
-    counted: Sequence[RowPart],
-    keep_g: Tensor,
-    moments: ScoreMoments,
-    size: int,
-    dtype: torch.dtype,
-    all_sum: AllSum = local_sum,
-) -> RowThresholds:
-    """Return the thresholds that keep exactly the keep_g[g] highest scores of each row. Collective through `all_sum`.
+class RowMatrix(NamedTuple):
+    """Scores in rows, each its own group, and how many of each stay.
 
-    Args:
+    Attributes:
         held: What lies on this rank of the rows; at least one part, which may be empty.
         counted: What this rank counts of them: over all ranks these cover the rows once.
-        keep_g: Shape (G,), int64, each in [0, size], on the CPU.
+        keep: Shape (G,), int64, each in [0, size], on the CPU.
         moments: Of each row, shape (G,), on the CPU.
         size: Scores in a row.
         dtype: Of the scores; the same on every rank.
+    """
+
+    held: Sequence[RowPart]
+    counted: Sequence[RowPart]
+    keep: Tensor
+    moments: ScoreMoments
+    size: int
+    dtype: torch.dtype
+
+    def brackets(self, rows: Tensor) -> Brackets:
+        """Return where the search for the lowest kept scores of some rows begins."""
+        return Brackets(self.keep[rows], ScoreMoments.unstack(self.moments.stack()[rows]), self.size, self.dtype)
+
+
+def find_rows(matrices: Sequence[RowMatrix], all_sum: AllSum = local_sum) -> list[RowThresholds]:
+    """Return, for each matrix, the thresholds that keep exactly the highest scores of each row. Collective.
+
+    Args:
+        matrices: All of them, in the same order on every rank: their sums travel together.
         all_sum: Returns the sum of a tensor over all ranks.
     """
-    whole, cut = _whole_and_cut(held, len(keep_g), size, all_sum)
-    value, last_tie = torch.full(keep_g.shape, torch.inf, dtype=dtype), torch.full_like(keep_g, ALL_TIES)
-    above, sums = value.clone(), moments.stack()
-    for rows, parts, add in ((whole, held, local_sum), (cut, counted, all_sum)):
-        for block in torch.split(rows, max(1, BLOCK // max(1, size))) if len(rows) else ():
-            brackets = Brackets(keep_g[block], ScoreMoments.unstack(sums[block]), size, dtype)
-            last_tie[block] = search_rows(brackets, [SearchedRows(part, block) for part in parts], add)
-            value[block], above[block] = brackets.low, brackets.high
-    everything = keep_g == size
-    return RowThresholds(_extremes(value, keep_g, size), above.masked_fill(everything, torch.inf), last_tie)
+    found, cut = [], []
+    for matrix, (whole, pieces) in zip(matrices, _whole_and_cut(matrices, all_sum), strict=True):
+        one = RowThresholds(
+            torch.full(matrix.keep.shape, torch.inf, dtype=matrix.dtype),
+            torch.full(matrix.keep.shape, torch.inf, dtype=matrix.dtype),
+            torch.full_like(matrix.keep, ALL_TIES),
+        )
+        for block in torch.split(whole, max(1, BLOCK // max(1, matrix.size))) if len(whole) else ():
+            brackets = matrix.brackets(block)
+            one.put(block, brackets, search_rows(brackets, [SearchedRows(part, block) for part in matrix.held]))
+        found.append(one)
+        if len(pieces):
+            cut.append((one, pieces, CutRows(matrix.counted, pieces, matrix.brackets(pieces))))
+    last_ties = search_cut_rows([rows for *_, rows in cut], all_sum)
+    for (one, pieces, rows), last_tie in zip(cut, last_ties, strict=True):
+        one.put(pieces, rows.brackets, last_tie)
+    for matrix, one in zip(matrices, found, strict=True):
+        one.value.copy_(_extremes(one.value, matrix.keep, matrix.size))
+        one.above.masked_fill_(matrix.keep == matrix.size, torch.inf)
+    return found
 
 
-def _whole_and_cut(held: Sequence[RowPart], rows: int, size: int, all_sum: AllSum) -> tuple[Tensor, Tensor]:
+def _whole_and_cut(matrices: Sequence[RowMatrix], all_sum: AllSum) -> list[tuple[Tensor, Tensor]]:
     """Return the rows that lie whole on this rank, and those of which any rank holds a piece only. Collective."""
-    count = torch.zeros(rows, dtype=torch.int64)
-    for part in held:
-        count.index_add_(0, part.rows, part.lengths)
-    cut = all_sum(((count > 0) & (count < size)).long()) > 0
-    return ((count == size) & ~cut).nonzero().squeeze(1), cut.nonzero().squeeze(1)
+    if not matrices:
+        return []
+    counts = [torch.zeros_like(matrix.keep) for matrix in matrices]
+    for matrix, count in zip(matrices, counts, strict=True):
+        for part in matrix.held:
+            count.index_add_(0, part.rows, part.lengths)
+    own = [((count > 0) & (count < matrix.size)).int() for matrix, count in zip(matrices, counts, strict=True)]
+    cut = torch.split(all_sum(torch.cat(own)) > 0, [len(rows) for rows in own])
+    return [
+        (((count == matrix.size) & ~pieces).nonzero().squeeze(1), pieces.nonzero().squeeze(1))
+        for matrix, count, pieces in zip(matrices, counts, cut, strict=True)
+    ]

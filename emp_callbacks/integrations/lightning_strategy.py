@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-_WRAPPING = ("DeepSpeed", "FSDP")  # strategies whose own model object, not the module, knows the shards
+_WRAPPING = ("DeepSpeed", "FSDP", "DDP")  # strategies whose own model object, not the module, knows shards and ranks
 
 
 def sharding_model(trainer: Any, pl_module: Any) -> Any:
-    """Return the object that knows where the parameters are: the module itself, or what the strategy made of it."""
+    """Return what knows where the parameters are, and on which ranks: the module, or what the strategy made of it."""
     name = type(trainer.strategy).__name__
     return trainer.strategy.model if any(kind in name for kind in _WRAPPING) else pl_module
 

@@ -67,6 +67,9 @@ class Ranks(Protocol):
     def all_sum(self, value: Tensor) -> Tensor:
         """Return the sum of `value` over all ranks. Collective."""
 
+    def all_min(self, value: Tensor) -> Tensor:
+        """Return the lowest `value` of any rank, element by element. Collective."""
+
     def from_all(self, value: Tensor) -> Tensor:
         """Return the `value` of every rank, shape (world_size, *value.shape). Collective."""
 

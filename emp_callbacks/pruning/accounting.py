@@ -18,7 +18,7 @@ from emp_callbacks.core.selection import kept_mass
 from emp_callbacks.layer import Layer, MissingEvidence, Ranks
 from emp_callbacks.pruning.assembly import DynamicSite
 from emp_callbacks.pruning.certificates import Certificates
-from emp_callbacks.pruning.decision import Decision, Scored
+from emp_callbacks.pruning.groups import Decision, Scored
 from emp_callbacks.targets.attention_edges import EdgeSite
 from emp_callbacks.trajectory import LayerStats, PruneEvent
 

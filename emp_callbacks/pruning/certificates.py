@@ -13,7 +13,7 @@ from torch import Tensor
 
 from emp_callbacks.criteria import Criterion
 from emp_callbacks.layer import Layer, UnitLayer, WeightLayer
-from emp_callbacks.pruning.decision import Decision, Scored
+from emp_callbacks.pruning.groups import Decision, Scored
 from emp_callbacks.trajectory import Certificate
 
 

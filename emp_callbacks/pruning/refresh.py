@@ -28,7 +28,8 @@ from emp_callbacks.pruning.accounting import (
 )
 from emp_callbacks.pruning.assembly import DynamicSite
 from emp_callbacks.pruning.certificates import Certificates, certify
-from emp_callbacks.pruning.decision import Decision, KeepRule, Scored, decide
+from emp_callbacks.pruning.decision import decide
+from emp_callbacks.pruning.groups import Decision, KeepRule, Scored
 from emp_callbacks.pruning.regrowth import Regrowth
 from emp_callbacks.targets.features import FeatureSite
 from emp_callbacks.trajectory import PruneEvent
@@ -279,7 +280,7 @@ def _shifted(scores: Sequence[Tensor], scope: str, backend: Backend) -> list[Ten
     """Return the scores above the lowest of those that compete: of all layers, or of their own. Collective."""
     nothing = torch.full((), torch.inf, dtype=torch.float64)
     own = torch.stack([values.double().min().cpu() if values.numel() else nothing for values in scores])
-    lowest = backend.from_all(own).amin(0)
+    lowest = backend.all_min(own)
     lowest = lowest.amin().expand_as(lowest) if scope == "global" else lowest
     return [values - low.to(values) for values, low in zip(scores, lowest, strict=True)]
 

@@ -28,8 +28,8 @@ from emp_callbacks.pruning.assembly import (
     find_layers,
     find_left_out,
 )
-from emp_callbacks.pruning.decision import KeepRule
 from emp_callbacks.pruning.evidence import Evidence
+from emp_callbacks.pruning.groups import KeepRule
 from emp_callbacks.pruning.refresh import Selection, refresh_dynamic, refresh_masks, scores_of, selections_of
 from emp_callbacks.pruning.regrowth import Regrowth
 from emp_callbacks.pruning.signatures import signatures_of, warn_the_user

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from emp_callbacks.criteria import Criterion
 from emp_callbacks.layer import Layer, MissingEvidence, Ranks
-from emp_callbacks.pruning.decision import Decision, KeepRule, Scored, decide
+from emp_callbacks.pruning.decision import decide
+from emp_callbacks.pruning.groups import Decision, KeepRule, Scored
 
 
 @dataclass(frozen=True)

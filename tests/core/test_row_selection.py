@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from emp_callbacks.core import row_search, row_selection
 from emp_callbacks.core.effective_number import score_moments
 from emp_callbacks.core.row_parts import RowPart, whole_rows
-from emp_callbacks.core.row_selection import find_rows, row_sums, top_rows
+from emp_callbacks.core.row_selection import RowMatrix, find_rows, row_sums, top_rows
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -59,9 +59,9 @@ def test_a_thousand_random_cases_equal_a_stable_sort_of_each_row(monkeypatch, bl
         scores, keep = random_case(seed)
         whole, expected = whole_rows(scores), reference(scores, keep)
         moments = score_moments(scores)
-        searched = find_rows([whole], [whole], keep, moments, scores.shape[1], scores.dtype)
+        (searched,) = find_rows([RowMatrix([whole], [whole], keep, moments, scores.shape[1], scores.dtype)])
         parts, together = cut_up(scores)
-        in_parts = find_rows(parts, parts, keep, moments, scores.shape[1], scores.dtype)
+        (in_parts,) = find_rows([RowMatrix(parts, parts, keep, moments, scores.shape[1], scores.dtype)])
         assert torch.equal(top_rows(scores, keep), expected), f"sorted, case {seed}"
         assert torch.equal(searched.mask(whole)[0], expected), f"searched, case {seed}"
         assert torch.equal(together([in_parts.mask(part) for part in parts]), expected), f"in parts, case {seed}"

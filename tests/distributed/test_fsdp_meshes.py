@@ -122,13 +122,18 @@ def channels_last():
 
 
 def overlapping(rank):
-    groups = [DeviceMesh("cpu", [0]), DeviceMesh("cpu", [1, 2, 3])]
-    return message_of(RuntimeError, lambda: EMPPruner(fsdp2(make_net(), mesh=groups[rank > 0])))
+    everyone, *groups = [DeviceMesh("cpu", ranks) for ranks in ([0, 1, 2, 3], [0], [1, 2, 3])]
+    net = make_net()
+    fully_shard(net.narrow, mesh=everyone)
+    return message_of(RuntimeError, lambda: EMPPruner(fsdp2(net, mesh=groups[rank > 0])))
 
 
 def other_model(rank):
-    alone = [DeviceMesh("cpu", [r]) for r in range(4)][rank]
-    return message_of(RuntimeError, lambda: EMPPruner(fully_shard(nn.Linear(5, 4 + rank), mesh=alone)))
+    everyone, *alone = [DeviceMesh("cpu", ranks) for ranks in ([0, 1, 2, 3], [0], [1], [2], [3])]
+    net = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 4 + rank))
+    fully_shard(net[0], mesh=everyone)
+    fully_shard(net[1], mesh=alone[rank])
+    return message_of(RuntimeError, lambda: EMPPruner(net))
 
 
 def all_of_it(rank, world_size, folder):

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from emp_callbacks.core.effective_number import score_moments
-from emp_callbacks.core.row_selection import find_rows, row_sums, top_rows
-from emp_callbacks.core.threshold import local_sum
+from emp_callbacks.core.row_selection import RowMatrix, find_rows, row_sums, top_rows
 from emp_callbacks.layer.row_layout import row_layout
 from emp_callbacks.layer.segment import Span
 
@@ -73,6 +72,6 @@ def test_rows_cut_up_in_any_way_keep_what_whole_rows_keep(shape, output_dim, way
     parts = [part for layout in layouts for part in layout.parts]
     moments = score_moments(rows)
     torch.testing.assert_close(row_sums(parts, len(rows)), moments.stack())
-    thresholds = find_rows(parts, parts, keep, moments, rows.shape[1], scores.dtype, local_sum)
+    (thresholds,) = find_rows([RowMatrix(parts, parts, keep, moments, rows.shape[1], scores.dtype)])
     for layout, (_, at) in zip(layouts, cuts, strict=True):
         assert torch.equal(layout.flat([thresholds.mask(part) for part in layout.parts]), wanted[at])

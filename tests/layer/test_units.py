@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from emp_callbacks import EMPPruner
 from emp_callbacks.layer.segment import Span
-from emp_callbacks.pruning.decision import KeepRule, Scored, decide
+from emp_callbacks.pruning.decision import decide
+from emp_callbacks.pruning.groups import KeepRule, Scored
 from emp_callbacks.study.recipe.networks import KANLinear
 
 BLOCKS, HEADS, WIDTH = 2, 3, 4

@@ -12,7 +12,7 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, Lla
 
 from emp_callbacks.core.effective_number import effective_number
 from emp_callbacks.core.selection import emp_mask
-from emp_callbacks.pruning.decision import KeepRule
+from emp_callbacks.pruning.groups import KeepRule
 from emp_callbacks.targets.attention_edges import EdgeSite, edge_sites
 
 RULE = KeepRule(beta=1.0).counts

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from emp_callbacks import EMPPruner
 from emp_callbacks.core.effective_number import effective_number
 from emp_callbacks.core.selection import emp_mask
-from emp_callbacks.pruning.decision import KeepRule
+from emp_callbacks.pruning.groups import KeepRule
 from emp_callbacks.targets.features import FeatureForm, FeatureSite, feature_sites
 from emp_callbacks.targets.replace_pruned import _ZeroPruned
 
