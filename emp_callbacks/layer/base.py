@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from emp_callbacks.layer.mask_mode import MaskedWeight
+from emp_callbacks.layer.masked_weight import MaskedWeight
 from emp_callbacks.layer.observers import Observer
 from emp_callbacks.layer.segment import Span
 from emp_callbacks.targets.forward_site import ForwardSite
