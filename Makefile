@@ -28,12 +28,13 @@ test: $(VENV)/.installed-all lint
 	$(BIN)/python -m pytest
 
 # Nothing is installed: a machine with a GPU may reach no registry. Plugins of pytest that pyproject.toml counts on may
-# be absent, so its options are left out. The benchmark runs also where a test has failed.
+# be absent, so its options are left out. The benchmark runs also where a test has failed, or waits for ever.
+GPU_TESTS := tests/gpu -m gpu -o addopts= -p no:cacheprovider --import-mode=importlib -q -ra --tb=short --disable-warnings
 gpu: export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 gpu:
 	@$(PYTHON) tools/gpu_ready.py
 	@failed=0; \
-	$(PYTHON) -m pytest tests/gpu -m gpu -o addopts= -p no:cacheprovider --import-mode=importlib -ra || failed=1; \
+	timeout -s INT -k 30 300 $(PYTHON) -m pytest $(GPU_TESTS) --durations=10 || failed=1; \
 	$(PYTHON) benchmarks/bench_gpu.py $(GPU_OPTIONS) || failed=1; \
 	exit $$failed
 

@@ -181,9 +181,10 @@ def measure_one_refresh(
         pruner.detach()
     bench.add(f"{what}: refresh", seconds * 1e3, "ms")
     bench.add(f"{what}: refresh / one read", seconds / read, "reads", READS if aims else None)
-    if sort is not None:
-        bench.add(f"{what}: sort / refresh", sort / seconds, "x", SORTS if aims else None, at_least=True)
-    bench.add(f"{what}: most memory above", peak, "bytes per weight")
+    if aims:
+        bench.add(f"{what}: most memory above", peak, "bytes per weight")
+    if aims and sort is not None:
+        bench.add(f"{what}: sort / refresh", sort / seconds, "x", SORTS, at_least=True)
     figures = {"seconds": seconds, "density": density, "peak_bytes_per_weight": peak}
     bench.figures[name]["refresh"][f"{scope}, {mode}"] = figures
 
@@ -344,8 +345,7 @@ def measure_launches_of(bench: Bench, name: str, base: nn.Module, tokens: Tensor
     training, _ = contestant(name, bench, base, tokens)
     step = counted(bench, training.step)
     bench.figures[name] = {"step": step}
-    for what in ("launches", "copies"):
-        bench.add(f"{name}: {what} per step, more than {PLAIN}", step[what] - plain[what], what)
+    bench.add(f"{name}: launches per step, more than {PLAIN}", step["launches"] - plain["launches"], "launches")
     target = None if name == TORCH_PRUNE else WAITS_PER_STEP
     waits = max(step[kind] - plain[kind] for kind in ("waits", "torch_waits"))
     bench.add(f"{name}: waits per step, more than {PLAIN}", waits, "waits", target)
@@ -414,13 +414,12 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     return {"seconds": seconds, "rows": bench.rows, "figures": bench.figures, "failed": bench.failed}
 
 
-def table_of(parts: dict[str, dict[str, Any]]) -> str:
-    """Return all rows as text: rich may not be there."""
-    lines: list[str] = []
-    for name, part in parts.items():
-        lines += ["", f"{name} ({part['seconds']:.0f} s)"]
-        lines += [f"  {each['what']:<70} {shown(each):<26} {beside(each)}".rstrip() for each in part["rows"]]
-        lines += [f"  {what:<70} FAILED: {why}" for what, why in part["failed"].items()]
+def table_of(name: str, part: dict[str, Any]) -> str:
+    """Return a part's rows as text: rich may not be there."""
+    width = max((len(each["what"]) for each in part["rows"]), default=0)
+    lines = ["", f"{name} ({part['seconds']:.0f} s)"]
+    lines += [f"  {each['what']:<{width}} {shown(each):<27} {beside(each)}".rstrip() for each in part["rows"]]
+    lines += [f"  FAILED: {what}: {why}" for what, why in part["failed"].items()]
     return "\n".join(lines)
 
 
@@ -473,7 +472,9 @@ def main() -> int:
     parts = record["parts"]
     rows = [each for part in parts.values() for each in part["rows"]]
     failed = sum(len(part["failed"]) for part in parts.values())
-    print(f"\n{gpu.name}{': sizes are tiny and no figure means anything' if options.rehearse else ''}{table_of(parts)}")
+    print(f"\n{gpu.name}{': sizes are tiny and no figure means anything' if options.rehearse else ''}")
+    for name, part in parts.items():
+        print(table_of(name, part))
     missed = sum(each["met"] is False for each in rows)
     print(f"\n{missed} targets missed, {failed} measurements failed" + (f"; wrote {out}" if out else ""))
     return 1 if failed else 0
