@@ -25,6 +25,7 @@ class MaskMode(ABC):
     masks_gradient = False  # as it arrives
     masks_gradient_late = False  # when it was read
     clears_states = False
+    keeps_pruned = False  # whether what is pruned stays so, also where all-zero scores keep everything
     keeps_zero = False  # whether pruned entries are 0 between two updates
     takes_over = False  # whether what something else writes there becomes the dense value
 
@@ -52,9 +53,9 @@ class MaskMode(ABC):
         """
         return None
 
-    def merge(self, old: Tensor | None, new: Tensor) -> Tensor:  # noqa: ARG002
+    def merge(self, old: Tensor | None, new: Tensor) -> Tensor:
         """Return the mask that follows `old` when a refresh selects `new`; same shape, bool."""
-        return new
+        return new & old if self.keeps_pruned and old is not None else new
 
     def places(self, weight: MaskedWeight) -> tuple[Tensor, Tensor] | None:  # noqa: ARG002
         """Return where a refresh reads a weight's dense values and where masked ones are to be written.
@@ -239,11 +240,7 @@ class Freeze(_HoldsZero):
     """
 
     name = "freeze"
-    masks_gradient = True
-
-    def merge(self, old: Tensor | None, new: Tensor) -> Tensor:
-        # All-zero scores keep everything, but must not bring back what was frozen.
-        return new if old is None else new & old
+    masks_gradient = keeps_pruned = True
 
 
 @final

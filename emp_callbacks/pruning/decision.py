@@ -21,7 +21,7 @@ from emp_callbacks.core.row_selection import top_rows
 from emp_callbacks.core.search import Search, search_of
 from emp_callbacks.core.threshold import Group, ScoredPart, Threshold, find_thresholds, local_sum
 from emp_callbacks.layer import Ranks
-from emp_callbacks.pruning.groups import Decision, KeepRule, LayerSums, Scored, check_finite, sums_of_layers
+from emp_callbacks.pruning.groups import Cut, Decision, KeepRule, LayerSums, Scored, check_finite, sums_of_layers
 from emp_callbacks.pruning.row_decision import decide_rows
 
 
@@ -120,8 +120,11 @@ def _decision(
         note = f"kept so that no layer falls below min_units={rule.min_units}: {names}"
     digest = zlib.crc32(f"{keep} {threshold.key} {threshold.last_tie}".encode())
     chosen = partial(pool.mask, threshold=threshold)
+    cut = None if short else partial(pool.cut, threshold=threshold)
     floor = None if short else tight_mass_bound(keep, pool.size, n_eff)
-    return Decision(pool.name, members, pool.size, n_eff, keep, lowest, own, digest, note, not short, floor, chosen)
+    return Decision(
+        pool.name, members, pool.size, n_eff, keep, lowest, own, digest, note, not short, floor, chosen, cut
+    )
 
 
 class _Pool(NamedTuple):
@@ -145,6 +148,10 @@ class _Pool(NamedTuple):
     def mask(self, i: int, threshold: Threshold) -> Tensor:
         """Return the mask of a layer, layout of its scores."""
         return threshold.mask(self.part(i, counted=False)).view(self.scores[i].shape)
+
+    def cut(self, i: int, threshold: Threshold) -> Cut:
+        """Return what decides a layer's mask."""
+        return Cut(threshold, self.part(i, counted=False))
 
     def part(self, i: int, *, counted: bool) -> ScoredPart:
         """Return this rank's part of a layer, or what it counts of it, and where it lies in the group."""

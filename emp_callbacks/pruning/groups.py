@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from emp_callbacks.core.effective_number import ScoreMoments, effective_numbers, keep_counts
-from emp_callbacks.core.threshold import ScoredPart
+from emp_callbacks.core.threshold import ScoredPart, Threshold
 from emp_callbacks.layer import Ranks
 from emp_callbacks.layer.segment import Span
 
@@ -81,6 +81,13 @@ class LayerSums(NamedTuple):
     mass: float
 
 
+class Cut(NamedTuple):
+    """What alone decides a layer's mask: a threshold on the scores of its part of the group."""
+
+    threshold: Threshold
+    part: ScoredPart
+
+
 @dataclass(frozen=True)
 class Decision:
     """What one group keeps.
@@ -98,6 +105,7 @@ class Decision:
         is_top: Whether exactly the `keep` highest are kept; False where a layer's guard changed that.
         mass_floor: Lower bound on the share of the score mass that is kept; None where none holds.
         mask: Member index -> mask, layout of that layer's scores, bool, True = kept.
+        cut: Member index -> what alone decides that mask; None where more does.
     """
 
     group: str
@@ -112,6 +120,7 @@ class Decision:
     is_top: bool
     mass_floor: float | None
     mask: Callable[[int], Tensor]
+    cut: Callable[[int], Cut] | None = None
 
 
 def sums_of_layers(moments: ScoreMoments) -> list[LayerSums]:

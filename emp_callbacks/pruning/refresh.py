@@ -19,7 +19,6 @@ from emp_callbacks.layer.mask_mode import MaskMode
 from emp_callbacks.pruning.accounting import (
     MaskCounts,
     check_ranks_agree,
-    count_mask,
     dynamic_event,
     prune_event,
     unscored_event,
@@ -30,6 +29,7 @@ from emp_callbacks.pruning.assembly import DynamicSite
 from emp_callbacks.pruning.certificates import Certificates, certify
 from emp_callbacks.pruning.decision import decide
 from emp_callbacks.pruning.groups import Decision, KeepRule, Scored
+from emp_callbacks.pruning.installing import install_masks
 from emp_callbacks.pruning.regrowth import Regrowth
 from emp_callbacks.targets.features import FeatureSite
 from emp_callbacks.trajectory import PruneEvent
@@ -133,17 +133,10 @@ def _refresh_scored(
         for layer in layers
         for weight in layer.weights
     }
-    # From here on nothing can fail. One layer after the other, so that no second mask of the whole model is held.
-    rows = {}
+    # From here on nothing can fail.
     if mode.clears_states:
         backend.forget_histories()
-    for decision in decisions:
-        for i in decision.members:
-            mask = new_mask(decision, i)
-            rows[i] = count_mask(layers[i], scored[i], mask)
-            for weight, part in zip(layers[i].weights, layers[i].put_mask(mask), strict=True):
-                mode.install(weight, part, states[id(weight)])
-    sums = backend.all_sum(gather_rows([rows[i] for i in range(len(layers))]))
+    sums = backend.all_sum(install_masks(decisions, new_mask, scored, layers, mode, states))
     counts = [MaskCounts(*row) for row in sums.tolist()]
     return [prune_event(decision, scored, counts, certificates, common) for decision in decisions]
 

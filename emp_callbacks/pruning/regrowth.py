@@ -103,4 +103,6 @@ def _both(old: Decision, new: Decision, staying: Mapping[int, Tensor], lacking: 
         return staying[i] | (new.mask(i) & ~staying[i]) if found else staying[i]
 
     digest = old.digest ^ (new.digest if found else 0)
-    return replace(old, keep=old.keep + found, mask=mask, note=note, digest=digest, is_top=False, mass_floor=None)
+    return replace(
+        old, keep=old.keep + found, mask=mask, note=note, digest=digest, is_top=False, mass_floor=None, cut=None
+    )
