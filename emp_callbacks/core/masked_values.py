@@ -88,7 +88,7 @@ def zero_pruned_all(values: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
         values: Any shapes and dtypes; changed in place.
         masks: Of the same shapes, bool, True = kept.
     """
-    together, alone = _sorted(values, masks)
+    together, alone = _sorted(values, masks) if len(values) > 1 else ([], [*range(len(values))])
     for some in together:
         _kernels().mask_tensors(*_of(some, values, masks))
     for i in alone:

@@ -48,9 +48,10 @@ class RowPart(NamedTuple):
 
 
 def whole_rows(scores_gn: Tensor) -> RowPart:
-    """Return all rows of a matrix as one part."""
+    """Return all rows of a matrix as one part, whose `rows` are on the scores' device."""
+    rows = torch.arange(len(scores_gn), device=scores_gn.device)
     columns = torch.arange(scores_gn.shape[1], device=scores_gn.device)
-    return RowPart(scores_gn.detach()[None], torch.arange(len(scores_gn)), columns[None, None])
+    return RowPart(scores_gn.detach()[None], rows, columns[None, None])
 
 
 def pieces_of(scores: Tensor, dtype: torch.dtype | None = None) -> Iterator[tuple[tuple[slice, slice], Tensor]]:

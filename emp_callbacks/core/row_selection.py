@@ -55,8 +55,9 @@ class RowThresholds:
             below = torch.lt(magnitude, value[at[1], None], out=magnitude)
             kept[at].copy_(below).logical_not_()
         # Few rows have ties to cut; which, an accelerator is not asked: it would have to be waited for.
-        tied = torch.arange(len(last_tie)) if not on_host(device) else (last_tie < ALL_TIES).nonzero().squeeze(1)
-        for rows in torch.split(tied.to(device), max(1, chunk_length(device) // max(1, kept[:, :1].numel()))):
+        everything = torch.arange(len(last_tie), device=device)
+        tied = (last_tie < ALL_TIES).nonzero().squeeze(1) if on_host(device) else everything
+        for rows in torch.split(tied, max(1, chunk_length(device) // max(1, kept[:, :1].numel()))):
             equal = part.scores[:, rows].abs() == value[rows, None]
             surplus = part.columns.expand(kept.shape)[:, rows] > last_tie[rows, None]
             kept[:, rows] &= ~equal.logical_and_(surplus)

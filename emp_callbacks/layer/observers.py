@@ -59,7 +59,7 @@ class Observer(ForwardSite):
             self._see(activation.detach(), positions)
 
     def _see(self, values: Tensor, positions: Tensor | None) -> None:
-        count = torch.tensor(values.numel() / self.size, dtype=torch.float64, device=values.device)
+        count = torch.full((), values.numel() / self.size, dtype=torch.float64, device=values.device)
         last = feature_dim(self.module, values.ndim) == values.ndim - 1
         if last and (rows := counted_rows(positions, values.shape)) is not None:
             rows = rows.to(values.device)

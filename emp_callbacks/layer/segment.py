@@ -80,5 +80,6 @@ class Segment(Span):
         """Return the index along one dimension of the full parameter of each element here, flat, int64."""
         inner, count = math.prod(self.shape[dim + 1 :]), self.length
         at = self.positions
-        flat = torch.arange(at, at + count) if isinstance(at, int) else at
-        return (flat.to(self.weight.device) // inner) % self.shape[dim]
+        device = self.weight.device
+        flat = torch.arange(at, at + count, device=device) if isinstance(at, int) else at.to(device)
+        return (flat // inner) % self.shape[dim]

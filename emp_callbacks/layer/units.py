@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, final
 
 import torch
@@ -25,9 +25,10 @@ class Member:
     masked: bool
     scored: bool
     role: Literal["weight", "bias", "scale", "shift", "input", "output"]
+    _unit_there: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def sums(self, values: Tensor, units: int, rank: int) -> Tensor:
-        """Return the part of this rank in the sum of `values` over each unit, shape (units,), float64.
+        """Return the part of this rank in the sum of `values` over each unit, shape (units,), float64, on their device.
 
         Args:
             values: Layout of `segment.weight`.
@@ -35,7 +36,9 @@ class Member:
             rank: Where every rank holds the parameter, rank 0 alone counts it.
         """
         total = torch.zeros(units + 1, dtype=torch.float64, device=values.device)
-        unit_of = torch.where(self.unit_of < 0, units, self.unit_of).to(values.device)
+        if values.device not in self._unit_there:  # else every step would send it
+            self._unit_there[values.device] = torch.where(self.unit_of < 0, units, self.unit_of).to(values.device)
+        unit_of = self._unit_there[values.device]
         if not self.segment.replicated:
             part = self.segment.counted
             along = self.segment.indices_along(self.dim)[part]
@@ -44,7 +47,7 @@ class Member:
             others = [dim for dim in range(values.ndim) if dim != self.dim]
             slices = values.sum(others, dtype=torch.float64) if others else values.double()
             total.index_add_(0, unit_of, slices)
-        return total[:units].cpu()
+        return total[:units]
 
     def sizes(self, units: int) -> Tensor:
         """Return how many weights of the full parameter each unit has, shape (units,), float64."""
@@ -122,7 +125,8 @@ class UnitLayer(Layer):
             per_weight: Takes a parameter's values and returns a tensor of the same shape.
             of: Which members; default: those that are scored.
         """
-        parts = [m.sums(per_weight(m.segment.weight), self.units, self.ranks.rank) for m in self.members if of(m)]
+        own = [m.sums(per_weight(m.segment.weight), self.units, self.ranks.rank) for m in self.members if of(m)]
+        parts = [part.cpu() for part in own]
         return self.ranks.all_sum(sum(parts, torch.zeros(self.units, dtype=torch.float64)))
 
     def unit_sizes(self, of: Chosen = _scored) -> Tensor:
@@ -161,21 +165,22 @@ class UnitLayer(Layer):
     def _sums(self, batches: Batches) -> Tensor:
         """Return the sums over batches of each unit's |sum| and of its signed sum, shape (2, units). Collective."""
         check_gathered(self.name, batches)
-        kept_apart = self._over_ranks(batches.steps)
-        return kept_apart if self._folded is None else self._folded + kept_apart
+        kept_apart = self._over_ranks(batches.steps).cpu()
+        return kept_apart if self._folded is None else self._folded.cpu() + kept_apart
 
     def _over_ranks(self, steps: Sequence[int]) -> Tensor:
-        nothing = torch.zeros(self.units, dtype=torch.float64)
-        parts = [self._batches.get(step, nothing) for step in steps]
+        device = self._masking[0].segment.weight.device
+        nothing = torch.zeros(self.units, dtype=torch.float64, device=device)
+        parts = [self._batches.get(step, nothing).to(device) for step in steps]
         if not parts:
-            return torch.zeros(2, self.units, dtype=torch.float64)
+            return torch.zeros(2, self.units, dtype=torch.float64, device=device)
         # abs after the sum over ranks: a unit whose slices lie on several ranks has one sum per batch
         signed = self.ranks.all_sum(torch.stack(parts))
         return torch.stack([signed.abs().sum(0), signed.sum(0)])
 
     def fold(self, batches: Sequence[int]) -> None:
         sums = self._over_ranks(batches)
-        self._folded = sums if self._folded is None else self._folded + sums
+        self._folded = sums if self._folded is None else self._folded.to(sums.device) + sums
         self._batches = {step: part for step, part in self._batches.items() if step not in batches}
 
     def release(self) -> None:

@@ -159,7 +159,7 @@ class Evidence:
         for layer in self._layers:
             if isinstance(layer, UnitLayer):
                 zeros = torch.zeros(layer.units, dtype=torch.float64)
-                sums = {batch: self._ranks.all_sum(layer.gathered.get(batch, zeros)) for batch in self.batches}
+                sums = {batch: self._ranks.all_sum(layer.gathered.get(batch, zeros).cpu()) for batch in self.batches}
                 layer.gathered = sums if self._ranks.rank == 0 else {}
         for site in self._sites:
             # A rank that saw nothing of a module holds no sums of it; whether any holds some must be agreed first.
@@ -180,9 +180,9 @@ class Evidence:
                 if layer.gathered:
                     nothing = torch.zeros(layer.units, dtype=torch.float64)
                     parts = [layer.gathered.get(batch, nothing) for batch in self.batches]
-                    found[f"units:{layer.name}:{_APART}"] = torch.stack(parts)
+                    found[f"units:{layer.name}:{_APART}"] = torch.stack([part.cpu() for part in parts])
                 if layer.folded is not None:
-                    found[f"units:{layer.name}:{_FOLDED}"] = layer.folded.clone()
+                    found[f"units:{layer.name}:{_FOLDED}"] = layer.folded.cpu().clone()
         for site in self._sites:
             found |= {f"site:{site.name}:{key}": value.cpu().clone() for key, value in site.sums.items()}
         return found
