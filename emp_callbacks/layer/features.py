@@ -40,7 +40,15 @@ class FeatureLayer(Layer):
             raise _not_called(self.site.name)
         counted = slice(size * rank // ranks, size * (rank + 1) // ranks)
         shape = torch.Size([size])
-        return Span(name=self.site.name, shape=shape, output_dim=0, positions=0, replicated=True, counted=counted)
+        return Span(
+            name=self.site.name,
+            shape=shape,
+            output_dim=0,
+            positions=0,
+            replicated=True,
+            counted=counted,
+            is_summed=True,
+        )
 
     @property
     def is_known(self) -> bool:

@@ -92,7 +92,13 @@ class UnitLayer(Layer):
         self.weights = [MaskedWeight(member.segment) for member in self._masking]
         chunk = slice(units * ranks.rank // ranks.world_size, units * (ranks.rank + 1) // ranks.world_size)
         self._span = Span(
-            name=name, shape=torch.Size([units]), output_dim=0, positions=0, replicated=True, counted=chunk
+            name=name,
+            shape=torch.Size([units]),
+            output_dim=0,
+            positions=0,
+            replicated=True,
+            counted=chunk,
+            is_summed=True,
         )
         self._mask: Tensor | None = None
         self._batches: dict[int, Tensor] = {}

@@ -14,7 +14,7 @@ from emp_callbacks.core.bounds import tight_mass_bound
 from emp_callbacks.core.chunks import gather_rows
 from emp_callbacks.core.effective_number import ScoreMoments, effective_numbers, key_dtype, score_moments
 from emp_callbacks.core.row_selection import top_rows
-from emp_callbacks.core.threshold import ScoredPart, Threshold, find_threshold
+from emp_callbacks.core.threshold import ScoredPart, Threshold, find_threshold, local_sum
 from emp_callbacks.layer import Ranks
 from emp_callbacks.pruning.groups import Decision, KeepRule, LayerSums, Scored, check_finite, sums_of_layers
 from emp_callbacks.pruning.row_decision import decide_rows
@@ -100,9 +100,11 @@ class _Pool(NamedTuple):
     starts: dict[int, int]
 
     def threshold(self, keep: int, ranks: Ranks) -> Threshold:
-        """Return what keeps exactly `keep` of the group. Collective."""
+        """Return what keeps exactly `keep` of the group. Collective, unless every rank has the same scores already."""
         dtype = key_dtype([scores.dtype for scores in self.scores.values()])
-        return find_threshold([self._part(i, counted=True) for i in self.scores], keep, dtype, ranks.all_sum)
+        alone = all(self.layers[i].span.is_summed for i in self.scores)
+        parts = [self._part(i, counted=not alone) for i in self.scores]
+        return find_threshold(parts, keep, dtype, local_sum if alone else ranks.all_sum)
 
     def mask(self, i: int, threshold: Threshold) -> Tensor:
         """Return the mask of a layer, layout of its scores."""
