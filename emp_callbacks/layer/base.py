@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,8 +12,10 @@ from torch import Tensor
 from emp_callbacks.layer.masked_weight import MaskedWeight
 from emp_callbacks.layer.observers import Observer
 from emp_callbacks.layer.segment import Span
+from emp_callbacks.layer.shared_sums import Asking, Parts, Ranks
 from emp_callbacks.targets.forward_site import ForwardSite
 
+PASSED_IN_EVAL = "passed_in_eval"
 PerWeight = Callable[[Tensor, Tensor], Tensor]
 """What a gradient criterion makes of a weight and its gradient in one batch; same shape."""
 
@@ -53,37 +54,19 @@ class Batches:
         return self.folded + len(self.steps)
 
 
-class Ranks(Protocol):
-    """What a decision needs to know of the job's processes; every backend offers it."""
-
-    @property
-    def rank(self) -> int:
-        """This process's number, from 0."""
-
-    @property
-    def world_size(self) -> int:
-        """Number of processes."""
-
-    def all_sum(self, value: Tensor) -> Tensor:
-        """Return the sum of `value` over all ranks. Collective."""
-
-    def all_min(self, value: Tensor) -> Tensor:
-        """Return the lowest `value` of any rank, element by element. Collective."""
-
-    def from_all(self, value: Tensor) -> Tensor:
-        """Return the `value` of every rank, shape (world_size, *value.shape). Collective."""
-
-
 class Layer(ABC):
     """Components that are scored together and compete with those of other layers.
 
     Attributes:
+        ranks: The processes that train the model.
+        asking: By which everything about this layer is summed over ranks; see `layer.shared_sums`.
         weights: The masked parameters that the layer's mask decides on; none where a module's output is masked.
         sites: Hooks on modules that gather evidence for this layer, or mask its module's output.
     """
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
+        self.asking = Asking(ranks)
         self.weights: list[MaskedWeight] = []
         self.sites: list[ForwardSite] = []
 
@@ -162,28 +145,31 @@ class Layer(ABC):
 
     def _observed(self, observer: Observer, unseen: str) -> tuple[Tensor, float]:
         """Return an observer's sums and how many values went into each, over all ranks. Collective."""
-        sums = self._summed(observer)
+        sums = self.asking.sums(lambda: seen_by(observer))
         if not bool(sums["count"] > 0):
-            raise nothing_passed(
-                self.name, observer, self.ranks, f"nothing passed {observer.name!r} while {unseen} were gathered"
-            )
+            what = f"nothing passed {observer.name!r} while {unseen} were gathered"
+            raise nothing_passed(self.name, sums, what)
         return sums["total"], float(sums["count"])
 
-    def _summed(self, site: ForwardSite) -> dict[str, Tensor]:
-        """Return a site's statistics over all ranks, on the CPU. Collective."""
-        return {key: self.ranks.all_sum(value).cpu() for key, value in sorted(site.statistics().items())}
+
+def seen_by(site: ForwardSite, *, called: bool = True) -> Parts:
+    """Return a site's statistics on this rank and, by `PASSED_IN_EVAL`, whether it was called in evaluation mode.
+
+    `called` is False where no rank called the module: it may not know then what its statistics are.
+    """
+    passed = {PASSED_IN_EVAL: torch.tensor(float(site.passed_in_eval), dtype=torch.float64)}
+    return {**site.statistics(), **passed} if called else passed
 
 
-def nothing_passed(layer: str, site: ForwardSite, ranks: Ranks, what: str) -> MissingEvidence:
-    """Return the error of a layer whose site saw nothing on any rank. Collective.
+def nothing_passed(layer: str, sums: Mapping[str, Tensor], what: str) -> MissingEvidence:
+    """Return the error of a layer whose site saw nothing on any rank.
 
     Args:
         layer: Name of the layer.
-        site: Its hooks.
-        ranks: The job's processes.
+        sums: What `seen_by` says of its hooks, over all ranks.
         what: How the message begins.
     """
-    if bool(ranks.all_sum(torch.tensor(float(site.passed_in_eval))) > 0):
+    if bool(sums[PASSED_IN_EVAL] > 0):
         return MissingEvidence(
             layer,
             "it was called in evaluation mode only",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import final
 
 import torch
 from torch import Tensor
 
-from emp_callbacks.layer.base import Batches, Layer, MissingEvidence, Ranks, nothing_passed
+from emp_callbacks.layer.base import Batches, Layer, MissingEvidence, nothing_passed, seen_by
 from emp_callbacks.layer.segment import Span
+from emp_callbacks.layer.shared_sums import Parts, Ranks
 from emp_callbacks.targets.features import FeatureSite
 
 
@@ -38,7 +40,15 @@ class FeatureLayer(Layer):
             raise _not_called(self.site.name)
         counted = slice(size * rank // ranks, size * (rank + 1) // ranks)
         shape = torch.Size([size])
-        return Span(name=self.site.name, shape=shape, output_dim=0, positions=0, replicated=True, counted=counted)
+        return Span(
+            name=self.site.name,
+            shape=shape,
+            output_dim=0,
+            positions=0,
+            replicated=True,
+            counted=counted,
+            is_summed=True,
+        )
 
     @property
     def is_known(self) -> bool:
@@ -72,31 +82,42 @@ class FeatureLayer(Layer):
         return torch.ones(self.span.size, dtype=torch.bool)
 
     def meet(self) -> None:
-        if agree_on_size(self.site, self.ranks) is None:
+        if agree_on_size(self.site, self.asking.sums(lambda: known_size(self.site)), self.ranks) is None:
             raise _not_called(self.name)
 
     def evidence(self, batches: Batches) -> Tensor:  # noqa: ARG002
-        sums = self._summed(self.site)
+        sums = self.asking.sums(lambda: seen_by(self.site))
         if not bool(sums["samples"] > 0):
-            what = f"nothing passed {self.name!r} since the last refresh"
-            raise nothing_passed(self.name, self.site, self.ranks, what)
+            raise nothing_passed(self.name, sums, f"nothing passed {self.name!r} since the last refresh")
         self._found_mean = self.site.means(sums) if self.site.form.center == "mean" else None
         return self.site.scores(sums)
 
 
-def agree_on_size(site: FeatureSite, ranks: Ranks) -> int | None:
-    """Tell a rank that never called the module how many features it has; return it, None if none did. Collective.
+def known_size(site: FeatureSite) -> Parts:
+    """Return whether this rank knows how many features there are, their number and its square, int64."""
+    size = site.size or 0
+    return {"size": torch.tensor([int(size > 0), size, size * size])}
+
+
+def agree_on_size(site: FeatureSite, sums: Mapping[str, Tensor], ranks: Ranks) -> int | None:
+    """Tell a rank that never called the module how many features it has; return it, None if none did.
+
+    Args:
+        site: The module.
+        sums: What `known_size` says, over all ranks.
+        ranks: Asked for all numbers where they differ.
 
     Raises:
         ValueError: Ranks have seen different numbers.
     """
-    seen = {int(size) for size in ranks.from_all(torch.tensor(site.size or 0)).tolist()} - {0}
-    if len(seen) > 1:
+    knowing, total, squares = sums["size"].tolist()
+    if knowing * squares != total * total:  # equal for equal numbers only
+        seen = {int(size) for size in ranks.from_all(torch.tensor(site.size or 0)).tolist()} - {0}
         raise ValueError(
             f"module {site.name!r} gave {' and '.join(map(str, sorted(seen)))} features on different ranks; one mask "
             "cannot serve them all: exclude it, and include modules whose outputs keep one size"
         )
-    site.size = seen.pop() if seen else None
+    site.size = total // knowing if knowing else None
     return site.size
 
 

@@ -35,7 +35,7 @@ class Observer(ForwardSite):
     def statistics(self) -> dict[str, Tensor]:
         """Return this rank's sums since `reset`, float64: "total", shape (size,), and "count", shape ()."""
         zeros = {"total": torch.zeros(self.size, dtype=torch.float64), "count": torch.zeros((), dtype=torch.float64)}
-        return {key: self._sums.get(key, zero).cpu() for key, zero in zeros.items()}
+        return {key: self._sums.get(key, zero) for key, zero in zeros.items()}
 
     def _shown(self, values: Tensor) -> Tensor:
         """Look at what passes and return it, or in compiled code, where looking is an operator, a copy of it."""
@@ -97,7 +97,7 @@ class InputSquares(Observer):
         if self.patch is not None:
             groups, inputs = self.patch
             nothing = torch.zeros(groups, inputs, inputs, dtype=torch.float64)
-            sums["products"] = self._sums.get("products", nothing).cpu()
+            sums["products"] = self._sums.get("products", nothing)
         return sums
 
     def _further(self, values: Tensor) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ class Span:
         replicated: Whether every rank holds all components.
         counted: The part, in flat order, that this rank counts in sums. Over all ranks the counted parts cover the
             components once.
+        is_summed: Whether the scores come out of sums over ranks: they are the same on every rank from the start.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Span:
     positions: int | Tensor
     replicated: bool
     counted: slice
+    is_summed: bool = False
 
     @property
     def size(self) -> int:

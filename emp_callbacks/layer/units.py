@@ -9,10 +9,11 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
-from emp_callbacks.layer.base import Batches, Layer, PerWeight, Ranks, check_gathered, no_gradient
+from emp_callbacks.layer.base import Batches, Layer, PerWeight, check_gathered, no_gradient
 from emp_callbacks.layer.masked_weight import MaskedWeight
 from emp_callbacks.layer.observers import ActivationSizes
 from emp_callbacks.layer.segment import Segment, Span
+from emp_callbacks.layer.shared_sums import Parts, Ranks
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -94,7 +95,13 @@ class UnitLayer(Layer):
         self.weights = [MaskedWeight(member.segment) for member in self._masking]
         chunk = slice(units * ranks.rank // ranks.world_size, units * (ranks.rank + 1) // ranks.world_size)
         self._span = Span(
-            name=name, shape=torch.Size([units]), output_dim=0, positions=0, replicated=True, counted=chunk
+            name=name,
+            shape=torch.Size([units]),
+            output_dim=0,
+            positions=0,
+            replicated=True,
+            counted=chunk,
+            is_summed=True,
         )
         self._mask: Tensor | None = None
         self._batches: dict[int, Tensor] = {}
@@ -125,9 +132,12 @@ class UnitLayer(Layer):
             per_weight: Takes a parameter's values and returns a tensor of the same shape.
             of: Which members; default: those that are scored.
         """
-        own = [m.sums(per_weight(m.segment.weight), self.units, self.ranks.rank) for m in self.members if of(m)]
-        parts = [part.cpu() for part in own]
-        return self.ranks.all_sum(sum(parts, torch.zeros(self.units, dtype=torch.float64)))
+
+        def parts() -> Parts:
+            own = [m.sums(per_weight(m.segment.weight), self.units, self.ranks.rank) for m in self.members if of(m)]
+            return {"sums": sum((part.cpu() for part in own), torch.zeros(self.units, dtype=torch.float64))}
+
+        return self.asking.sums(parts)["sums"]
 
     def unit_sizes(self, of: Chosen = _scored) -> Tensor:
         """Return how many weights `unit_sums` adds up for each unit, shape (units,), float64."""
@@ -175,7 +185,7 @@ class UnitLayer(Layer):
         if not parts:
             return torch.zeros(2, self.units, dtype=torch.float64, device=device)
         # abs after the sum over ranks: a unit whose slices lie on several ranks has one sum per batch
-        signed = self.ranks.all_sum(torch.stack(parts))
+        signed = self.asking.sums(lambda: {"signed": torch.stack(parts)})["signed"]
         return torch.stack([signed.abs().sum(0), signed.sum(0)])
 
     def fold(self, batches: Sequence[int]) -> None:

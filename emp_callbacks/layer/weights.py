@@ -8,10 +8,11 @@ from typing import final
 import torch
 from torch import Tensor
 
-from emp_callbacks.layer.base import Batches, Layer, PerWeight, Ranks, check_gathered, no_gradient
+from emp_callbacks.layer.base import Batches, Layer, PerWeight, check_gathered, no_gradient
 from emp_callbacks.layer.masked_weight import MaskedWeight
 from emp_callbacks.layer.observers import InputSquares
 from emp_callbacks.layer.segment import Segment, Span
+from emp_callbacks.layer.shared_sums import Parts, Ranks
 
 
 @final
@@ -64,23 +65,26 @@ class WeightLayer(Layer):
             squares, _ = self._observed(self.inputs, "inputs")
             return self._spread(squares.sqrt().to(self.weight.device))
         check_gathered(self.name, batches)
-        # Zeros are what set_to_none=False leaves of a gradient: a weight that no batch reached has no score of 0.
-        reached = self._sum is not None and bool(self._sum.any())
-        if not bool(self.ranks.all_sum(torch.tensor(float(reached))) > 0):
+        if not bool(self.asking.sums(lambda: {"reached": self._is_reached()})["reached"] > 0):
             raise no_gradient(self.name)
         if self._sum is None:  # this rank holds nothing of it, or its batches did not reach it
             # in the dtype of the other ranks' sums, by which all of them search
             return torch.zeros_like(self.weight, dtype=torch.promote_types(self.weight.dtype, torch.float32))
         return self._sum / batches.total
 
-    def input_products(self) -> Tensor | None:
-        """Return X X^T of what each output reads, over all ranks, shape (groups, inputs, inputs), float64, on the CPU.
+    def _is_reached(self) -> Tensor:
+        """Return whether a gradient reached this rank's part, 1 or 0, shape (), float64."""
+        # Zeros are what set_to_none=False leaves of a gradient: a weight that no batch reached has no score of 0.
+        return torch.zeros((), dtype=torch.float64) if self._sum is None else self._sum.any().double()
 
-        None where it was not gathered. Collective.
+    def input_products(self) -> Parts:
+        """Return by "products" this rank's part of X X^T of what each output reads; nothing where it was not gathered.
+
+        Shape (groups, inputs, inputs), float64.
         """
         if self.inputs is None or self.inputs.patch is None:
-            return None
-        return self._summed(self.inputs)["products"]
+            return {}
+        return {"products": self.inputs.statistics()["products"]}
 
     def release(self) -> None:
         self._sum = None

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from emp_callbacks.core.bounds import mass_bound
-from emp_callbacks.core.chunks import chunks, count_true, longest_chunk, scratch
+from emp_callbacks.core.chunks import chunks, count_true, gather_rows, longest_chunk, scratch
 from emp_callbacks.core.effective_number import keep_count
-from emp_callbacks.core.packing import pack_bits
+from emp_callbacks.core.mask_digest import mask_digest
 from emp_callbacks.core.selection import kept_mass
 from emp_callbacks.layer import Layer, MissingEvidence, Ranks
 from emp_callbacks.pruning.assembly import DynamicSite
@@ -67,12 +67,17 @@ def check_ranks_agree(
     """
     if ranks.world_size == 1:
         return
+    order = [(decision, i) for decision in decisions for i in decision.members]
+    bits = [
+        mask_digest(new_mask(decision, i)) if layers[i].span.replicated else torch.tensor(0) for decision, i in order
+    ]
     own = torch.zeros(len(layers), dtype=torch.int64)
-    for decision in decisions:
-        for i in decision.members:
-            replicated = layers[i].span.replicated
-            bits = zlib.crc32(pack_bits(new_mask(decision, i)).numpy().tobytes()) if replicated else 0
-            own[i] = bits ^ decision.digest
+    own[[i for _, i in order]] = gather_rows(bits) ^ torch.tensor([decision.digest for decision, _ in order])
+    # Of all layers one number is compared, with rank 0's; which layer it was is looked up on the way to an error.
+    digest = torch.tensor(zlib.crc32(own.numpy().tobytes()))
+    first = ranks.all_sum(digest if ranks.rank == 0 else torch.zeros_like(digest))
+    if not bool(ranks.all_sum((digest != first).long())):
+        return
     for layer, column in zip(layers, ranks.from_all(own).unbind(1), strict=True):
         differ = (column != column[0]).nonzero().flatten().tolist()
         if differ:

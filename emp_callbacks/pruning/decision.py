@@ -49,7 +49,7 @@ def _decide_pooled(layers: Sequence[Scored], scope: str, rule: KeepRule, ranks: 
     rules = [rule.of_group(pool.name) for pool in pools]
     search = _search(pools, ranks)
     local = search.look(lambda fraction: torch.stack([rules[g].share(one) for g, one in enumerate(fraction)]))
-    sums = ranks.all_sum(local).cpu()
+    sums = (local if _is_known_everywhere(pools) else ranks.all_sum(local)).cpu()
     check_finite(local, sums, layers, ranks, step)
     own = sums_of_layers(ScoreMoments.unstack(sums))
     keeps, n_effs = [], []
@@ -83,9 +83,15 @@ def _search(pools: Sequence[_Pool], ranks: Ranks) -> Search:
     """Return the search for the thresholds of some pools, the parts of all of them in the order of the layers."""
     group_of = {i: g for g, pool in enumerate(pools) for i in pool.members}
     dtype = key_dtype([scores.dtype for pool in pools for scores in pool.scores.values()])
-    parts = [pools[group_of[i]].part(i, counted=True) for i in sorted(group_of)]
-    all_sum = ranks.all_sum if ranks.world_size > 1 else local_sum
+    alone = _is_known_everywhere(pools)
+    parts = [pools[group_of[i]].part(i, counted=not alone) for i in sorted(group_of)]
+    all_sum = local_sum if alone or ranks.world_size == 1 else ranks.all_sum
     return search_of(parts, [group_of[i] for i in sorted(group_of)], [pool.size for pool in pools], dtype, all_sum)
+
+
+def _is_known_everywhere(pools: Sequence[_Pool]) -> bool:
+    """Whether every rank has the same scores already, of units and features: nobody needs to be asked."""
+    return all(pool.layers[i].span.is_summed for pool in pools for i in pool.members)
 
 
 def _nothing_known(pool: _Pool, own: tuple[LayerSums, ...]) -> Decision:
@@ -163,8 +169,9 @@ class _Pool(NamedTuple):
 def _threshold(pool: _Pool, keep: int, ranks: Ranks) -> Threshold:
     """Return what keeps exactly `keep` of a pool, on the host's path: its infinite scores have no moments."""
     dtype = key_dtype([scores.dtype for scores in pool.scores.values()])
-    group = Group([pool.part(i, counted=True) for i in pool.members], pool.size, keep)
-    return find_thresholds([group], dtype, ranks.all_sum if ranks.world_size > 1 else local_sum)[0]
+    alone = _is_known_everywhere([pool])
+    group = Group([pool.part(i, counted=not alone) for i in pool.members], pool.size, keep)
+    return find_thresholds([group], dtype, local_sum if alone or ranks.world_size == 1 else ranks.all_sum)[0]
 
 
 def _is_short(mask: Tensor, rule: KeepRule) -> bool:

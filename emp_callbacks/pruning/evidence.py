@@ -9,7 +9,8 @@ from torch import Tensor
 
 from emp_callbacks.criteria import Criterion
 from emp_callbacks.layer import Batches, Layer, Ranks, UnitLayer, WeightLayer
-from emp_callbacks.layer.features import agree_on_size
+from emp_callbacks.layer.features import agree_on_size, known_size
+from emp_callbacks.layer.shared_sums import sum_together, together
 from emp_callbacks.targets.features import FeatureSite
 from emp_callbacks.targets.forward_site import ForwardSite
 from emp_callbacks.targets.positions import check_positions
@@ -130,12 +131,17 @@ class Evidence:
     def _begin(self, batch: int) -> None:
         """Open a batch; the others are over on every rank, so that old ones can be folded. Collective now and then."""
         if len(self.batches) >= KEPT_APART:
-            for layer in self._layers:
-                layer.fold(self.batches)
+            self._fold()
             self.folded += len(self.batches)
             self.batches.clear()
         self.batches.append(batch)
         self._gathered.clear()
+
+    def _fold(self) -> None:
+        def work(i: int) -> None:
+            self._layers[i].fold(self.batches)
+
+        together([layer.asking for layer in self._layers], work, self._ranks)
 
     def release(self) -> None:
         """Forget what was gathered."""
@@ -156,19 +162,25 @@ class Evidence:
         """
         if self._ranks.world_size == 1:
             return
-        for layer in self._layers:
-            if isinstance(layer, UnitLayer):
-                zeros = torch.zeros(layer.units, dtype=torch.float64)
-                sums = {batch: self._ranks.all_sum(layer.gathered.get(batch, zeros).cpu()) for batch in self.batches}
-                layer.gathered = sums if self._ranks.rank == 0 else {}
-        for site in self._sites:
-            # A rank that saw nothing of a module holds no sums of it; whether any holds some must be agreed first.
-            seen = bool(self._ranks.all_sum(torch.tensor(len(site.sums))))
+        first = self._ranks.rank == 0
+        units = [layer for layer in self._layers if isinstance(layer, UnitLayer)]
+        for layer, sums in zip(units, sum_together([self._apart(layer) for layer in units], self._ranks), strict=True):
+            layer.gathered = {batch: sums[str(batch)] for batch in self.batches} if first else {}
+        # A rank that saw nothing of a module holds no sums of it; whether any holds some must be agreed first.
+        known = [known_size(site) if isinstance(site, FeatureSite) else {} for site in self._sites]
+        seen = [{"seen": torch.tensor(len(site.sums)), **size} for site, size in zip(self._sites, known, strict=True)]
+        agreed = sum_together(seen, self._ranks)
+        for site, sums in zip(self._sites, agreed, strict=True):
             if isinstance(site, FeatureSite):
-                agree_on_size(site, self._ranks)
-            sums_of_site = site.statistics() if seen else {}
-            total = {key: self._ranks.all_sum(value) for key, value in sorted(sums_of_site.items())}
-            site.sums = total if self._ranks.rank == 0 else {}
+                agree_on_size(site, sums, self._ranks)
+        own = [site.statistics() if sums["seen"] else {} for site, sums in zip(self._sites, agreed, strict=True)]
+        for site, total in zip(self._sites, sum_together(own, self._ranks), strict=True):
+            site.sums = total if first else {}
+
+    def _apart(self, layer: UnitLayer) -> Tensors:
+        """Return this rank's sums of every batch, by its number."""
+        zeros = torch.zeros(layer.units, dtype=torch.float64)
+        return {str(batch): layer.gathered.get(batch, zeros).cpu() for batch in self.batches}
 
     def tensors(self) -> Tensors:
         """Return what this rank has gathered, by name; `restore` reads it."""

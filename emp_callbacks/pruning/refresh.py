@@ -12,10 +12,11 @@ from emp_callbacks.backends import Backend
 from emp_callbacks.core.chunks import count_true, gather_rows
 from emp_callbacks.core.masked_values import zero_pruned
 from emp_callbacks.criteria import Criterion
-from emp_callbacks.layer import Layer, MissingEvidence
-from emp_callbacks.layer.base import nothing_passed
-from emp_callbacks.layer.features import agree_on_size
+from emp_callbacks.layer import Layer, MissingEvidence, Ranks
+from emp_callbacks.layer.base import PASSED_IN_EVAL, nothing_passed, seen_by
+from emp_callbacks.layer.features import agree_on_size, known_size
 from emp_callbacks.layer.mask_mode import MaskMode
+from emp_callbacks.layer.shared_sums import sum_together, together
 from emp_callbacks.pruning.accounting import (
     MaskCounts,
     check_ranks_agree,
@@ -65,12 +66,12 @@ def refresh_masks(
         MissingEvidence: There is none for any layer; no mask was changed.
         RuntimeError: Ranks disagree; no mask was changed.
     """
-    found = scores_of(layers, criterion)
+    found = scores_of(layers, criterion, backend)
     nothing = [scores for scores in found if isinstance(scores, MissingEvidence)]
     if len(nothing) == len(found):
         raise nothing[0]
     if mode.name == "freeze" and nothing:
-        found = [_or_frozen(scores, layer, backend) for scores, layer in zip(found, layers, strict=True)]
+        found = _or_frozen(found, layers, backend)
     pairs = list(zip(layers, found, strict=True))
     known = [(layer, scores) for layer, scores in pairs if isinstance(scores, Tensor)]
     missing = {layer.name: error for layer, error in pairs if isinstance(error, MissingEvidence)}
@@ -92,16 +93,17 @@ def refresh_masks(
     return [rows[layer.name] for layer in layers]
 
 
-def scores_of(layers: Sequence[Layer], criterion: Criterion) -> list[Tensor | MissingEvidence]:
+def scores_of(layers: Sequence[Layer], criterion: Criterion, ranks: Ranks) -> list[Tensor | MissingEvidence]:
     """Return each layer's scores, or what says why it has none. Collective: all ranks have them or none."""
-    found: list[Tensor | MissingEvidence] = []
-    for layer in layers:
+
+    def work(i: int) -> Tensor | MissingEvidence:
         try:
-            layer.meet()
-            found.append(criterion.score(layer))
+            layers[i].meet()
+            return criterion.score(layers[i])
         except MissingEvidence as error:
-            found.append(error)
-    return found
+            return error
+
+    return together([layer.asking for layer in layers], work, ranks)
 
 
 def _refresh_scored(
@@ -127,7 +129,9 @@ def _refresh_scored(
         return mode.merge(layers[i].mask, decision.mask(i))
 
     check_ranks_agree(decisions, new_mask, layers, backend, common["step"])
-    certificates = certify(decisions, scored, new_mask, layers, criterion) if certified else Certificates({}, {})
+    certificates = (
+        certify(decisions, scored, new_mask, layers, criterion, backend) if certified else Certificates({}, {})
+    )
     states = {
         id(weight): backend.optimizer_states(weight.segment) if mode.clears_states else []
         for layer in layers
@@ -181,7 +185,7 @@ def selections_of(
     Raises:
         MissingEvidence: There is none for any layer.
     """
-    found = scores_of(layers, criterion)
+    found = scores_of(layers, criterion, backend)
     nothing = [scores for scores in found if isinstance(scores, MissingEvidence)]
     if len(nothing) == len(found):
         raise nothing[0]
@@ -191,15 +195,15 @@ def selections_of(
     n = sum(layer.span.size for layer in layers)
 
     def select(rule: KeepRule) -> Selection:
-        masks, pruned = {}, 0
+        masks, pruned = {}, []
         for decision in decide(scored, scope, rule, backend, step=0):
             for i in decision.members:
                 mask, before = decision.mask(i), known[i].mask
-                pruned += int(backend.all_sum(count_true(~mask.reshape(-1)[scored[i].span.counted]).cpu()))
+                pruned.append(count_true(~mask.reshape(-1)[scored[i].span.counted]))
                 for weight, part in zip(known[i].weights, known[i].put_mask(mask), strict=True):
                     masks[weight.name] = part
                 known[i].put_back(before, None)
-        return Selection(masks, n - pruned, n)
+        return Selection(masks, n - int(backend.all_sum(gather_rows(pruned).sum())), n)
 
     return select
 
@@ -221,14 +225,22 @@ def _own_kept(mask: Tensor, layer: Layer) -> Tensor:
     return count_true(mask.reshape(-1)[layer.span.counted]).double().reshape(1).cpu()
 
 
-def _or_frozen(scores: Tensor | MissingEvidence, layer: Layer, backend: Backend) -> Tensor | MissingEvidence:
+def _or_frozen(
+    found: Sequence[Tensor | MissingEvidence], layers: Sequence[Layer], backend: Backend
+) -> list[Tensor | MissingEvidence]:
     """Return zeros for a layer of which `freeze` has left nothing: no gradient can reach it, as is known. Collective.
 
     Of others without evidence what says so.
     """
-    if isinstance(scores, Tensor) or layer.mask is None or bool(backend.all_sum(_own_kept(layer.mask, layer))):
-        return scores
-    return torch.zeros_like(layer.mask, dtype=torch.float32)
+    nothing = torch.zeros(1, dtype=torch.float64)
+    own = gather_rows([nothing if layer.mask is None else _own_kept(layer.mask, layer) for layer in layers])
+    kept = backend.all_sum(own).flatten().tolist()
+    return [
+        scores
+        if isinstance(scores, Tensor) or layer.mask is None or count
+        else torch.zeros_like(layer.mask, dtype=torch.float32)
+        for scores, layer, count in zip(found, layers, kept, strict=True)
+    ]
 
 
 def refresh_dynamic(
@@ -247,12 +259,13 @@ def refresh_dynamic(
     Raises:
         MissingEvidence: Nothing passed any site; nothing was changed.
     """
-    sums = [_sums_over_ranks(site, backend) for site in sites]
-    seen = [(site, found) for site, found in zip(sites, sums, strict=True) if any(found.values())]
+    sums = _sums_over_ranks(sites, backend)
+    numbers = [{key: float(value) for key, value in found.items() if key != PASSED_IN_EVAL} for found in sums]
+    seen = [(site, found) for site, found in zip(sites, numbers, strict=True) if any(found.values())]
     silent = [
-        nothing_passed(site.name, site, backend, f"nothing passed {site.name!r} since the last refresh")
-        for site, found in zip(sites, sums, strict=True)
-        if not any(found.values())
+        nothing_passed(site.name, found, f"nothing passed {site.name!r} since the last refresh")
+        for site, found, own in zip(sites, sums, numbers, strict=True)
+        if not any(own.values())
     ]
     if not seen:
         raise silent[0]
@@ -262,11 +275,15 @@ def refresh_dynamic(
     return [with_note(event, unscored_note(silent, "not in these numbers")) if silent else event]
 
 
-def _sums_over_ranks(site: DynamicSite, backend: Backend) -> dict[str, float]:
-    """Return a site's statistics over all ranks; empty where no rank called the module. Collective."""
-    if isinstance(site, FeatureSite) and agree_on_size(site, backend) is None:
-        return {}
-    return {key: float(backend.all_sum(value)) for key, value in sorted(site.statistics().items())}
+def _sums_over_ranks(sites: Sequence[DynamicSite], backend: Backend) -> list[dict[str, Tensor]]:
+    """Return what `seen_by` says of each site, over all ranks; no statistics where no rank called it. Collective."""
+    sizes = sum_together([known_size(site) if isinstance(site, FeatureSite) else {} for site in sites], backend)
+    called = [
+        not isinstance(site, FeatureSite) or agree_on_size(site, sums, backend) is not None
+        for site, sums in zip(sites, sizes, strict=True)
+    ]
+    own = [seen_by(site, called=known) for site, known in zip(sites, called, strict=True)]
+    return sum_together(own, backend)
 
 
 def _shifted(scores: Sequence[Tensor], scope: str, backend: Backend) -> list[Tensor]:

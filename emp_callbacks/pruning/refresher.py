@@ -207,7 +207,7 @@ class Refresher:
             )
         self.criterion.batches = self.evidence.gathered()
         with dense_owners:
-            found = dict(zip(self.layers, scores_of(self.layers, self.criterion), strict=True))
+            found = dict(zip(self.layers, scores_of(self.layers, self.criterion, self._backend), strict=True))
             if all(isinstance(scores, MissingEvidence) for scores in found.values()):
                 raise next(error for error in found.values() if isinstance(error, MissingEvidence))
             return {layer.name: s.detach().abs() for layer, s in found.items() if isinstance(s, Tensor)}

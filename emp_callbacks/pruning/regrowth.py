@@ -11,6 +11,7 @@ from torch import Tensor
 
 from emp_callbacks.criteria import Criterion
 from emp_callbacks.layer import Layer, MissingEvidence, Ranks
+from emp_callbacks.layer.shared_sums import together
 from emp_callbacks.pruning.decision import decide
 from emp_callbacks.pruning.groups import Decision, KeepRule, Scored
 
@@ -55,7 +56,7 @@ class Regrowth:
         total = {name: max(1, math.floor(rule.of_group(name).density * n + 1e-6)) for name, n in sizes.items()}  # type: ignore[operator]
         masks = [layer.mask_or_ones for layer in layers]
         kept = [Scored(one.span, _where(mask, one.scores)) for one, mask in zip(scored, masks, strict=True)]
-        growth = self._scores(layers)
+        growth = self._scores(layers, ranks)
         fewer = {
             name: keep if name in growth and growth[name] is None else max(1, round((1 - self.fraction) * keep))
             for name, keep in total.items()
@@ -71,18 +72,21 @@ class Regrowth:
         grown = decide(others, scope, _exactly(lacking, sizes), ranks, step)
         return [_both(old, new, staying, lacking[old.group]) for old, new in zip(stay, grown, strict=True)]
 
-    def _scores(self, layers: Sequence[Layer]) -> dict[str, Tensor | None]:
+    def _scores(self, layers: Sequence[Layer], ranks: Ranks) -> dict[str, Tensor | None]:
         """Return what the growth criterion says of each layer, by name; None where it knows nothing. Collective."""
-        found: dict[str, Tensor | None] = {}
-        missing: MissingEvidence | None = None
-        for layer in layers:
+
+        def work(i: int) -> Tensor | MissingEvidence:
             try:
-                found[layer.name] = self.criterion.score(layer).abs()
+                return self.criterion.score(layers[i]).abs()
             except MissingEvidence as error:
-                found[layer.name], missing = None, error
-        if missing is not None and all(scores is None for scores in found.values()):
-            raise missing
-        return found
+                return error
+
+        found = together([layer.asking for layer in layers], work, ranks)
+        missing = [scores for scores in found if isinstance(scores, MissingEvidence)]
+        if missing and len(missing) == len(found):
+            raise missing[-1]
+        named = zip(layers, found, strict=True)
+        return {layer.name: scores if isinstance(scores, Tensor) else None for layer, scores in named}
 
 
 def _where(mask: Tensor, scores: Tensor) -> Tensor:
