@@ -18,4 +18,5 @@ def on_host(where: Tensor | torch.device) -> bool:
 
 def is_captured() -> bool:
     """Return whether what runs now is recorded into a CUDA graph, whose replays run no Python."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return initialized and torch.cuda.is_current_stream_capturing()

@@ -1,10 +1,12 @@
 """Dense values on an accelerator: where they are, who else holds the memory, what is written in between."""
 
 import copy
+import os
 
 import pytest
 import torch
 from torch import nn
+from triton.runtime.interpreter import InterpreterBuilder
 
 from emp_callbacks import EMPPruner
 from emp_callbacks.core import device
@@ -233,22 +235,55 @@ def test_hiding_twice_is_once():
         assert all(same(p, d) for p, d in zip(owners, dense, strict=True))
 
 
-BYTES = {  # of memory for each fp32 weight, mask and store
-    "freeze": 1.0,
-    "rewire": 1.0,
-    "project": 1.0,
-    "feedback": 5.002,
-}
+MEMORY = {"freeze": 1.0, "rewire": 1.0, "project": 1.0, "feedback": 5.002}
+"""Bytes held for each fp32 weight: mask and store. docs/modes say them."""
+TRAFFIC = {"freeze": 5.0, "rewire": 12.0, "project": 0.0, "feedback": 13.0}
+"""Bytes that the launches of one step move for each fp32 weight, at density 0.5 in `rewire`.
+
+In `freeze` the arrival of a gradient moves 9 more."""
 
 
-@pytest.mark.parametrize("mode", BYTES)
-def test_what_a_mode_holds_for_each_weight(mode):
-    net = nn.Linear(512, 512, bias=False)
-    settings = {"mode": mode} | ({"density": 0.5} if mode == "rewire" else {})
-    pruner = EMPPruner(net, torch.optim.SGD(net.parameters(), lr=0.1), **settings)
+def begun(mode, settings):
+    net = nn.Sequential(nn.Linear(512, 512, bias=False), nn.Linear(512, 128, bias=False))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    pruner = EMPPruner(net, optimizer, mode=mode, **settings)
     pruner.refresh()
-    (weight,) = pruner._weights
+    return net, optimizer, pruner
+
+
+SETTINGS = {"rewire": {"density": 0.5}}
+
+
+@pytest.mark.parametrize("mode", MEMORY)
+def test_what_a_mode_holds_for_each_weight(mode):
+    _, _, pruner = begun(mode, SETTINGS.get(mode, {}))
+    weight = pruner._weights[0]
     buffer = weight.store.buffer
     held = [weight.mask] if buffer is None else [weight.mask, buffer.dense, buffer.sums]
-    assert sum(tensor.nbytes for tensor in held) / weight.weight.numel() == pytest.approx(BYTES[mode], abs=1e-4)
+    assert sum(tensor.nbytes for tensor in held) / weight.weight.numel() == pytest.approx(MEMORY[mode], abs=1e-4)
     assert weight.store.packed is None
+
+
+@pytest.mark.parametrize("mode", TRAFFIC)
+def test_what_a_step_moves_for_each_weight(mode, path, monkeypatch):
+    if os.environ["EMP_TRITON"] == "0":
+        pytest.skip("Triton's kernels")
+    net, optimizer, _pruner = begun(mode, SETTINGS.get(mode, {}))
+    net(torch.ones(1, 512)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    moved = []
+
+    def counting(inner, mask_at):
+        def counted(builder, pointers, *args):
+            moved.append(int(args[mask_at].data.sum()) * pointers.get_element_ty().primitive_bitwidth // 8)
+            return inner(builder, pointers, *args)
+
+        return counted
+
+    for name, mask_at in (("create_masked_load", 0), ("create_masked_store", 1)):
+        monkeypatch.setattr(InterpreterBuilder, name, counting(getattr(InterpreterBuilder, name), mask_at))
+    net(torch.ones(1, 512)).sum().backward()
+    assert not moved, "what arrives is masked by torch's own kernel"
+    optimizer.step()
+    assert sum(moved) / sum(p.numel() for p in net.parameters()) == pytest.approx(TRAFFIC[mode], abs=0.05)
