@@ -1,5 +1,6 @@
 """What holds for every test: tests/process_guard.py watches, tests/extensions.py builds what DeepSpeed needs."""
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -31,3 +32,12 @@ def shm_comm(pytestconfig):
     build.make_ready()
     if build.failure:
         pytest.fail(build.failure, pytrace=False)
+
+
+@pytest.fixture(params=["cpu", "accelerator"])
+def either_path(request):
+    """Run a test on a CPU's own path and, with the same tensors, on an accelerator's; the name of which."""
+    from tests.accelerator import accelerator_path
+
+    with accelerator_path() if request.param == "accelerator" else contextlib.nullcontext():
+        yield request.param

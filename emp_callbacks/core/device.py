@@ -14,3 +14,9 @@ def on_host(where: Tensor | torch.device) -> bool:
     The one place that tells devices apart: with another answer the path of accelerators runs on a CPU's tensors.
     """
     return (where.device if isinstance(where, Tensor) else where).type in _AT_ONCE
+
+
+def is_captured() -> bool:
+    """Return whether what runs now is recorded into a CUDA graph, whose replays run no Python."""
+    initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return initialized and torch.cuda.is_current_stream_capturing()

@@ -44,6 +44,7 @@ class Observer(ForwardSite):
         if torch.compiler.is_compiling():
             watched: Tensor = watch(values, values.detach(), self.positions, self._number, False)
             return watched
+        self._refuse_recording(steady=False)
         self.see_forward(values, self.positions)
         return values
 

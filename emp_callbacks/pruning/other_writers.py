@@ -139,7 +139,7 @@ class OtherWriters:
         for weight in weights:
             _follow_the_model(weight)
             if (lost := self._mode.notice_late(weight)) is not None:
-                self._lost_late[weight.name] = lost + self._lost_late.get(weight.name, 0)
+                self._lost_late.setdefault(weight.name, lost)  # what is said is how many the first time
 
     def _say_what_is_lost(self) -> None:
         lost, self._lost = self._lost, {}

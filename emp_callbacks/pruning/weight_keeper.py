@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from emp_callbacks.backends import Backend
+from emp_callbacks.core.device import is_captured
 from emp_callbacks.layer.mask_mode import MaskMode
 from emp_callbacks.layer.masked_weight import MaskedWeight
 from emp_callbacks.pruning.load_hook import LoadHook
@@ -157,7 +158,16 @@ class WeightKeeper:
         self._begun = True
 
     def before_update(self, owners: Sequence[Tensor]) -> None:
-        """Called by the backend when gradients are ready and the update comes next."""
+        """Called by the backend when gradients are ready and the update comes next.
+
+        Raises:
+            RuntimeError: The step is recorded into a CUDA graph.
+        """
+        if is_captured():
+            raise RuntimeError(
+                "an optimizer step of pruned weights is recorded into a CUDA graph: its replays would neither count "
+                "steps nor refresh masks. Record forward and backward only, and call optimizer.step() itself"
+            )
         weights = [*self._of(owners)]
         self._writers.before_update(weights, again=self._begun)  # all before the first is changed: see there
         self._begun = False
@@ -187,6 +197,11 @@ class WeightKeeper:
             yield from self._by_owner.get(id(owner), ())
 
     def _mask_gradient(self, parameter: nn.Parameter) -> None:
+        if is_captured():
+            raise RuntimeError(
+                "a backward pass of pruned weights is recorded into a CUDA graph: its replays would mask gradients by "
+                "the masks of today after a refresh. Use torch.cuda.make_graphed_callables, which leaves that out"
+            )
         weights = self._by_owner[id(parameter)]
         self._mode.mask_gradients(weights)
         if self._backend.world_size == 1:  # else ranks sum it into the same memory, which leaves no trace

@@ -70,6 +70,7 @@ class EdgeSite(ForwardSite):
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:  # noqa: ARG002
         self._end()
+        self._refuse_recording(steady=False)
         if not (self.active or self._gathers):
             return None
         padded = _padded(args, kwargs)

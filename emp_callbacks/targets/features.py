@@ -155,6 +155,7 @@ class FeatureSite(ForwardSite):
 
     def _seen(self, activation: Tensor, positions: Tensor | None) -> Tensor | None:
         """Gather, if it is time to, and return the activation masked; None where nothing is changed."""
+        self._refuse_recording(steady=self.mask is not None and not self.observing)
         layout = feature_layout(self.form, activation.shape, self.name)
         if layout.number() != self.size or activation.device != self._device:
             self._meet(activation, layout)
@@ -218,9 +219,8 @@ class FeatureSite(ForwardSite):
         return masked
 
     def _masked(self, activation: Tensor, layout: FeatureLayout, mask: Tensor) -> Tensor:
-        viewed = activation.reshape(layout.view)
         fill = 0.0 if self._mean is None else layout.spread(self._mean).to(activation.dtype)
-        return self._passed(activation, replace_pruned(viewed, layout.spread(mask), fill))
+        return self._passed(activation, replace_pruned(activation.reshape(layout.view), layout.spread(mask), fill))
 
     def _passed(self, activation: Tensor, masked: Tensor) -> Tensor:
         """Return the masked activation as the module gives it, with the gradient that the form asks for."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from emp_callbacks.core.device import is_captured
 from emp_callbacks.core.effective_number import score_moments
 from emp_callbacks.core.row_selection import top_rows
 from emp_callbacks.targets.compiled_site import let_compiled_code_see_hooks, number_of
@@ -120,6 +121,19 @@ class ForwardSite(ABC):
     @abstractmethod
     def _register(self) -> list[RemovableHandle]:
         """Register the hooks and return their handles."""
+
+    def _refuse_recording(self, *, steady: bool) -> None:
+        """Raise RuntimeError where a CUDA graph would replay what changes by then: a choice's rule, what is gathered.
+
+        Args:
+            steady: Whether nothing does, so that it may be recorded.
+        """
+        if not steady and not torch.compiler.is_compiling() and is_captured():
+            raise RuntimeError(
+                f"the forward pass of {self.name!r} is recorded into a CUDA graph, whose replays would gather nothing "
+                "and miss the next refresh: record it with static features after the first refresh and outside of "
+                "the window in which evidence is gathered, or not at all"
+            )
 
     def _sum(self, key: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
         total = self._sums.get(key)

@@ -9,6 +9,7 @@ from torch import nn
 
 from emp_callbacks import EMPPruner, emp_mask
 
+pytestmark = pytest.mark.usefixtures("either_path")
 STEPS, EVERY = 9, 3
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01),

@@ -12,6 +12,8 @@ from emp_callbacks import EMPPruner
 
 MODES = ["feedback", "project", "freeze"]
 
+pytestmark = pytest.mark.usefixtures("either_path")
+
 
 def net_of(seed=0):
     torch.manual_seed(seed)

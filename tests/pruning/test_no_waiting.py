@@ -3,6 +3,8 @@
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from emp_callbacks import EMPPruner
 from emp_callbacks.layer.mask_mode import Freeze
@@ -74,7 +76,8 @@ def backward(net, at):
 def step(net, optimizer, pruner, at, clip=None):
     backward(net, at)
     if clip is not None:
-        nn.utils.clip_grad_norm_(net.parameters(), clip)
+        with _disable_current_modes():  # under them torch counts no writes of its foreach operators
+            nn.utils.clip_grad_norm_(net.parameters(), clip)
     optimizer.step()
     events = pruner.step()
     optimizer.zero_grad()
@@ -110,6 +113,35 @@ def test_steps_between_refreshes_wait_for_nothing_and_equal_those_of_a_cpu(setti
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.dtype == theirs.dtype
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("mode", ["feedback", "freeze"])
+def test_averages_are_updated_without_waiting(mode):
+    with accelerator_path():
+        net, optimizer, pruner = begin({"mode": mode}, every=100)
+        average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+        pruner.add_average(average)
+        step(net, optimizer, pruner, 0)
+        pruner.refresh()
+        average.update_parameters(net)
+        with no_waiting():
+            step(net, optimizer, pruner, 1)
+            average.update_parameters(net)
+        assert all(bool((average.module.get_parameter(n)[~m] == 0).all()) for n, m in pruner.masks.items())
+
+
+def test_values_that_something_else_writes_at_every_step_cost_no_wait():
+    with accelerator_path():
+        for mode in ("feedback", "freeze", "rewire"):
+            net, optimizer, pruner = begin({"mode": mode} | ({"density": 0.4} if mode == "rewire" else {}), every=100)
+            step(net, optimizer, pruner, 0)
+            pruner.refresh()
+            with no_waiting():
+                for at in (1, 2):
+                    with torch.no_grad():
+                        for p in net.parameters():
+                            p.clamp_(-0.1, 0.1)
+                    step(net, optimizer, pruner, at)
 
 
 PLANTS = [

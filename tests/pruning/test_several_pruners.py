@@ -9,6 +9,8 @@ from torch.nn.utils import prune
 
 from emp_callbacks import EMPPruner
 
+pytestmark = pytest.mark.usefixtures("either_path")
+
 
 def net_of():
     torch.manual_seed(0)
