@@ -57,25 +57,18 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from scratch_memory import in_fresh_process, paper_memory, refresh_memory
-from timing import Contestant, in_turn, machine, medians
+from timing import Contestant, Row, in_turn, machine, medians, row
 from torch import Tensor
 
 from emp_callbacks.core.threshold import SAMPLE
 
 Part = dict[str, Any]
-Row = dict[str, Any]
 
 OURS: dict[str, dict[str, Any]] = {
     "refresh": {"mode": "project"},
     "refresh, feedback": {"mode": "feedback"},
     "refresh, observe_only": {"observe_only": True},
 }
-
-
-def row(what: str, value: float, target: float | None = None, *, at_least: bool = False, unit: str = "x") -> Row:
-    """Return one figure beside its target."""
-    met = None if target is None else value >= target if at_least else value <= target
-    return {"what": what, "value": value, "unit": unit, "target": target, "at_least": at_least, "met": met}
 
 
 # ---- seconds on the same weights ------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+Row = dict[str, Any]
+
 
 def nothing() -> None:
     """Prepare nothing."""
@@ -57,6 +59,12 @@ def ratio_of_medians(above: Sequence[float], below: Sequence[float]) -> dict[str
     low, high = np.percentile(upper / lower, [2.5, 97.5])
     upper, lower = np.median(times, axis=1)
     return {"ratio": float(upper / lower), "low": float(low), "high": float(high)}
+
+
+def row(what: str, value: float, target: float | None = None, *, at_least: bool = False, unit: str = "x") -> Row:
+    """Return one figure beside its target."""
+    met = None if target is None else value >= target if at_least else value <= target
+    return {"what": what, "value": value, "unit": unit, "target": target, "at_least": at_least, "met": met}
 
 
 def machine() -> dict[str, Any]:

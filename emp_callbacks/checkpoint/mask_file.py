@@ -36,7 +36,8 @@ from emp_callbacks.checkpoint.state import (
 )
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.layer import Layer
-from emp_callbacks.layer.mask_mode import MaskedWeight, MaskMode
+from emp_callbacks.layer.mask_mode import MaskMode
+from emp_callbacks.layer.masked_weight import MaskedWeight
 from emp_callbacks.schedule import Clock
 from emp_callbacks.targets.forward_site import ForwardSite
 

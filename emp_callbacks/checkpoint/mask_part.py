@@ -24,7 +24,7 @@ from emp_callbacks.checkpoint.state import FoundMask
 from emp_callbacks.checkpoint.tensor_file import write_tensors
 from emp_callbacks.core.packing import pack_bits, unpack_bits
 from emp_callbacks.layer import Layer
-from emp_callbacks.layer.mask_mode import MaskedWeight
+from emp_callbacks.layer.masked_weight import MaskedWeight
 
 _ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.uint8)  # bits set in a byte
 _EVIDENCE = "evidence/"

@@ -13,7 +13,8 @@ from emp_callbacks.checkpoint.evidence import check_evidence, damaged
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.core.packing import pack_bits, unpack_bits
 from emp_callbacks.layer import FeatureLayer, Layer, UnitLayer, WeightLayer
-from emp_callbacks.layer.mask_mode import MaskedWeight, MaskMode
+from emp_callbacks.layer.mask_mode import MaskMode
+from emp_callbacks.layer.masked_weight import MaskedWeight
 from emp_callbacks.schedule import Clock
 from emp_callbacks.targets import few
 from emp_callbacks.targets.forward_site import ForwardSite

@@ -1,11 +1,12 @@
-"""The lowest kept score of one group, exact and without a sort: by value, and of equal scores by lowest index.
+"""The lowest kept score of groups, exact and without a sort: by value, and of equal scores by lowest index.
 
 A sample brackets the nu-th highest score; one pass counts the scores above the bracket and takes out the few inside
 it; the nu-th is selected among these. Where the bracket missed, or holds too many, it is selected among all. What is
 counted are integers, so the answer does not depend on chunk size, order or number of ranks.
 
 A non-negative IEEE float and its bit pattern read as an integer have the same order. The selection therefore counts
-the leading bits in histograms, digit by digit (radix select), which add over ranks.
+the leading bits in histograms, digit by digit (radix select), which add over ranks. All groups are searched together:
+the number of sums over ranks does not depend on how many there are.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -33,6 +35,9 @@ from emp_callbacks.core.chunks import (
 
 AllSum = Callable[[Tensor], Tensor]
 DIGIT_BITS = 11  # 2048 bins of int64: 16 KiB to communicate per round
+NARROW_DIGIT_BITS = 8  # of each of many groups 2 KiB
+MANY_GROUPS = 8
+ALL_TIES = torch.iinfo(torch.int64).max // 2
 SAMPLE = 1 << 18  # scores of a group that bracket its threshold; below four times as many, all are looked at
 GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples, modulo 1, spread most evenly
 DEVIATIONS = 4.0  # of the sample's rank to each side of the threshold: a random order misses once in 10,000 times
@@ -59,15 +64,6 @@ class ScoredPart(NamedTuple):
         if isinstance(self.positions, int):
             return min(max(position - self.positions + 1, 0), self.scores.numel())
         return int(torch.searchsorted(self.positions, position, right=True))
-
-    @property
-    def end(self) -> int:
-        """One more than the highest group position; 0 if there are no elements."""
-        if not self.scores.numel():
-            return 0
-        return 1 + (
-            self.positions + len(self.scores) - 1 if isinstance(self.positions, int) else int(self.positions[-1])
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,63 +101,95 @@ def _value(key: int, dtype: torch.dtype) -> float:
     return float(from_bits(torch.tensor(key), dtype))
 
 
-class _Found(NamedTuple):
-    """The lowest kept score, how many scores equal to it are kept, how many there are, and where.
+class Group(NamedTuple):
+    """Scores that compete.
 
-    `ties_of` counts them in each chunk of this rank's tensors, shape (chunks,), int64, on the CPU.
+    Attributes:
+        parts: What this rank counts of them; over all ranks the parts cover the group once. May be empty.
+        size: Number of scores of the group, over all ranks.
+        keep: How many are kept: between 1 and the number of scores that are not 0.
     """
 
-    key: int
-    missing: int
-    ties: int
-    ties_of: Callable[[], Tensor]
+    parts: Sequence[ScoredPart]
+    size: int
+    keep: int
+
+    @property
+    def scores(self) -> list[Tensor]:
+        """The scores of the parts, each flat."""
+        return [part.scores for part in self.parts]
 
 
-def find_threshold(
-    parts: Sequence[ScoredPart], keep: int, dtype: torch.dtype, all_sum: AllSum = local_sum
-) -> Threshold:
-    """Return the threshold that keeps exactly `keep` scores of a group. Collective through `all_sum`.
+def find_threshold(parts: Sequence[ScoredPart], keep: int, dtype: torch.dtype) -> Threshold:
+    """Return the threshold that keeps exactly `keep` scores of one group, all of which is here; see `Group`."""
+    return find_thresholds([Group(parts, sum(part.scores.numel() for part in parts), keep)], dtype)[0]
+
+
+def find_thresholds(groups: Sequence[Group], dtype: torch.dtype, all_sum: AllSum = local_sum) -> list[Threshold]:
+    """Return the threshold that keeps exactly `keep` scores of each group. Collective through `all_sum`.
 
     Args:
-        parts: What this rank counts of the group; over all ranks the parts cover it once. May be empty.
-        keep: Between 1 and the number of scores of the group that are not 0.
+        groups: The same on every rank but for the parts.
         dtype: The same on every rank, see `key_dtype`.
         all_sum: Returns the sum of an int64 tensor over all ranks.
     """
-    scores = [part.scores for part in parts]
-    found = _in_bracket(scores, keep, dtype, all_sum) or _among_all(scores, keep, dtype, all_sum)
-    if found.missing == found.ties:
-        return Threshold(found.key, torch.iinfo(torch.int64).max // 2, dtype)
-    return Threshold(found.key, _nth_tie(parts, found, dtype, all_sum), dtype)
+    if not groups:
+        return []
+    inside = [group.scores for group in groups]
+    need = torch.tensor([group.keep for group in groups])
+    known: dict[int, _Divided] = {}
+    for g, divided in _around_samples(groups, dtype, all_sum).items():
+        above, within, taken = divided.sums.tolist()
+        is_single = divided.low == divided.high
+        if above < groups[g].keep <= above + within and (is_single or taken == within):
+            known[g] = divided
+            inside[g] = [] if is_single else divided.taken
+            need[g] -= above
+    keys, missing, ties = _kth_highest(inside, need, dtype, all_sum)
+    for g, divided in known.items():
+        if divided.low == divided.high:
+            keys[g], missing[g], ties[g] = divided.low, need[g], divided.sums[1]
+    cut = (missing < ties).nonzero().flatten().tolist()
+    values = {g: _value(int(keys[g]), dtype) for g in cut}
+    counts = {g: _ties_of_chunks(groups[g], values[g], known.get(g), dtype) for g in cut}
+    tied = [_Tied(groups[g], values[g], int(missing[g]), counts[g]) for g in cut]
+    last_tie = dict(zip(cut, _last_ties(tied, all_sum), strict=True))
+    return [Threshold(key, last_tie.get(g, ALL_TIES), dtype) for g, key in enumerate(keys.tolist())]
 
 
 # ---- in a bracket ---------------------------------------------------------------------------------------------------
 
 
-def _in_bracket(scores: Sequence[Tensor], keep: int, dtype: torch.dtype, all_sum: AllSum) -> _Found | None:
-    """Return the keep-th highest score where a bracket around it holds few; None where it has to be looked for."""
-    size = int(all_sum(torch.tensor([sum(values.numel() for values in scores)]))[0])
-    if size < 4 * SAMPLE:
-        return None
-    sample = _join([_sample(values, size / SAMPLE).to(dtype) for values in scores])
-    low, high = _bracket(sample, keep / size, dtype, all_sum)
-    divided = _divide(scores, low, high, dtype)
-    above, within, taken = all_sum(divided.sums).tolist()
-    if not above < keep <= above + within:
-        return None
-    if low == high:
-        return _Found(low, keep - above, within, lambda: divided.within)
-    if taken < within:
-        return None
-    inside = _join(divided.taken)
-    key, missing, ties = _kth_highest([inside], keep - above, dtype, all_sum)
+class _Divided(NamedTuple):
+    """How a group's scores lie to a bracket.
 
-    def ties_of_chunks() -> Tensor:
-        ends = torch.tensor([len(values) for values in divided.taken]).cumsum(0)
-        places = (inside == _value(key, dtype)).nonzero().squeeze(1).cpu()
-        return torch.bincount(torch.searchsorted(ends, places, right=True), minlength=len(ends))
+    Attributes:
+        low: Key of the bracket's lower end.
+        high: Key of its upper end.
+        sums: Scores above it, in it, and those of the latter that were taken out; over all ranks, int64.
+        within: Scores in it of each of this rank's chunks, int64, on the CPU.
+        taken: Those of each chunk, flat.
+    """
 
-    return _Found(key, missing, ties, ties_of_chunks)
+    low: int
+    high: int
+    sums: Tensor
+    within: Tensor
+    taken: list[Tensor]
+
+
+def _around_samples(groups: Sequence[Group], dtype: torch.dtype, all_sum: AllSum) -> dict[int, _Divided]:
+    """Return how the scores of each large group lie to a bracket that very likely holds the threshold. Collective."""
+    large = [g for g, group in enumerate(groups) if group.size >= 4 * SAMPLE]
+    if not large:
+        return {}
+    samples = [
+        _join([_sample(values, groups[g].size / SAMPLE).to(dtype) for values in groups[g].scores]) for g in large
+    ]
+    brackets = _brackets(samples, [groups[g].keep / groups[g].size for g in large], dtype, all_sum)
+    divided = [_divide(groups[g].scores, *ends, dtype) for g, ends in zip(large, brackets, strict=True)]
+    sums = all_sum(torch.stack([one.sums for one in divided]))
+    return {g: one._replace(sums=total) for g, one, total in zip(large, divided, sums, strict=True)}
 
 
 def _sample(scores_n: Tensor, step: float) -> Tensor:
@@ -170,38 +198,31 @@ def _sample(scores_n: Tensor, step: float) -> Tensor:
     return scores_n.detach()[((i + i * GOLDEN % 1) * step).long()]
 
 
-def _bracket(sample: Tensor, share: float, dtype: torch.dtype, all_sum: AllSum) -> tuple[int, int]:
-    """Return the keys of two scores between which very likely lies the one that `share` of the scores reach."""
-    size = int(all_sum(torch.tensor([len(sample)]))[0])
-    margin = DEVIATIONS * math.sqrt(size * share * (1 - share)) + 1
-    lowest, highest = math.ceil(size * share + margin), math.floor(size * share - margin)
-    low, high = 1, _INFINITE[dtype]  # a score of 0 is never kept
-    if lowest <= size:
-        low = max(low, _kth_highest([sample], lowest, dtype, all_sum)[0])
-    if highest >= 1:
-        high = _kth_highest([sample], highest, dtype, all_sum)[0]
-    return low, high
+def _brackets(
+    samples: Sequence[Tensor], shares: Sequence[float], dtype: torch.dtype, all_sum: AllSum
+) -> list[tuple[int, int]]:
+    """Return the keys of two scores of each sample between which very likely lies what a share of all scores reach."""
+    sizes = all_sum(torch.tensor([len(sample) for sample in samples])).tolist()
+    ranks = []
+    for size, share in zip(sizes, shares, strict=True):
+        margin = DEVIATIONS * math.sqrt(size * share * (1 - share)) + 1
+        ranks += [math.ceil(size * share + margin), math.floor(size * share - margin)]
+    twice = [[sample] for sample in samples for _ in range(2)]
+    inside = torch.tensor([min(max(rank, 1), max(1, sizes[i // 2])) for i, rank in enumerate(ranks)])
+    keys = _kth_highest(twice, inside, dtype, all_sum)[0].tolist()
+    ends = []
+    for i, size in enumerate(sizes):
+        low = max(1, keys[2 * i]) if ranks[2 * i] <= size else 1  # a score of 0 is never kept
+        ends.append((low, keys[2 * i + 1] if ranks[2 * i + 1] >= 1 else _INFINITE[dtype]))
+    return ends
 
 
 def _join(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([values.to(tensors[0].device) for values in tensors]) if tensors else torch.zeros(0)
 
 
-class _Divided(NamedTuple):
-    """How the scores lie to a bracket, chunk by chunk.
-
-    Attributes:
-        sums: Scores above the bracket, in it, and those of the latter that were taken out; shape (3,), int64, CPU.
-        within: Scores in the bracket, shape (chunks,), int64, CPU.
-        taken: Scores in the bracket of each chunk, flat.
-    """
-
-    sums: Tensor
-    within: Tensor
-    taken: list[Tensor]
-
-
 def _divide(scores: Sequence[Tensor], low: int, high: int, dtype: torch.dtype) -> _Divided:
+    """Return how this rank's scores lie to a bracket."""
     room = sum(values.numel() for values in scores) // FEW + CHUNK if low < high else 0
     least, most, taken = _value(low, dtype), _value(high, dtype), [torch.zeros(0, dtype=dtype)]
     counts = [torch.zeros(2, dtype=dtype)]
@@ -216,44 +237,46 @@ def _divide(scores: Sequence[Tensor], low: int, high: int, dtype: torch.dtype) -
                 room -= len(taken[-1])
     above_within = gather_rows(counts).long()
     were_taken = gather_rows([torch.count_nonzero(values) for values in taken])
-    return _Divided(torch.cat([above_within.sum(0), were_taken.sum()[None]]), above_within[1:, 1], taken[1:])
+    sums = torch.cat([above_within.sum(0), were_taken.sum()[None]])
+    return _Divided(low, high, sums, above_within[1:, 1], taken[1:])
 
 
-# ---- among all ------------------------------------------------------------------------------------------------------
+# ---- by digits ------------------------------------------------------------------------------------------------------
 
 
-def _among_all(scores: Sequence[Tensor], keep: int, dtype: torch.dtype, all_sum: AllSum) -> _Found:
-    key, missing, ties = _kth_highest(scores, keep, dtype, all_sum)
-
-    def ties_of_chunks() -> Tensor:
-        value = _value(key, dtype)
-        own_chunks = (own for values in scores for _, own in magnitudes(values, dtype))
-        return gather_rows([torch.eq(own, value, out=own).sum() for own in own_chunks]).long()
-
-    return _Found(key, missing, ties, ties_of_chunks)
-
-
-def _kth_highest(scores: Sequence[Tensor], keep: int, dtype: torch.dtype, all_sum: AllSum) -> tuple[int, int, int]:
-    """Return the key of the keep-th highest of some scores, how many equal ones to keep, and how many there are."""
-    prefix, need, ties = 0, keep, 0
+def _kth_highest(
+    scores: Sequence[Sequence[Tensor]], keep_g: Tensor, dtype: torch.dtype, all_sum: AllSum
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return for each group the key of the keep-th highest, how many equal ones to keep, and how many there are."""
+    need = keep_g.clone()
+    prefix, ties = torch.zeros_like(need), torch.zeros_like(need)
     done = 63 if dtype == torch.float64 else 31  # the sign bit is 0
-    whole = done
+    most = NARROW_DIGIT_BITS if all_sum is not local_sum and len(scores) > MANY_GROUPS else DIGIT_BITS
     while done:
-        width = min(DIGIT_BITS, done)
-        shift = done - width
-        counts = torch.zeros(1 << width, dtype=torch.int64)
-        for values in scores:
-            for bits in _bits(values, dtype):
-                candidates = bits[(bits >> done) == prefix] if done < whole else bits
-                counts += torch.bincount((candidates >> shift) & ((1 << width) - 1), minlength=1 << width).cpu()
-        counts = all_sum(counts)
-        at_least = counts.flip(0).cumsum(0).flip(0)  # scores whose digit is >= the bin's
-        digit = int((at_least >= need).sum()) - 1
-        ties = int(counts[digit])
-        need -= int(at_least[digit]) - ties
+        width = min(most, done)
+        counts = all_sum(
+            torch.stack(
+                [_digits(own, start, done, width, dtype) for own, start in zip(scores, prefix.tolist(), strict=True)]
+            )
+        )
+        at_least = counts.flip(1).cumsum(1).flip(1)  # scores whose digit is >= the bin's
+        digit = ((at_least >= need[:, None]).sum(1) - 1).clamp(min=0)
+        ties = counts.gather(1, digit[:, None])[:, 0]
+        need -= at_least.gather(1, digit[:, None])[:, 0] - ties
         prefix = (prefix << width) | digit
-        done = shift
+        done -= width
     return prefix, need, ties
+
+
+def _digits(scores: Sequence[Tensor], prefix: int, done: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Return how often each digit of some bits follows a prefix, shape (2^width,), int64, on the CPU."""
+    whole, shift = 63 if dtype == torch.float64 else 31, done - width
+    counts = torch.zeros(1 << width, dtype=torch.int64)
+    for values in scores:
+        for bits in _bits(values, dtype):
+            candidates = bits[(bits >> done) == prefix] if done < whole else bits
+            counts += torch.bincount((candidates >> shift) & ((1 << width) - 1), minlength=1 << width).cpu()
+    return counts
 
 
 def _bits(scores_n: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
@@ -265,17 +288,51 @@ def _bits(scores_n: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
 # ---- among equal scores ---------------------------------------------------------------------------------------------
 
 
-def _nth_tie(parts: Sequence[ScoredPart], found: _Found, dtype: torch.dtype, all_sum: AllSum) -> int:
-    """Return the group position of the last kept score of those equal to the lowest: so many come before it."""
-    counts = torch.split(found.ties_of(), [len(list(chunks(part.scores))) for part in parts])
-    upto = [torch.cat([torch.zeros(1, dtype=torch.int64), own.cumsum(0)]) for own in counts]
-    last = 0
-    for bit in reversed(range(longest_in_bits(max((part.end for part in parts), default=0), all_sum))):
-        candidate = last | (1 << bit)
-        before = sum(_ties_before(candidate, *each, _value(found.key, dtype)) for each in zip(parts, upto, strict=True))
-        if int(all_sum(torch.tensor([before]))[0]) < found.missing:
-            last = candidate
-    return last
+class _Tied(NamedTuple):
+    """A group of whose scores equal to `value` only `missing` are kept; `counts` has them by this rank's chunks."""
+
+    group: Group
+    value: float
+    missing: int
+    counts: Tensor
+
+
+def _ties_of_chunks(group: Group, value: float, divided: _Divided | None, dtype: torch.dtype) -> Tensor:
+    """Return how many scores equal to a value lie in each of this rank's chunks, shape (chunks,), int64, on the CPU."""
+    if divided is not None and divided.low == divided.high:
+        return divided.within
+    if divided is not None:
+        ends = torch.tensor([len(values) for values in divided.taken]).cumsum(0)
+        places = (_join(divided.taken) == value).nonzero().squeeze(1).cpu()
+        return torch.bincount(torch.searchsorted(ends, places, right=True), minlength=len(ends))
+    own_chunks = (own for values in group.scores for _, own in magnitudes(values, dtype))
+    return gather_rows([torch.eq(own, value, out=own).sum() for own in own_chunks]).long()
+
+
+def _last_ties(tied: Sequence[_Tied], all_sum: AllSum) -> list[int]:
+    """Return the group position of the last kept of the equal scores: fewer than are kept lie before it. Collective."""
+    if not tied:
+        return []
+    upto = [_upto(one) for one in tied]
+    last = torch.zeros(len(tied), dtype=torch.int64)
+    missing = torch.tensor([one.missing for one in tied])
+    # Alone, each bit is one look; over ranks five bits are asked for at a time.
+    width = 1 if all_sum is local_sum else 5
+    bits = max((one.group.size - 1).bit_length() for one in tied)
+    for shift in reversed(range(0, bits, width)):
+        candidates = last[:, None] + (torch.arange(1, 1 << width) << shift)
+        before = [
+            [sum(map(partial(_ties_before, position, value=one.value), one.group.parts, of_parts)) for position in row]
+            for row, one, of_parts in zip(candidates.tolist(), tied, upto, strict=True)
+        ]
+        last += (all_sum(torch.tensor(before)) < missing[:, None]).sum(1) << shift
+    return last.tolist()
+
+
+def _upto(one: _Tied) -> list[Tensor]:
+    """Return, for each part, how many ties lie in its first chunks, shape (chunks + 1,)."""
+    counts = torch.split(one.counts, [len(list(chunks(part.scores))) for part in one.group.parts])
+    return [torch.cat([torch.zeros(1, dtype=torch.int64), own.cumsum(0)]) for own in counts]
 
 
 def _ties_before(position: int, part: ScoredPart, upto: Tensor, value: float) -> int:
@@ -286,10 +343,3 @@ def _ties_before(position: int, part: ScoredPart, upto: Tensor, value: float) ->
     if count == whole * length or int(upto[whole + 1]) == before:
         return before
     return before + int((part.scores[whole * length : count].detach().abs() == value).sum())
-
-
-def longest_in_bits(number: int, all_sum: AllSum) -> int:
-    """Return the length in bits of the highest `number` of any rank, found by summing one-hot lengths."""
-    lengths = torch.zeros(64, dtype=torch.int64)
-    lengths[number.bit_length()] = 1
-    return int(all_sum(lengths).nonzero().max())

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from emp_callbacks.layer.mask_mode import MaskedWeight
+from emp_callbacks.layer.masked_weight import MaskedWeight
 from emp_callbacks.layer.observers import Observer
 from emp_callbacks.layer.segment import Span
 from emp_callbacks.layer.shared_sums import Asking, Parts, Ranks

@@ -12,7 +12,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from emp_callbacks.core.bit_patterns import as_bits
 from emp_callbacks.core.device import on_host
-from emp_callbacks.core.masked_values import put_pruned, take_pruned, zero_pruned
+from emp_callbacks.core.masked_values import (
+    is_dense,
+    put_dense,
+    put_pruned,
+    take_pruned,
+    zero_pruned,
+)
+from emp_callbacks.layer.dense_buffer import DenseBuffer
 from emp_callbacks.layer.segment import Segment
 
 _SAMPLES = 4096  # a look at them takes a CPU some microseconds
@@ -34,8 +41,9 @@ class DenseStore:
     Attributes:
         members: Whose masks are in force: kept is what all of them keep. One that is through stays until all are.
         modes: Mode of each member that is still at work, by its id.
-        stash: Dense values of what `hidden_by` prunes in flat order; None while the part itself holds them.
-        hidden_by: The mask with which they were taken out.
+        hidden_by: The mask that hides values now; None while the part itself holds the dense values.
+        packed: On a CPU, the dense values of what `hidden_by` prunes in flat order.
+        buffer: On an accelerator, all dense values, which it holds no more than stale ones while nothing is hidden.
         written: What something else wrote under masks since the last update, with each mask, oldest first: a checkpoint
             whose weights are loaded before its own masks finds its values there.
     """
@@ -43,8 +51,9 @@ class DenseStore:
     def __init__(self) -> None:
         self.members: list[Member] = []
         self.modes: dict[int, str] = {}
-        self.stash: Tensor | None = None
         self.hidden_by: Tensor | None = None
+        self.packed: Tensor | None = None
+        self.buffer: DenseBuffer | None = None
         self.written: list[tuple[Tensor, Tensor]] = []
         self._joined: tuple[list[Tensor], Tensor | None] = [], None
         self._seal: tuple[int, int] | None = None
@@ -66,20 +75,35 @@ class DenseStore:
 
     # ---- hiding ---------------------------------------------------------------------------------------------------
 
+    @property
+    def stash(self) -> Tensor | None:
+        """Dense values of what `hidden_by` prunes in flat order; None while the part itself holds them. May wait."""
+        if self.hidden_by is None or self.packed is not None:
+            return self.packed
+        assert self.buffer is not None
+        return take_pruned(self.buffer.dense, self.hidden_by)
+
     def hide(self, values: Tensor) -> None:
-        """Move what the masks prune out of the values and leave zeros; twice is once."""
+        """Move what the masks prune out of a CPU's values and leave zeros; twice is once."""
         mask = self.mask
-        if mask is not None and self.stash is None:
-            self.stash, self.hidden_by = take_pruned(values, mask), mask
+        if mask is not None and self.hidden_by is None:
+            self.packed, self.hidden_by = take_pruned(values, mask), mask
             zero_pruned(values, mask)
 
     def unhide(self, values: Tensor) -> None:
         """Move it back; twice is once."""
         self.written.clear()
-        self._follow(values)
-        if self.stash is not None and self.hidden_by is not None:
-            put_pruned(values, self.hidden_by, self.stash)
-            self.stash = self.hidden_by = self._seal = None
+        self.follow(values)
+        if self.packed is not None and self.hidden_by is not None:
+            put_pruned(values, self.hidden_by, self.packed)
+        elif self.hidden_by is not None and self.buffer is not None:
+            put_dense([values], [self.hidden_by], [self.buffer.dense])
+        self.forget()
+
+    def forget(self) -> None:
+        """Take it that the part itself holds the dense values."""
+        if self.hidden_by is not None:
+            self.hidden_by = self.packed = self._seal = None
 
     def uncover(self, values: Tensor) -> None:
         """Put in place what something else wrote since the last update, exactly; else move the hidden values back."""
@@ -87,30 +111,45 @@ class DenseStore:
             there, own = mask.to(values.device), written.to(values)
             put_pruned(values, there, torch.where(own != 0, own, take_pruned(values, there)))
         if self.written:
-            self.stash = self.hidden_by = self._seal = None
+            self.forget()
         self.unhide(values)
 
     @property
     def keeps_older(self) -> bool:
         """Whether something else wrote zeros alone under the masks, and values of before are still behind them."""
-        if not self.written or self.stash is None:
+        if not self.written or self.hidden_by is None or bool(self.written[-1][1].any()):
             return False
-        return not bool(self.written[-1][1].any()) and bool(self.stash.any())
+        stash = self.stash
+        return stash is not None and bool(stash.any())
 
     def behind(self, values: Tensor, mask: Tensor) -> Tensor | None:
-        """Return the dense values behind one member's mask; None while the part itself holds them."""
-        self._follow(values)
-        if self.stash is None or self.hidden_by is None or self.hidden_by is mask:
+        """Return the dense values behind one member's mask; None while the part itself holds them. May wait."""
+        self.follow(values)
+        if self.hidden_by is None or self.hidden_by is mask:
             return self.stash
+        if self.packed is None:
+            assert self.buffer is not None
+            return take_pruned(self.buffer.dense, mask.to(values.device))
         dense = values.clone()
-        put_pruned(dense, self.hidden_by, self.stash)
+        put_pruned(dense, self.hidden_by, self.packed)
         return take_pruned(dense, mask.to(dense.device))
 
-    def _follow(self, values: Tensor) -> None:
-        """Go where the model was moved: Lightning takes it from the GPU to the CPU when a fit ends."""
-        if self.hidden_by is not None and self.hidden_by.device != values.device:
+    def follow(self, values: Tensor) -> None:
+        """Go where the model was moved: Lightning takes it from the GPU to the CPU when a fit ends. May wait, if so."""
+        if self.hidden_by is None:
+            return
+        if self.hidden_by.device != values.device:
             self.hidden_by = self.hidden_by.to(values.device)
-            self.stash = None if self.stash is None else self.stash.to(values.device)
+        if on_host(values):
+            if self.packed is None and self.buffer is not None:
+                self.packed, self.buffer = take_pruned(self.buffer.dense.to(values.device), self.hidden_by), None
+            elif self.packed is not None and self.packed.device != values.device:
+                self.packed = self.packed.to(values.device)
+        elif self.packed is not None or self.buffer is None or not self.buffer.fits(values):
+            packed = self.stash
+            assert packed is not None
+            self.buffer, self.packed = DenseBuffer.like(values), None
+            self.buffer.put(values, self.hidden_by, packed.to(values))
 
     # ---- the watch ------------------------------------------------------------------------------------------------
 
@@ -137,58 +176,68 @@ class DenseStore:
     def count_sampled(self, values: Tensor) -> Tensor | None:
         """Return how many of a few values that should be 0 are not, on their device, without waiting for it."""
         places = None if self._seal is None else self._sample(values)
-        return None if places is None else _in_memory_order(values)[places].count_nonzero()
+        return None if places is None else (_in_memory_order(values)[places[0]] != 0).mul(places[1]).sum()
 
     def _sample(self, values: Tensor) -> Tensor | None:
-        """Return the places, in order of memory, of some values that the masks prune; None where there are none."""
+        """Return the places, in order of memory, of some values that the masks prune; None where there are none.
+
+        On an accelerator shape (2, samples): places, and 1 where the mask prunes; how many it does would be a wait.
+        """
         mask = self.mask if self.hidden_by is None else self.hidden_by
-        if mask is None or not _is_dense(values):
+        if mask is None or not is_dense(values):
             return None
         if self._sampled[0] is not mask or self._sampled[1] != values.stride():
             alike = mask.stride() == values.stride() and mask.device == values.device
             kept = _in_memory_order(mask if alike else torch.empty_like(values, dtype=torch.bool).copy_(mask))
-            candidates = _spread(kept.numel(), _CANDIDATES).to(kept.device)
-            pruned = candidates[~kept[candidates]]
-            chosen = _spread(len(pruned), _SAMPLES if on_host(values) else _ACCELERATOR_SAMPLES)
-            self._sampled = mask, values.stride(), pruned[chosen.to(pruned.device)]
+            choose = _some_pruned if on_host(values) else _some_pruned_at_once
+            self._sampled = mask, values.stride(), choose(kept)
         return self._sampled[2]
 
-    def take_over(self, values: Tensor) -> bool:
+    def take_over(self, values: Tensor, *, record: bool = True) -> None:
         """Make what something else wrote over hidden values the dense values, and hide it; keep the rest.
 
         Zeros say nothing, as a masked copy of the weights brings them too; unless all of the weight is 0, or what is
         behind the mask is NaN or Inf.
 
-        Returns:
-            Whether there was any.
+        Args:
+            values: The part of the tensor.
+            record: Whether to look whether there is any and remember it in `written`, which waits for an accelerator;
+                else something was written for sure.
         """
-        if self.stash is None or self.hidden_by is None:
-            return False
-        touched = self.is_touched(values)
-        self._follow(values)
-        written = take_pruned(values, self.hidden_by)
-        self.stash = self.stash.to(written)  # of the dtype that the model has now
-        found = bool(written.any())
-        if touched or found:
-            self.written.append((self.hidden_by, written))
-        if touched and not found and not bool(values.any()):
-            self.stash = written
-        elif touched or found:
-            self.stash = torch.where((written == 0) & self.stash.isfinite(), self.stash, written)
-            zero_pruned(values, self.hidden_by)
-        return found
+        if self.hidden_by is None:
+            return
+        touched = self.is_touched(values) or not record
+        self.follow(values)
+        found = False
+        if record or self.packed is not None:
+            written = take_pruned(values, self.hidden_by)
+            found = bool(written.any())
+            if touched or found:
+                self.written.append((self.hidden_by, written))
+        if not touched and not found:
+            return
+        if self.buffer is not None:
+            self.buffer.take_over(values, self.hidden_by)
+        elif self.packed is not None:
+            self.packed = self.packed.to(written)  # of the dtype that the model has now
+            old = (written == 0) & self.packed.isfinite() & (found or values.any())
+            self.packed = torch.where(old, self.packed, written)
+        zero_pruned(values, self.hidden_by)
 
 
-def _is_dense(values: Tensor) -> bool:
-    """Whether the values fill a range of memory, each place once, in whatever order of the dimensions."""
-    if values.is_contiguous():
-        return True
-    filled = 1
-    for stride, size in sorted(zip(values.stride(), values.shape, strict=True)):
-        if size != 1 and stride != filled:
-            return False
-        filled *= size
-    return True
+def _some_pruned(kept: Tensor) -> Tensor:
+    candidates = _spread(kept.numel(), _CANDIDATES)
+    pruned = candidates[~kept[candidates]]
+    return pruned[_spread(len(pruned), _SAMPLES)]
+
+
+def _some_pruned_at_once(kept: Tensor) -> Tensor:
+    candidates = _spread(kept.numel(), _CANDIDATES, kept.device)
+    pruned = ~kept[candidates]
+    # The pruned ones come first, in an order that goes through all of them in a few steps.
+    order = pruned.double() + torch.arange(len(pruned), dtype=torch.float64, device=kept.device) * _GOLDEN % 1
+    chosen = order.topk(min(len(pruned), _ACCELERATOR_SAMPLES)).indices
+    return torch.stack([candidates[chosen], pruned[chosen].long()])
 
 
 def _in_memory_order(values: Tensor) -> Tensor:
@@ -196,13 +245,13 @@ def _in_memory_order(values: Tensor) -> Tensor:
     return values.as_strided((values.numel(),), (1,))
 
 
-def _spread(size: int, most: int) -> Tensor:
+def _spread(size: int, most: int, device: torch.device | None = None) -> Tensor:
     """Return up to `most` of the indices below `size`: one of each of as many equal parts.
 
     Where in its part it lies changes from part to part, so that no row or column length repeats it.
     """
     count = min(size, most)
-    parts = torch.arange(count, dtype=torch.float64)
+    parts = torch.arange(count, dtype=torch.float64, device=device)
     return ((parts + parts * _GOLDEN % 1) * (size / max(1, count))).long()
 
 

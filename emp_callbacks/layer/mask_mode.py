@@ -3,96 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import final
 
 import torch
 from torch import Tensor
 
-from emp_callbacks.core.masked_values import put_pruned, take_pruned, zero_pruned
-from emp_callbacks.layer.dense_store import DenseStore, find_store, out_of_use, put_in_use
-from emp_callbacks.layer.segment import Segment
-
-
-class MaskedWeight:
-    """A segment, one pruner's mask on it and, in `feedback`, the dense values that masks hide.
-
-    Args:
-        segment: This rank's part of the parameter.
-
-    Attributes:
-        segment: As given.
-        mask: Layout of `segment.weight`, bool, True = kept; None before the first refresh (all kept).
-        store: The dense values, shared with other pruners of the same part.
-    """
-
-    def __init__(self, segment: Segment) -> None:
-        self.segment = segment
-        self.mask: Tensor | None = None
-        self.store = DenseStore()
-        self.store.members.append(self)
-
-    @property
-    def name(self) -> str:
-        """Name of the parameter in the user's model."""
-        return self.segment.name
-
-    @property
-    def weight(self) -> Tensor:
-        """The segment's values outside autograd."""
-        return self.segment.weight
-
-    @property
-    def mask_or_ones(self) -> Tensor:
-        """The mask; all True before the first refresh."""
-        return torch.ones_like(self.weight, dtype=torch.bool) if self.mask is None else self.mask
-
-    @property
-    def stash(self) -> Tensor | None:
-        """Dense values behind this mask in flat order, shape (pruned,); None while the segment itself holds them."""
-        return None if self.mask is None else self.store.behind(self.weight, self.mask)
-
-    def hide(self) -> None:
-        """Move the pruned values from the parameter into the store and leave zeros; twice is once."""
-        self.store.hide(self.weight)
-
-    def unhide(self) -> None:
-        """Move the stored values back into the parameter; twice is once."""
-        self.store.unhide(self.weight)
-
-    def seal(self) -> None:
-        """Say that nobody but this package writes the weights from here on, until the next update."""
-        self.store.seal(self.weight)
-
-    # ---- several pruners of one weight ----------------------------------------------------------------------------
-
-    def check_alone_or_alike(self, mode: str) -> None:
-        """Raise ValueError where a pruner at work masks the same weight in another mode."""
-        store = find_store(self.segment)
-        others = {*store.modes.values()} - {mode} if store is not None else set()
-        if others:
-            raise ValueError(
-                f"{self.name!r} is pruned already by another EMP pruner in mode {others.pop()!r}, this one has mode "
-                f"{mode!r}: use one mode for both, exclude it here, or finalize() the other pruner first"
-            )
-
-    def join(self, mode: str) -> bool:
-        """Mask together with the pruners at work on the same weight; return whether there are any."""
-        store = find_store(self.segment)
-        if store is not None and store is not self.store:
-            self.store = store
-            store.members.append(self)
-        elif store is None:
-            put_in_use(self.segment, self.store)
-        self.store.modes[id(self)] = mode
-        return len(self.store.modes) > 1
-
-    def leave(self) -> None:
-        """Work with the weight no more; the mask stays in force as long as another pruner does."""
-        self.store.modes.pop(id(self), None)
-        if not self.store.modes:
-            out_of_use(self.segment, self.store)
-
+from emp_callbacks.core.device import on_host
+from emp_callbacks.core.masked_values import put_pruned, take_pruned, zero_pruned, zero_pruned_all
+from emp_callbacks.layer.hiding import hide_all, prepare, unhide_all
+from emp_callbacks.layer.masked_weight import MaskedWeight
 
 States = Iterable[tuple[Tensor, float]]
 """Of each of an optimizer's per-weight tensors the segment's part, and what it holds of a weight that never moved."""
@@ -106,35 +26,64 @@ class MaskMode(ABC):
     masks_gradient_late = False  # when it was read
     clears_states = False
     keeps_zero = False  # whether pruned entries are 0 between two updates
+    takes_over = False  # whether what something else writes there becomes the dense value
 
-    def reveal(self, weight: MaskedWeight) -> None:
-        """Put the dense values in place."""
+    def reveal(self, weights: Sequence[MaskedWeight], *, in_place: bool) -> None:
+        """Let the owners hold the dense values: where forward reads them, or in other memory, see `unhide_all`."""
 
-    def before_update(self, weight: MaskedWeight) -> None:
-        """Prepare the weight for the optimizer step; the gradients are ready."""
+    def before_update(self, weights: Sequence[MaskedWeight]) -> None:
+        """Prepare the weights for the optimizer step; the gradients are ready."""
 
-    def after_update(self, weight: MaskedWeight) -> None:
-        """Make the weight what forward and backward must see until the next step."""
+    def after_update(self, weights: Sequence[MaskedWeight]) -> None:
+        """Make the weights what forward and backward must see until the next step."""
 
-    def mask_gradient(self, weight: MaskedWeight) -> None:
-        """Take the pruned entries out of the gradient, where the mode asks for it."""
+    def mask_gradients(self, weights: Sequence[MaskedWeight]) -> None:
+        """Take the pruned entries out of the gradients, where the mode asks for it."""
 
     def notice(self, weight: MaskedWeight) -> int:  # noqa: ARG002
-        """Make values that something else wrote obey the mask; return how many were lost by that."""
+        """Make values that something else wrote obey the mask; return how many were lost by that. May wait."""
         return 0
+
+    def notice_late(self, weight: MaskedWeight) -> Tensor | None:  # noqa: ARG002
+        """Do the same without waiting for an accelerator, of a weight that something else wrote for sure.
+
+        Returns:
+            How many values were lost, shape (), on the weight's device; None: none.
+        """
+        return None
 
     def merge(self, old: Tensor | None, new: Tensor) -> Tensor:  # noqa: ARG002
         """Return the mask that follows `old` when a refresh selects `new`; same shape, bool."""
         return new
 
-    @abstractmethod
+    def places(self, weight: MaskedWeight) -> tuple[Tensor, Tensor] | None:  # noqa: ARG002
+        """Return where a refresh reads a weight's dense values and where masked ones are to be written.
+
+        Inside `reveal`. Both laid out like the weight; the same where values are masked in place. None: only `install`
+        knows.
+        """
+        return None
+
     def install(self, weight: MaskedWeight, mask: Tensor, states: States) -> None:
-        """Give the weight, whose dense values are in place, a new mask.
+        """Give one weight a new mask; see `install_all`."""
+        self.install_all([weight], [mask], [states])
+
+    @abstractmethod
+    def install_all(
+        self,
+        weights: Sequence[MaskedWeight],
+        masks: Sequence[Tensor],
+        states: Sequence[States],
+        *,
+        written: bool = False,
+    ) -> None:
+        """Give the weights, whose dense values are in place, new masks.
 
         Args:
-            weight: Changed in place.
-            mask: Layout of the segment, bool, True = kept.
-            states: The segment's part of the optimizer's per-weight tensors (momentum, second moment).
+            weights: Changed in place.
+            masks: Of each, layout of the segment, bool, True = kept.
+            states: Of each, the segment's part of the optimizer's per-weight tensors (momentum, second moment).
+            written: Whether masked values were written already to where `places` said; of all weights.
         """
 
     @abstractmethod
@@ -152,25 +101,39 @@ class Feedback(MaskMode):
     """
 
     name = "feedback"
-    keeps_zero = True
+    keeps_zero = takes_over = True
 
-    def reveal(self, weight: MaskedWeight) -> None:
-        weight.unhide()
+    def reveal(self, weights: Sequence[MaskedWeight], *, in_place: bool) -> None:
+        unhide_all(weights, in_place=in_place)
 
-    def before_update(self, weight: MaskedWeight) -> None:
-        weight.unhide()
+    def before_update(self, weights: Sequence[MaskedWeight]) -> None:
+        unhide_all(weights, in_place=False)
 
-    def after_update(self, weight: MaskedWeight) -> None:
-        weight.hide()
+    def after_update(self, weights: Sequence[MaskedWeight]) -> None:
+        hide_all(weights)
 
-    def install(self, weight: MaskedWeight, mask: Tensor, states: States) -> None:  # noqa: ARG002
-        weight.unhide()
-        weight.mask = mask
-        weight.hide()
+    def places(self, weight: MaskedWeight) -> tuple[Tensor, Tensor] | None:
+        return prepare(weight)
+
+    def install_all(
+        self,
+        weights: Sequence[MaskedWeight],
+        masks: Sequence[Tensor],
+        states: Sequence[States],  # noqa: ARG002
+        *,
+        written: bool = False,
+    ) -> None:
+        unhide_all(weights, in_place=False)
+        _give(weights, masks)
+        hide_all(weights, written=written)
 
     def notice(self, weight: MaskedWeight) -> int:
         weight.store.take_over(weight.weight)
         return 0
+
+    def notice_late(self, weight: MaskedWeight) -> Tensor | None:
+        weight.store.take_over(weight.weight, record=False)
+        return None
 
     def restore(self, weight: MaskedWeight, mask: Tensor | None, stash: Tensor | None) -> None:
         # The masks of today hide what the parameter came with, and what other pruners of it put behind theirs.
@@ -190,8 +153,18 @@ class Project(MaskMode):
     name = "project"
     clears_states = True
 
-    def install(self, weight: MaskedWeight, mask: Tensor, states: States) -> None:
-        _clear(weight, mask, states)
+    def places(self, weight: MaskedWeight) -> tuple[Tensor, Tensor] | None:
+        return weight.weight, weight.weight
+
+    def install_all(
+        self,
+        weights: Sequence[MaskedWeight],
+        masks: Sequence[Tensor],
+        states: Sequence[States],
+        *,
+        written: bool = False,
+    ) -> None:
+        _clear(weights, masks, states, written=written)
 
     def restore(self, weight: MaskedWeight, mask: Tensor | None, stash: Tensor | None) -> None:  # noqa: ARG002
         weight.mask = mask  # what has grown since the refresh is part of the checkpoint's weights
@@ -203,13 +176,23 @@ class _HoldsZero(MaskMode):
     clears_states = True
     keeps_zero = True
 
-    def install(self, weight: MaskedWeight, mask: Tensor, states: States) -> None:
-        _clear(weight, mask, states)
-        self.mask_gradient(weight)
+    def places(self, weight: MaskedWeight) -> tuple[Tensor, Tensor] | None:
+        return weight.weight, weight.weight
 
-    def after_update(self, weight: MaskedWeight) -> None:
-        if weight.mask is not None:
-            zero_pruned(weight.weight, weight.mask)
+    def install_all(
+        self,
+        weights: Sequence[MaskedWeight],
+        masks: Sequence[Tensor],
+        states: Sequence[States],
+        *,
+        written: bool = False,
+    ) -> None:
+        _clear(weights, masks, states, written=written)
+        self.mask_gradients(weights)
+
+    def after_update(self, weights: Sequence[MaskedWeight]) -> None:
+        pairs = [(weight.weight, weight.mask) for weight in weights if weight.mask is not None]
+        zero_pruned_all([values for values, _ in pairs], [mask for _, mask in pairs])
 
     def notice(self, weight: MaskedWeight) -> int:
         if weight.mask is None:
@@ -221,19 +204,31 @@ class _HoldsZero(MaskMode):
             zero_pruned(weight.weight, weight.mask)
         return lost
 
+    def notice_late(self, weight: MaskedWeight) -> Tensor | None:
+        if weight.mask is None:
+            return None
+        lost = (weight.weight != 0).logical_and_(~weight.mask).sum()
+        zero_pruned(weight.weight, weight.mask)
+        return lost
+
     def restore(self, weight: MaskedWeight, mask: Tensor | None, stash: Tensor | None) -> None:  # noqa: ARG002
         weight.store.uncover(weight.weight)
         weight.mask = mask
-        self.after_update(weight)
+        self.after_update([weight])
 
-    def mask_gradient(self, weight: MaskedWeight) -> None:
-        gradient = weight.segment.gradient
-        if weight.mask is None or gradient is None:
-            return
-        if gradient.is_sparse:  # of an embedding: only the rows that were looked up
-            gradient._values().masked_fill_(~weight.mask[tuple(gradient._indices())], 0)
-        else:
-            zero_pruned(gradient, weight.mask)
+    def mask_gradients(self, weights: Sequence[MaskedWeight]) -> None:
+        values, masks = [], []
+        for weight in weights:
+            gradient, mask = weight.segment.gradient, weight.mask
+            if mask is None or gradient is None:
+                continue
+            if gradient.is_sparse:  # of an embedding: only the rows that were looked up
+                rows = gradient._values()
+                zero_pruned(rows, mask[tuple(gradient._indices())])
+            else:
+                values.append(gradient)
+                masks.append(mask)
+        zero_pruned_all(values, masks)
 
 
 @final
@@ -245,9 +240,6 @@ class Freeze(_HoldsZero):
 
     name = "freeze"
     masks_gradient = True
-
-    def before_update(self, weight: MaskedWeight) -> None:
-        self.mask_gradient(weight)
 
     def merge(self, old: Tensor | None, new: Tensor) -> Tensor:
         # All-zero scores keep everything, but must not bring back what was frozen.
@@ -274,22 +266,45 @@ class Observe(MaskMode):
 
     name = "observe"
 
-    def install(self, weight: MaskedWeight, mask: Tensor, states: States) -> None:  # noqa: ARG002
-        weight.mask = mask
+    def install_all(
+        self,
+        weights: Sequence[MaskedWeight],
+        masks: Sequence[Tensor],
+        states: Sequence[States],  # noqa: ARG002
+        *,
+        written: bool = False,  # noqa: ARG002
+    ) -> None:
+        _give(weights, masks)
 
     def restore(self, weight: MaskedWeight, mask: Tensor | None, stash: Tensor | None) -> None:  # noqa: ARG002
         weight.mask = mask
 
 
-def _clear(weight: MaskedWeight, mask: Tensor, states: States) -> None:
-    """Give a weight its mask; what it prunes is 0 from now on, and to the optimizer as if it had never moved."""
-    weight.mask = mask
-    zero_pruned(weight.weight, mask)
-    for values, neutral in states:
-        if neutral:
-            values.masked_fill_(~mask, neutral)
-        else:
-            zero_pruned(values, mask)
+def _give(weights: Sequence[MaskedWeight], masks: Sequence[Tensor]) -> list[Tensor]:
+    """Give weights their masks and return these, on an accelerator in the weights' own order of memory."""
+    given = []
+    for weight, mask in zip(weights, masks, strict=True):
+        values = weight.weight
+        if not on_host(values) and mask.stride() != values.stride():  # one launch works on both as they lie
+            mask = torch.empty_like(values, dtype=torch.bool).copy_(mask)
+        weight.mask = mask
+        given.append(mask)
+    return given
+
+
+def _clear(
+    weights: Sequence[MaskedWeight], masks: Sequence[Tensor], states: Sequence[States], *, written: bool
+) -> None:
+    """Give weights their masks; what these prune is 0 from now on, and to the optimizer as if it had never moved."""
+    cleared: list[tuple[Tensor, Tensor]] = []
+    for weight, mask, of_weight in zip(weights, _give(weights, masks), states, strict=True):
+        cleared += [] if written else [(weight.weight, mask)]
+        for values, neutral in of_weight:
+            if neutral:
+                values.masked_fill_(~mask, neutral)
+            else:
+                cleared.append((values, mask))
+    zero_pruned_all([values for values, _ in cleared], [mask for _, mask in cleared])
 
 
 MASK_MODES: dict[str, type[MaskMode]] = {

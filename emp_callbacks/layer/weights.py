@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from emp_callbacks.layer.base import Batches, Layer, PerWeight, check_gathered, no_gradient
-from emp_callbacks.layer.mask_mode import MaskedWeight
+from emp_callbacks.layer.masked_weight import MaskedWeight
 from emp_callbacks.layer.observers import InputSquares
 from emp_callbacks.layer.segment import Segment, Span
 from emp_callbacks.layer.shared_sums import Parts, Ranks

@@ -15,7 +15,7 @@ from emp_callbacks.criteria import Criterion
 from emp_callbacks.criteria.attention import EDGE_SCORES
 from emp_callbacks.criteria.wanda import is_observable
 from emp_callbacks.layer import FeatureLayer, Layer, Member, UnitLayer, WeightLayer
-from emp_callbacks.layer.mask_mode import MaskedWeight
+from emp_callbacks.layer.masked_weight import MaskedWeight
 from emp_callbacks.layer.observers import ActivationSizes, InputSquares, can_unfold
 from emp_callbacks.layer.segment import Segment
 from emp_callbacks.targets import (

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from emp_callbacks.backends import Backend
-from emp_callbacks.layer.mask_mode import MaskedWeight, MaskMode
+from emp_callbacks.layer.mask_mode import MaskMode
+from emp_callbacks.layer.masked_weight import MaskedWeight
 from emp_callbacks.targets import canonical_name
 
 COPIES = ("owner", "forward", "optimizer")

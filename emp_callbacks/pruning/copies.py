@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from emp_callbacks.backends.local import LocalBackend
 from emp_callbacks.backends.wrapped import Wrapped
+from emp_callbacks.core.device import on_host
 from emp_callbacks.core.masked_values import put_pruned, take_pruned, zero_pruned
-from emp_callbacks.layer.mask_mode import Feedback, MaskedWeight
+from emp_callbacks.layer.hiding import hide_all, unhide_all
+from emp_callbacks.layer.mask_mode import Feedback
+from emp_callbacks.layer.masked_weight import MaskedWeight
 from emp_callbacks.targets import WeightTarget, match_names
 from emp_callbacks.targets.forward_site import ForwardSite
 
@@ -84,15 +87,15 @@ class Average:
     @torch.no_grad()
     def hide(self) -> None:
         """Show the masked average."""
-        for _, own in self._copies:
-            own.hide()
+        hide_all([own for _, own in self._copies])
 
     @torch.no_grad()
     def unhide(self) -> None:
         """Put the dense average in place, for its update."""
-        for _, own in self._copies:
+        copies = [own for _, own in self._copies]
+        for own in copies if copies and on_host(copies[0].weight) else ():  # elsewhere `unhide_all` does it
             own.store.take_over(own.weight)
-            own.unhide()
+        unhide_all(copies, in_place=False)
 
     @torch.no_grad()
     def refreshed(self) -> None:
@@ -118,7 +121,7 @@ class Average:
         """Take back what `hidden` gave, once the average's own weights and the masks are in place."""
         for source, own in self._copies:
             mask, found = _mask_for(own, source), hidden.get(source.name)
-            own.store.stash = own.store.hidden_by = None  # the average's own weights are in place, and no mask
+            own.store.forget()  # the average's own weights are in place, and no mask
             fits = mask is not None and found is not None and found.numel() == int((~mask).sum())
             Feedback().restore(own, mask, found.to(own.weight) if fits and found is not None else None)
 

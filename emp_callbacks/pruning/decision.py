@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections.abc import Sequence
 from functools import partial
@@ -11,10 +12,14 @@ import torch
 from torch import Tensor
 
 from emp_callbacks.core.bounds import tight_mass_bound
-from emp_callbacks.core.chunks import gather_rows
-from emp_callbacks.core.effective_number import ScoreMoments, effective_numbers, key_dtype, score_moments
+from emp_callbacks.core.effective_number import (
+    ScoreMoments,
+    effective_numbers,
+    key_dtype,
+)
 from emp_callbacks.core.row_selection import top_rows
-from emp_callbacks.core.threshold import ScoredPart, Threshold, find_threshold, local_sum
+from emp_callbacks.core.search import Search, search_of
+from emp_callbacks.core.threshold import AllSum, Group, ScoredPart, Threshold, find_thresholds, local_sum
 from emp_callbacks.layer import Ranks
 from emp_callbacks.pruning.groups import Decision, KeepRule, LayerSums, Scored, check_finite, sums_of_layers
 from emp_callbacks.pruning.row_decision import decide_rows
@@ -35,85 +40,140 @@ def decide(layers: Sequence[Scored], scope: str, rule: KeepRule, ranks: Ranks, s
     """
     if scope == "row":
         return decide_rows(layers, rule, ranks, step)
-    local = gather_rows([score_moments(layer.counted.scores[None]).stack()[0] for layer in layers])
-    moments = _layer_moments(local, layers, ranks, step)
-    own = sums_of_layers(moments)
-    if scope == "global":
-        everything = tuple(range(len(layers)))
-        return [_decide_pooled("global", everything, layers, moments.sum(), own, rule, ranks)]
-    alone = [ScoreMoments.unstack(row[None]) for row in moments.stack()]
-    return [_decide_pooled(layer.span.name, (i,), layers, alone[i], own, rule, ranks) for i, layer in enumerate(layers)]
+    return _decide_pooled(layers, scope, rule, ranks, step)
 
 
-def _layer_moments(local: Tensor, layers: Sequence[Scored], ranks: Ranks, step: int) -> ScoreMoments:
-    """Return the moments of each layer, shape (L,), over all ranks from those of this rank, (L, 3). Collective."""
-    sums = ranks.all_sum(local)
+def _decide_pooled(layers: Sequence[Scored], scope: str, rule: KeepRule, ranks: Ranks, step: int) -> list[Decision]:
+    """Decide on groups whose members' components compete with each other: all layers, or each alone. Collective."""
+    pools = _pools(layers, scope)
+    rules = [rule.of_group(pool.name) for pool in pools]
+    search = _search(pools, ranks)
+    local = search.look(lambda fraction: torch.stack([rules[g].share(one) for g, one in enumerate(fraction)]))
+    sums = ranks.all_sum(local).cpu()
     check_finite(local, sums, layers, ranks, step)
-    return ScoreMoments.unstack(sums)
+    sums = local.cpu() if all(pool.is_summed for pool in pools) else sums
+    own = sums_of_layers(ScoreMoments.unstack(sums))
+    keeps, n_effs = [], []
+    for pool, of_pool in zip(pools, rules, strict=True):
+        together = ScoreMoments.unstack(sums[list(pool.members)].sum(0, keepdim=True))
+        n_eff = effective_numbers(together)
+        keeps.append(int(of_pool.counts(n_eff, pool.size, together.nonzero)[0]) if together.nonzero[0] else 0)
+        n_effs.append(float(n_eff[0]))
+    thresholds = search.thresholds(keeps)
+    found = []
+    for pool, of_pool, keep, effective, threshold in zip(pools, rules, keeps, n_effs, thresholds, strict=True):
+        of_layers = tuple(own[i] for i in pool.members)
+        if threshold is None:
+            found.append(_nothing_known(pool, of_layers))
+        else:
+            found.append(_decision(pool, keep, effective, threshold, of_layers, of_pool, ranks))
+    return found
 
 
-def _decide_pooled(
-    group: str,
-    members: tuple[int, ...],
-    layers: Sequence[Scored],
-    moments: ScoreMoments,
-    layer_sums: list[LayerSums],
+def _pools(layers: Sequence[Scored], scope: str) -> list[_Pool]:
+    everything = range(len(layers))
+    members = {"global": tuple(everything)} if scope == "global" else {layers[i].span.name: (i,) for i in everything}
+    pools = []
+    for name, of_pool in members.items():
+        starts = dict(zip(of_pool, itertools.accumulate([0, *(layers[i].span.size for i in of_pool)]), strict=False))
+        pools.append(_Pool(name, layers, {i: layers[i].scores for i in of_pool}, starts))
+    return pools
+
+
+def _search(pools: Sequence[_Pool], ranks: Ranks) -> Search:
+    """Return the search for the thresholds of some pools, the parts of all of them in the order of the layers."""
+    group_of = {i: g for g, pool in enumerate(pools) for i in pool.members}
+    dtype = key_dtype([scores.dtype for pool in pools for scores in pool.scores.values()])
+    parts = [pools[group_of[i]].searched(i) for i in sorted(group_of)]
+    sizes = [pool.size for pool in pools]
+    return search_of(parts, [group_of[i] for i in sorted(group_of)], sizes, dtype, _all_sum(pools, ranks))
+
+
+def _all_sum(pools: Sequence[_Pool], ranks: Ranks) -> AllSum:
+    """Return what adds over ranks what `searched` says on each."""
+    alone = ranks.world_size == 1 or all(pool.is_summed for pool in pools)
+    return local_sum if alone else ranks.all_sum
+
+
+def _nothing_known(pool: _Pool, own: tuple[LayerSums, ...]) -> Decision:
+    note = "every score is 0: no information, nothing more is pruned"
+    size = pool.size
+    return Decision(
+        pool.name, pool.members, size, 0.0, size, 0.0, own, 0, note, False, None, lambda i: _all_kept(pool.layers[i])
+    )
+
+
+def _decision(
+    pool: _Pool,
+    keep: int,
+    n_eff: float,
+    threshold: Threshold,
+    own: tuple[LayerSums, ...],
     rule: KeepRule,
     ranks: Ranks,
 ) -> Decision:
-    """Decide on one group whose members' components compete with each other. Collective."""
-    starts, size = {}, 0
-    for i in members:
-        starts[i] = size
-        size += layers[i].span.size
-    n_eff = effective_numbers(moments)
-    rule = rule.of_group(group)
-    keep = int(rule.counts(n_eff, size, moments.nonzero)[0])
-    own = tuple(layer_sums[i] for i in members)
-    if not int(moments.nonzero[0]):
-        note = "every score is 0: no information, nothing more is pruned"
-        return Decision(group, members, size, 0.0, size, 0.0, own, 0, note, False, None, lambda i: _all_kept(layers[i]))
-    scores = {i: layers[i].scores for i in members}
-    pool = _Pool(layers, scores, starts)
-    threshold = pool.threshold(keep, ranks)
-    lowest, note = threshold.value, ""
+    """Decide on one group of known threshold; collective where a layer would fall below its guard."""
+    members, lowest, note = pool.members, threshold.value, ""
     short = [i for i in members if rule.min_units and len(members) > 1 and _is_short(pool.mask(i, threshold), rule)]
     if short:
-        best = {i: _best_units(layers[i], rule.min_units) for i in members}
+        best = {i: _best_units(pool.layers[i], rule.min_units) for i in members}
         keep = max(keep, sum(int(chosen.sum()) for chosen in best.values()))
-        pool = _Pool(layers, {i: scores[i].masked_fill(best[i], torch.inf) for i in members}, starts)
-        threshold = pool.threshold(keep, ranks)
-        lowest = min(float(scores[i].abs()[pool.mask(i, threshold)].min()) for i in members)
-        names = ", ".join(layers[i].span.name for i in short)
+        lifted = {i: scores.masked_fill(best[i], torch.inf) for i, scores in pool.scores.items()}
+        pool = pool._replace(scores=lifted)
+        threshold = _threshold(pool, keep, ranks)
+        kept = [pool.layers[i].scores.abs()[pool.mask(i, threshold)] for i in members]
+        lowest = min(float(scores.min()) for scores in kept)
+        names = ", ".join(pool.layers[i].span.name for i in short)
         note = f"kept so that no layer falls below min_units={rule.min_units}: {names}"
     digest = zlib.crc32(f"{keep} {threshold.key} {threshold.last_tie}".encode())
-    chosen, total = partial(pool.mask, threshold=threshold), float(n_eff[0])
-    floor = None if short else tight_mass_bound(keep, size, total)
-    return Decision(group, members, size, total, keep, lowest, own, digest, note, not short, floor, chosen)
+    chosen = partial(pool.mask, threshold=threshold)
+    floor = None if short else tight_mass_bound(keep, pool.size, n_eff)
+    return Decision(pool.name, members, pool.size, n_eff, keep, lowest, own, digest, note, not short, floor, chosen)
 
 
 class _Pool(NamedTuple):
     """The scores of layers that compete with each other, by their index, and each layer's place in the group."""
 
+    name: str
     layers: Sequence[Scored]
     scores: dict[int, Tensor]
     starts: dict[int, int]
 
-    def threshold(self, keep: int, ranks: Ranks) -> Threshold:
-        """Return what keeps exactly `keep` of the group. Collective, unless every rank has the same scores already."""
-        dtype = key_dtype([scores.dtype for scores in self.scores.values()])
-        alone = all(self.layers[i].span.is_summed for i in self.scores)
-        parts = [self._part(i, counted=not alone) for i in self.scores]
-        return find_threshold(parts, keep, dtype, local_sum if alone else ranks.all_sum)
+    @property
+    def members(self) -> tuple[int, ...]:
+        """The indices of the layers."""
+        return tuple(self.scores)
+
+    @property
+    def size(self) -> int:
+        """Components of all layers."""
+        return sum(self.layers[i].span.size for i in self.scores)
+
+    @property
+    def is_summed(self) -> bool:
+        """Whether every rank has the same scores already, so that each can search them alone."""
+        return all(self.layers[i].span.is_summed for i in self.scores)
 
     def mask(self, i: int, threshold: Threshold) -> Tensor:
         """Return the mask of a layer, layout of its scores."""
-        return threshold.mask(self._part(i, counted=False)).view(self.scores[i].shape)
+        return threshold.mask(self._placed(i, self._scored(i).all)).view(self.scores[i].shape)
 
-    def _part(self, i: int, *, counted: bool) -> ScoredPart:
-        scored = Scored(self.layers[i].span, self.scores[i])
-        part = scored.counted if counted else scored.all
+    def searched(self, i: int) -> ScoredPart:
+        """Return what this rank searches of a layer, and where it lies in the group: what it counts, or all of it."""
+        return self._placed(i, self._scored(i).all if self.is_summed else self._scored(i).counted)
+
+    def _scored(self, i: int) -> Scored:
+        return Scored(self.layers[i].span, self.scores[i])
+
+    def _placed(self, i: int, part: ScoredPart) -> ScoredPart:
         return ScoredPart(part.scores, part.positions + self.starts[i])
+
+
+def _threshold(pool: _Pool, keep: int, ranks: Ranks) -> Threshold:
+    """Return what keeps exactly `keep` of a pool, on the host's path: its infinite scores have no moments."""
+    dtype = key_dtype([scores.dtype for scores in pool.scores.values()])
+    group = Group([pool.searched(i) for i in pool.members], pool.size, keep)
+    return find_thresholds([group], dtype, _all_sum([pool], ranks))[0]
 
 
 def _is_short(mask: Tensor, rule: KeepRule) -> bool:

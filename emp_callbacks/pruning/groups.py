@@ -58,6 +58,11 @@ class KeepRule:
         """Return the rule of one group."""
         return replace(self, density=self.densities[name]) if name in self.densities else self
 
+    def share(self, fraction: Tensor) -> Tensor:
+        """Return about which fraction of a group stays, whose N_eff is a `fraction` of its size."""
+        share = self.beta * fraction if self.density is None else torch.full_like(fraction, self.density)
+        return share.clamp(min=self.min_density, max=1.0)
+
     def counts(self, n_eff: Tensor, size: int, nonzero: Tensor) -> Tensor:
         """Return the keep counts of G groups of `size` components, shape (G,), int64.
 
@@ -126,7 +131,7 @@ def check_finite(local: Tensor, sums: Tensor, layers: Sequence[Scored], ranks: R
     """
     broken = ~torch.isfinite(sums[:, 0])
     if bool(broken.any()):
-        seen = ranks.from_all((~torch.isfinite(local[:, 0])).long())
+        seen = ranks.from_all((~torch.isfinite(local[:, 0])).long().cpu())
         where = "; ".join(
             f"{layers[i].span.name!r} (rank {', '.join(map(str, seen[:, i].nonzero().flatten().tolist()))})"
             for i in broken.nonzero().flatten().tolist()

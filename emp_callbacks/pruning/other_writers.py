@@ -12,7 +12,8 @@ from torch import Tensor
 from emp_callbacks.core.bit_patterns import as_bits
 from emp_callbacks.core.device import on_host
 from emp_callbacks.core.masked_values import put_pruned, take_pruned, zero_pruned
-from emp_callbacks.layer.mask_mode import MaskedWeight, MaskMode
+from emp_callbacks.layer.mask_mode import MaskMode
+from emp_callbacks.layer.masked_weight import MaskedWeight
 from emp_callbacks.pruning.signatures import warn_the_user
 
 
@@ -35,6 +36,7 @@ class OtherWriters:
         self._left: dict[MaskedWeight, tuple[torch.dtype, Tensor]] = {}
         self._turn = 0
         self._late: dict[str, Tensor] = {}
+        self._lost_late: dict[str, Tensor] = {}
 
     def before_update(self, weights: Sequence[MaskedWeight], *, again: bool = False) -> None:
         """Notice what left a trace, without waiting for an accelerator.
@@ -46,7 +48,9 @@ class OtherWriters:
             again: Whether the same step was begun by a closure before: values are not looked at twice.
         """
         if self._mode.keeps_zero:
-            self._obey([one for one in weights if one.store.is_touched(one.weight, sampled=not again)])
+            touched = [one for one in weights if one.store.is_touched(one.weight, sampled=not again)]
+            self._obey([one for one in touched if on_host(one.weight)])
+            self._obey_late([one for one in touched if not on_host(one.weight)])
             self._say_what_is_lost()
             self._say_what_stays_behind()
             self._suspect(weights)
@@ -62,6 +66,8 @@ class OtherWriters:
             loaded: Whether they come from a checkpoint, whose own masks may follow: nothing is lost yet.
         """
         self._say_what_came_late()
+        late, self._lost_late = self._lost_late, {}
+        self._lost |= {name: lost for name, count in late.items() if (lost := int(count))}
         for weight in weights if loaded else ():
             if weight.store.is_touched(weight.weight):  # else by another pruner's hook on the same load
                 weight.store.written.clear()
@@ -128,6 +134,13 @@ class OtherWriters:
     def _obey(self, weights: Iterable[MaskedWeight]) -> None:
         self._lost |= {weight.name: count for weight in weights if (count := self._notice_one(weight))}
 
+    def _obey_late(self, weights: Iterable[MaskedWeight]) -> None:
+        """Do the same with weights on an accelerator that something wrote; how many were lost is asked for later."""
+        for weight in weights:
+            _follow_the_model(weight)
+            if (lost := self._mode.notice_late(weight)) is not None:
+                self._lost_late[weight.name] = lost + self._lost_late.get(weight.name, 0)
+
     def _say_what_is_lost(self) -> None:
         lost, self._lost = self._lost, {}
         if lost and not self._lost_told:
@@ -154,8 +167,11 @@ class OtherWriters:
         return self._mode.notice(weight)
 
     def _suspect(self, weights: Sequence[MaskedWeight]) -> None:
-        """On an accelerator, look at a few values of one weight, the next at each step; do not wait for the answer."""
-        if not weights or on_host(weights[0].weight):
+        """On an accelerator, look at a few values of one weight, the next at each step; do not wait for the answer.
+
+        In `feedback` every value that something else wrote becomes the dense one.
+        """
+        if not weights or on_host(weights[0].weight) or self._mode.takes_over:
             return
         self._turn += 1
         weight = weights[self._turn % len(weights)]

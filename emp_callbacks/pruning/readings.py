@@ -8,7 +8,8 @@ from torch import Tensor
 
 from emp_callbacks.backends import Backend
 from emp_callbacks.layer import Layer
-from emp_callbacks.layer.mask_mode import MaskedWeight, MaskMode
+from emp_callbacks.layer.mask_mode import MaskMode
+from emp_callbacks.layer.masked_weight import MaskedWeight
 from emp_callbacks.pruning.audit import Audit, audit_masks
 from emp_callbacks.pruning.loop import PruningLoop
 from emp_callbacks.pruning.refresher import Refresher

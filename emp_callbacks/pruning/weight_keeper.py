@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from emp_callbacks.backends import Backend
-from emp_callbacks.layer.mask_mode import MaskedWeight, MaskMode
+from emp_callbacks.layer.mask_mode import MaskMode
+from emp_callbacks.layer.masked_weight import MaskedWeight
 from emp_callbacks.pruning.load_hook import LoadHook
 from emp_callbacks.pruning.other_writers import OtherWriters, seal
 from emp_callbacks.pruning.signatures import warn_the_user
@@ -43,7 +44,8 @@ class WeightKeeper:
         self._mode, self._backend, self._on_gradients = mode, backend, on_gradients
         self.attached = self.copied = False
         self._begun = False  # a step, by a closure
-        self._revealed = 0  # blocks of `dense_owners` that are open
+        self._revealed = self._read = 0  # blocks of `dense_owners` that are open, and of `dense_copies`
+        self._masked: dict[MaskedWeight, tuple[int, int]] = {}  # the gradient as it was left when it had arrived
         self._gradient_hooks: list[RemovableHandle] = []
         self._load_hook: RemovableHandle | None = None
         self._writers = OtherWriters(mode)
@@ -66,7 +68,8 @@ class WeightKeeper:
 
     def __getstate__(self) -> dict[str, Any]:
         # The hooks on optimizers and modules are in no copy of these.
-        return {**vars(self), "attached": False, "copied": True, "_gradient_hooks": [], "_load_hook": None}
+        hooks: dict[str, Any] = {"_gradient_hooks": [], "_load_hook": None, "_masked": {}}
+        return {**vars(self), "attached": False, "copied": True, **hooks}
 
     # ---- hooks ----------------------------------------------------------------------------------------------------
 
@@ -145,8 +148,8 @@ class WeightKeeper:
     def gradients_ready(self, owners: Sequence[Tensor], scale: Tensor | None) -> None:
         """Called by the backend once per step that will be applied, when the owners hold their final gradients."""
         self._on_gradients({id(owner) for owner in owners}, scale)
-        for weight in self._of(owners) if self._mode.masks_gradient_late else ():
-            self._mode.mask_gradient(weight)
+        if self._mode.masks_gradient_late:
+            self._mode.mask_gradients([*self._of(owners)])
 
     def before_closure(self, owners: Sequence[Tensor]) -> None:
         """Called by the backend before the first closure of a step: what was written until now is no optimizer's."""
@@ -158,8 +161,10 @@ class WeightKeeper:
         weights = [*self._of(owners)]
         self._writers.before_update(weights, again=self._begun)  # all before the first is changed: see there
         self._begun = False
-        for weight in weights:
-            self._mode.before_update(weight)
+        if self._mode.masks_gradient:
+            self._mode.mask_gradients([weight for weight in weights if not self._is_masked(weight)])
+            self._masked.clear()
+        self._mode.before_update(weights)
 
     def after_update(self, owners: Sequence[Tensor]) -> None:
         """Called by the backend when the update is done, before anything reads the weights."""
@@ -170,22 +175,26 @@ class WeightKeeper:
 
     def _hide(self, weights: Sequence[MaskedWeight]) -> None:
         """Make the weights what forward sees; whoever writes them from here on is another."""
-        for weight in weights:
-            self._mode.after_update(weight)
+        self._mode.after_update(weights)
         if self._mode.keeps_zero:
             seal(weights)
 
     def _reveal(self, weights: Sequence[MaskedWeight]) -> None:
-        for weight in weights:
-            self._mode.reveal(weight)
+        self._mode.reveal(weights, in_place=self._read > 0)
 
     def _of(self, owners: Sequence[Tensor]) -> Iterator[MaskedWeight]:
         for owner in owners:
             yield from self._by_owner.get(id(owner), ())
 
     def _mask_gradient(self, parameter: nn.Parameter) -> None:
-        for weight in self._by_owner[id(parameter)]:
-            self._mode.mask_gradient(weight)
+        weights = self._by_owner[id(parameter)]
+        self._mode.mask_gradients(weights)
+        if self._backend.world_size == 1:  # else ranks sum it into the same memory, which leaves no trace
+            self._masked |= {weight: _trace(parameter.grad) for weight in weights}
+
+    def _is_masked(self, weight: MaskedWeight) -> bool:
+        """Whether nothing was written into a gradient since it was masked as it arrived."""
+        return weight in self._masked and self._masked[weight] == _trace(weight.segment.owner.grad)
 
     # ---- who else writes ------------------------------------------------------------------------------------------
 
@@ -219,8 +228,8 @@ class WeightKeeper:
 
     def mask_gradients(self) -> None:
         """Take the pruned entries out of all gradients now, in `freeze`."""
-        for weight in self.weights if self._mode.masks_gradient else ():
-            self._mode.mask_gradient(weight)
+        if self._mode.masks_gradient:
+            self._mode.mask_gradients(self.weights)
 
     @torch.no_grad()
     def count_zeros(self) -> tuple[int, int]:
@@ -283,11 +292,20 @@ class WeightKeeper:
     def dense_copies(self) -> Iterator[None]:
         """Inside the block the model computes with its dense weights. Collective where parameters are sharded."""
         try:
+            self._read += 1
             with self.dense_owners():
                 self._backend.refresh_copies()
                 yield
         finally:
+            self._read -= 1
             self._backend.refresh_copies()
+
+
+def _trace(gradient: Tensor | None) -> tuple[int, int]:
+    """Return where a gradient lies and how often it was written."""
+    if gradient is None or gradient.is_sparse:
+        return 0, id(gradient)
+    return gradient.data_ptr(), gradient._version
 
 
 _AT_WORK: WeakSet[WeightKeeper] = WeakSet()

@@ -253,7 +253,7 @@ def test_values_that_are_there_for_an_evaluation_are_masked_in_it_and_come_back(
 def test_quiet_steps_read_no_values(monkeypatch):
     net, optimizer, pruner = masked("feedback")
     looked = []
-    monkeypatch.setattr(type(pruner._weights[0].store), "take_over", lambda *_: looked.append(1))
+    monkeypatch.setattr(type(pruner._weights[0].store), "take_over", lambda *_, **__: looked.append(1))
     step(net, optimizer, pruner)
     step(net, optimizer, pruner)
     assert not looked
@@ -299,7 +299,7 @@ def test_a_refresh_before_the_first_step_keeps_them():
 
 def test_on_an_accelerator_a_write_through_data_is_said_where_waiting_costs_nothing(monkeypatch):
     monkeypatch.setattr(device, "_AT_ONCE", set())
-    net, optimizer, pruner = masked("feedback")
+    net, optimizer, pruner = masked("freeze")
     for _ in range(2):
         step(net, optimizer, pruner)
     with warnings.catch_warnings():

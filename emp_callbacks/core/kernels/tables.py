@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 ALIGNMENT = 16  # bytes: the widest load
+TILE = 4096  # values that one program masks, of which one check sum is kept
 _KEPT = 8
 
 
@@ -56,9 +57,9 @@ def tiles_of(lengths: Sequence[int], tile: int, device: torch.device) -> Tiles:
 
 def addresses(columns: Sequence[Sequence[Tensor | None]], device: torch.device) -> tuple[Tensor, int]:
     """Return where tensors lie, shape (columns, T), int64, 0 for None, and the alignment that all share, in bytes."""
-    places = torch.tensor([[0 if one is None else one.data_ptr() for one in column] for column in columns])
-    aligned = not bool((places % ALIGNMENT).any())
-    return to_device(places, device), ALIGNMENT if aligned else 1
+    places = np.array([[0 if one is None else one.data_ptr() for one in column] for column in columns], np.int64)
+    aligned = not (places % ALIGNMENT).any()
+    return to_device(torch.from_numpy(places), device), ALIGNMENT if aligned else 1
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
