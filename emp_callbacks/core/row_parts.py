@@ -46,6 +46,11 @@ class RowPart(NamedTuple):
             chosen = at.to(self.scores.device)
         return RowPart(self.scores[:, chosen], self.rows[at], columns if columns.shape[1] == 1 else columns[:, chosen])
 
+    def magnitudes(self) -> RowPart:
+        """Return the part with a copy of its scores' magnitudes, in a dtype in which they compare exactly."""
+        dtype = key_dtype([self.scores.dtype])
+        return self._replace(scores=self.scores.to(dtype, copy=True).abs_())
+
 
 def whole_rows(scores_gn: Tensor) -> RowPart:
     """Return all rows of a matrix as one part, whose `rows` are on the scores' device."""

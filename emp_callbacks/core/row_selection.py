@@ -23,6 +23,7 @@ from emp_callbacks.core.row_search import ALL_TIES, Brackets, SearchedRows, sear
 from emp_callbacks.core.threshold import AllSum, local_sum
 
 FEW = 1 << 17  # scores that are sorted rather than searched
+ROOM = 1 << 24  # scores of cut rows, of all matrices, that are copied: 64 MiB of float32
 BLOCK = 1 << 22  # scores that are searched at a time: 16 MiB of float32
 
 
@@ -159,7 +160,7 @@ def find_rows(matrices: Sequence[RowMatrix], all_sum: AllSum = local_sum) -> lis
         matrices: All of them, in the same order on every rank: their sums travel together.
         all_sum: Returns the sum of a tensor over all ranks.
     """
-    found, cut = [], []
+    found, cut, room = [], [], ROOM
     for matrix, (whole, pieces) in zip(matrices, _whole_and_cut(matrices, all_sum), strict=True):
         one = RowThresholds(
             torch.full(matrix.keep.shape, torch.inf, dtype=matrix.dtype),
@@ -171,7 +172,9 @@ def find_rows(matrices: Sequence[RowMatrix], all_sum: AllSum = local_sum) -> lis
             one.put(block, brackets, search_rows(brackets, [SearchedRows(part, block) for part in matrix.held]))
         found.append(one)
         if len(pieces):
-            cut.append((one, pieces, CutRows(matrix.counted, pieces, matrix.brackets(pieces))))
+            rows = CutRows(matrix.counted, pieces, matrix.brackets(pieces), room)
+            room -= rows.copied
+            cut.append((one, pieces, rows))
     last_ties = search_cut_rows([rows for *_, rows in cut], all_sum)
     for (one, pieces, rows), last_tie in zip(cut, last_ties, strict=True):
         one.put(pieces, rows.brackets, last_tie)

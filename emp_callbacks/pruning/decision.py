@@ -19,7 +19,7 @@ from emp_callbacks.core.effective_number import (
 )
 from emp_callbacks.core.row_selection import top_rows
 from emp_callbacks.core.search import Search, search_of
-from emp_callbacks.core.threshold import Group, ScoredPart, Threshold, find_thresholds, local_sum
+from emp_callbacks.core.threshold import AllSum, Group, ScoredPart, Threshold, find_thresholds, local_sum
 from emp_callbacks.layer import Ranks
 from emp_callbacks.pruning.groups import Cut, Decision, KeepRule, LayerSums, Scored, check_finite, sums_of_layers
 from emp_callbacks.pruning.row_decision import decide_rows
@@ -49,8 +49,9 @@ def _decide_pooled(layers: Sequence[Scored], scope: str, rule: KeepRule, ranks: 
     rules = [rule.of_group(pool.name) for pool in pools]
     search = _search(pools, ranks)
     local = search.look(lambda fraction: torch.stack([rules[g].share(one) for g, one in enumerate(fraction)]))
-    sums = (local if _is_known_everywhere(pools) else ranks.all_sum(local)).cpu()
+    sums = ranks.all_sum(local).cpu()
     check_finite(local, sums, layers, ranks, step)
+    sums = local.cpu() if all(pool.is_summed for pool in pools) else sums
     own = sums_of_layers(ScoreMoments.unstack(sums))
     keeps, n_effs = [], []
     for pool, of_pool in zip(pools, rules, strict=True):
@@ -83,15 +84,15 @@ def _search(pools: Sequence[_Pool], ranks: Ranks) -> Search:
     """Return the search for the thresholds of some pools, the parts of all of them in the order of the layers."""
     group_of = {i: g for g, pool in enumerate(pools) for i in pool.members}
     dtype = key_dtype([scores.dtype for pool in pools for scores in pool.scores.values()])
-    alone = _is_known_everywhere(pools)
-    parts = [pools[group_of[i]].part(i, counted=not alone) for i in sorted(group_of)]
-    all_sum = local_sum if alone or ranks.world_size == 1 else ranks.all_sum
-    return search_of(parts, [group_of[i] for i in sorted(group_of)], [pool.size for pool in pools], dtype, all_sum)
+    parts = [pools[group_of[i]].searched(i) for i in sorted(group_of)]
+    sizes = [pool.size for pool in pools]
+    return search_of(parts, [group_of[i] for i in sorted(group_of)], sizes, dtype, _all_sum(pools, ranks))
 
 
-def _is_known_everywhere(pools: Sequence[_Pool]) -> bool:
-    """Whether every rank has the same scores already, of units and features: nobody needs to be asked."""
-    return all(pool.layers[i].span.is_summed for pool in pools for i in pool.members)
+def _all_sum(pools: Sequence[_Pool], ranks: Ranks) -> AllSum:
+    """Return what adds over ranks what `searched` says on each."""
+    alone = ranks.world_size == 1 or all(pool.is_summed for pool in pools)
+    return local_sum if alone else ranks.all_sum
 
 
 def _nothing_known(pool: _Pool, own: tuple[LayerSums, ...]) -> Decision:
@@ -151,27 +152,35 @@ class _Pool(NamedTuple):
         """Components of all layers."""
         return sum(self.layers[i].span.size for i in self.scores)
 
+    @property
+    def is_summed(self) -> bool:
+        """Whether every rank has the same scores already, so that each can search them alone."""
+        return all(self.layers[i].span.is_summed for i in self.scores)
+
     def mask(self, i: int, threshold: Threshold) -> Tensor:
         """Return the mask of a layer, layout of its scores."""
-        return threshold.mask(self.part(i, counted=False)).view(self.scores[i].shape)
+        return threshold.mask(self._placed(i, self._scored(i).all)).view(self.scores[i].shape)
 
     def cut(self, i: int, threshold: Threshold) -> Cut:
         """Return what decides a layer's mask."""
-        return Cut(threshold, self.part(i, counted=False))
+        return Cut(threshold, self._placed(i, self._scored(i).all))
 
-    def part(self, i: int, *, counted: bool) -> ScoredPart:
-        """Return this rank's part of a layer, or what it counts of it, and where it lies in the group."""
-        scored = Scored(self.layers[i].span, self.scores[i])
-        part = scored.counted if counted else scored.all
+    def searched(self, i: int) -> ScoredPart:
+        """Return what this rank searches of a layer, and where it lies in the group: what it counts, or all of it."""
+        return self._placed(i, self._scored(i).all if self.is_summed else self._scored(i).counted)
+
+    def _scored(self, i: int) -> Scored:
+        return Scored(self.layers[i].span, self.scores[i])
+
+    def _placed(self, i: int, part: ScoredPart) -> ScoredPart:
         return ScoredPart(part.scores, part.positions + self.starts[i])
 
 
 def _threshold(pool: _Pool, keep: int, ranks: Ranks) -> Threshold:
     """Return what keeps exactly `keep` of a pool, on the host's path: its infinite scores have no moments."""
     dtype = key_dtype([scores.dtype for scores in pool.scores.values()])
-    alone = _is_known_everywhere([pool])
-    group = Group([pool.part(i, counted=not alone) for i in pool.members], pool.size, keep)
-    return find_thresholds([group], dtype, local_sum if alone or ranks.world_size == 1 else ranks.all_sum)[0]
+    group = Group([pool.searched(i) for i in pool.members], pool.size, keep)
+    return find_thresholds([group], dtype, _all_sum([pool], ranks))[0]
 
 
 def _is_short(mask: Tensor, rule: KeepRule) -> bool:

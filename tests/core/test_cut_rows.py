@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from emp_callbacks.core import cut_rows, device
+from emp_callbacks.core import cut_rows, device, row_selection
 from emp_callbacks.core.effective_number import score_moments
 from emp_callbacks.core.row_selection import RowMatrix, find_rows
 from tests.checkpoint.thread_ranks import on_ranks
@@ -43,10 +43,12 @@ def search(cases):
     return [together([masks[i] for masks in by_rank]) for i, (_, together) in enumerate(cut)], sums
 
 
+@pytest.mark.parametrize("room", [0, 500, 1 << 24])
 @pytest.mark.parametrize("at_once", [{"cpu"}, set()], ids=["host", "accelerator"])
-def test_many_matrices_at_a_time_equal_a_stable_sort_of_each_row(monkeypatch, at_once):
+def test_many_matrices_at_a_time_equal_a_stable_sort_of_each_row(monkeypatch, at_once, room):
     monkeypatch.setattr(device, "_AT_ONCE", at_once)
-    for first in range(0, 200, 20):
+    monkeypatch.setattr(row_selection, "ROOM", room)
+    for first in range(0, 100, 20):
         cases = [random_case(seed) for seed in range(first, first + 20)]
         for (scores, keep), mask in zip(cases, search(cases)[0], strict=True):
             assert torch.equal(mask, reference(scores, keep))
@@ -72,6 +74,7 @@ def test_no_more_is_copied_than_a_piece(monkeypatch):
             sizes.append(part.scores.numel())
             yield part, rows
 
+    monkeypatch.setattr(row_selection, "ROOM", 0)
     monkeypatch.setattr(cut_rows, "chunk_length", lambda _: 2000)
     monkeypatch.setattr(cut_rows.CutRows, "_held", watched)
     search([(torch.randn(300, 50), torch.full((300,), 20))])
