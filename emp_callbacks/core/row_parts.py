@@ -52,6 +52,20 @@ class RowPart(NamedTuple):
         return self._replace(scores=self.scores.to(dtype, copy=True).abs_())
 
 
+class RowCuts(NamedTuple):
+    """What is kept of scores of shape (A, R, B), of which each r is a row of A * B columns, in order.
+
+    Attributes:
+        value: The lowest kept score of each row, shape (R,), float32 or float64; -inf keeps all.
+        last_tie: Of the scores equal to it, those up to this column are kept, shape (R,), int64.
+        width: B.
+    """
+
+    value: Tensor
+    last_tie: Tensor
+    width: int
+
+
 def whole_rows(scores_gn: Tensor) -> RowPart:
     """Return all rows of a matrix as one part, whose `rows` are on the scores' device."""
     rows = torch.arange(len(scores_gn), device=scores_gn.device)

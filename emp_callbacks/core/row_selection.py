@@ -17,8 +17,10 @@ from torch import Tensor
 from emp_callbacks.core.chunks import chunk_length
 from emp_callbacks.core.cut_rows import CutRows, search_cut_rows
 from emp_callbacks.core.device import on_host
-from emp_callbacks.core.effective_number import ScoreMoments, score_moments
-from emp_callbacks.core.row_parts import RowPart, pieces_of, row_magnitudes, whole_rows
+from emp_callbacks.core.effective_number import ScoreMoments, key_dtype, score_moments
+from emp_callbacks.core.kernels.choice import kernels_serve
+from emp_callbacks.core.kernels.tables import to_device
+from emp_callbacks.core.row_parts import RowCuts, RowPart, pieces_of, row_magnitudes, whole_rows
 from emp_callbacks.core.row_search import ALL_TIES, Brackets, SearchedRows, search_rows
 from emp_callbacks.core.threshold import AllSum, local_sum
 
@@ -36,11 +38,14 @@ class RowThresholds:
             keeps the whole row, also NaN; +inf stands where the row lies on other ranks.
         above: Shape (G,), more than the lowest kept score.
         last_tie: Shape (G,), int64.
+        cuts: What a kernel found of rows that all lie whole on one accelerator; None: a search has found the rest. All
+            tensors are there, and `above` is the lowest kept score itself.
     """
 
     value: Tensor
     above: Tensor
     last_tie: Tensor
+    cuts: RowCuts | None = None
 
     def put(self, rows: Tensor, found: Brackets, last_tie: Tensor) -> None:
         """Take what a search found of some rows."""
@@ -64,30 +69,50 @@ class RowThresholds:
             kept[:, rows] &= ~equal.logical_and_(surplus)
         return kept
 
-    def lowest_kept(self, part: RowPart) -> float:
-        """Return the lowest kept score of a part of the rows; inf if it has none."""
+    def lowest_kept(self, part: RowPart) -> Tensor:
+        """Return the lowest kept score of a part of the rows, shape (), float64; inf if it has none."""
+        nothing = torch.full((), math.inf, dtype=torch.float64)
         if not len(part.rows):
-            return math.inf
+            return nothing
+        if self.cuts is not None:
+            return self.above.min().double()
         value, above = self.value[part.rows], self.above[part.rows]
         # Looked for only where it can be: most rows keep nothing as low as what some row keeps for certain.
         near = (value < above.min()).nonzero().squeeze(1)
         magnitude = part.scores[:, near.to(part.scores.device)].abs()
         kept = magnitude[magnitude >= value[near].to(magnitude.device)[:, None]]
-        return float(kept.min()) if len(kept) else math.inf
+        return kept.min().double() if len(kept) else nothing
 
 
 def row_sums(parts: Sequence[RowPart], rows: int) -> Tensor:
-    """Return the moments of each row over some parts of them, stacked, shape (rows, 3), float64, on the CPU."""
-    sums = torch.zeros(rows, 3, dtype=torch.float64)
+    """Return the moments of each row over some parts of them, stacked, shape (rows, 3), float64, on their device."""
+    device = parts[0].scores.device
+    sums = torch.zeros(rows, 3, dtype=torch.float64, device=device)
     for part in parts:
-        own = torch.zeros(len(part.rows), 3, dtype=torch.float64, device=part.scores.device)
-        wide_pieces = pieces_of(part.scores, torch.float64)
-        for (at, magnitude), (_, wide) in zip(row_magnitudes(part.scores), wide_pieces, strict=True):
-            own[at[1], 0] += wide.copy_(magnitude).sum((0, 2))
-            own[at[1], 1] += wide.square_().sum((0, 2))
-            own[at[1], 2] += torch.gt(magnitude, 0, out=magnitude).sum((0, 2))
-        sums.index_add_(0, part.rows, own.cpu())
+        own = _moments_by_kernel(part.scores) if kernels_serve([part.scores]) else _moments(part.scores)
+        sums.index_add_(0, to_device(part.rows, device), own)
     return sums
+
+
+def _moments(scores: Tensor) -> Tensor:
+    sums = torch.zeros(scores.shape[1], 3, dtype=torch.float64, device=scores.device)
+    wide_pieces = pieces_of(scores, torch.float64)
+    for (at, magnitude), (_, wide) in zip(row_magnitudes(scores), wide_pieces, strict=True):
+        sums[at[1], 0] += wide.copy_(magnitude).sum((0, 2))
+        sums[at[1], 1] += wide.square_().sum((0, 2))
+        sums[at[1], 2] += torch.gt(magnitude, 0, out=magnitude).sum((0, 2))
+    return sums
+
+
+def _moments_by_kernel(scores: Tensor) -> Tensor:
+    from emp_callbacks.core.kernels.rows import row_moments
+
+    return row_moments(_by_row(scores))
+
+
+def _by_row(scores: Tensor) -> Tensor:
+    """Return scores (A, R, B) as (R, A * B), contiguous; without a copy where the rows lie one after another."""
+    return scores.transpose(0, 1).reshape(scores.shape[1], -1).contiguous()
 
 
 def top_rows(scores_gn: Tensor, keep_g: Tensor, moments: ScoreMoments | None = None) -> Tensor:
@@ -101,6 +126,8 @@ def top_rows(scores_gn: Tensor, keep_g: Tensor, moments: ScoreMoments | None = N
     Returns:
         Shape (G, N), bool, True = kept.
     """
+    if kernels_serve([scores_gn]):
+        return _top_by_kernel(scores_gn.detach(), keep_g)
     rows = whole_rows(scores_gn)
     if not on_host(scores_gn) or scores_gn.numel() <= FEW:
         thresholds = _sort_rows(scores_gn.detach(), keep_g.to(scores_gn.device))
@@ -109,6 +136,18 @@ def top_rows(scores_gn: Tensor, keep_g: Tensor, moments: ScoreMoments | None = N
         matrix = RowMatrix([rows], [rows], keep_g, known, scores_gn.shape[1], scores_gn.dtype)
         (thresholds,) = find_rows([matrix])
     return thresholds.mask(rows)[0]
+
+
+def _top_by_kernel(scores_gn: Tensor, keep_g: Tensor) -> Tensor:
+    from emp_callbacks.core.kernels.rows import row_thresholds
+
+    keep = keep_g.to(scores_gn.device)
+    dtype = key_dtype([scores_gn.dtype])
+    value, last_tie = row_thresholds(scores_gn.contiguous(), keep.clamp(min=1), dtype)
+    value = _extremes(value, keep, scores_gn.shape[1])[:, None]
+    magnitude = scores_gn.abs().to(dtype)
+    beyond = torch.arange(scores_gn.shape[1], device=scores_gn.device) > last_tie[:, None]
+    return ((magnitude < value) | ((magnitude == value) & beyond)).logical_not_()
 
 
 def _sort_rows(scores_gn: Tensor, keep_g: Tensor) -> RowThresholds:
@@ -122,7 +161,8 @@ def _sort_rows(scores_gn: Tensor, keep_g: Tensor) -> RowThresholds:
         last_tie = torch.where(following == value, column, ALL_TIES)
         above = torch.full_like(value, torch.inf)
         found.append((_extremes(value, keep, size), above, last_tie.masked_fill(keep == size, ALL_TIES)))
-    return RowThresholds(*(torch.cat(values).squeeze(1) for values in zip(*found, strict=True)))
+    value, above, last_tie = (torch.cat(values).squeeze(1) for values in zip(*found, strict=True))
+    return RowThresholds(value, above, last_tie)
 
 
 def _extremes(value: Tensor, keep: Tensor, size: int) -> Tensor:
@@ -162,6 +202,9 @@ def find_rows(matrices: Sequence[RowMatrix], all_sum: AllSum = local_sum) -> lis
     """
     found, cut, room = [], [], ROOM
     for matrix, (whole, pieces) in zip(matrices, _whole_and_cut(matrices, all_sum), strict=True):
+        if len(whole) == len(matrix.keep) and (exact := _by_kernel(matrix)) is not None:
+            found.append(exact)
+            continue
         one = RowThresholds(
             torch.full(matrix.keep.shape, torch.inf, dtype=matrix.dtype),
             torch.full(matrix.keep.shape, torch.inf, dtype=matrix.dtype),
@@ -178,10 +221,27 @@ def find_rows(matrices: Sequence[RowMatrix], all_sum: AllSum = local_sum) -> lis
     last_ties = search_cut_rows([rows for *_, rows in cut], all_sum)
     for (one, pieces, rows), last_tie in zip(cut, last_ties, strict=True):
         one.put(pieces, rows.brackets, last_tie)
-    for matrix, one in zip(matrices, found, strict=True):
+    searched = [(matrix, one) for matrix, one in zip(matrices, found, strict=True) if one.cuts is None]
+    for matrix, one in searched:
         one.value.copy_(_extremes(one.value, matrix.keep, matrix.size))
         one.above.masked_fill_(matrix.keep == matrix.size, torch.inf)
     return found
+
+
+def _by_kernel(matrix: RowMatrix) -> RowThresholds | None:
+    """Return the thresholds of rows that lie whole on one accelerator; None where kernels do not serve them."""
+    part = matrix.held[0]
+    is_table = len(matrix.held) == 1 and part.columns.shape[1] == 1 and len(part.rows) == len(matrix.keep)
+    if not is_table or not kernels_serve([part.scores]):
+        return None
+    from emp_callbacks.core.kernels.rows import row_thresholds
+
+    keep = to_device(matrix.keep, part.scores.device)
+    dtype = key_dtype([part.scores.dtype])
+    lowest, last_tie = row_thresholds(_by_row(part.scores), keep.clamp(min=1), dtype)
+    last_tie = last_tie.masked_fill(keep == matrix.size, ALL_TIES)
+    value, above = _extremes(lowest, keep, matrix.size), lowest.masked_fill(keep == 0, torch.inf)
+    return RowThresholds(value, above, last_tie, RowCuts(value, last_tie, part.scores.shape[2]))
 
 
 def _whole_and_cut(matrices: Sequence[RowMatrix], all_sum: AllSum) -> list[tuple[Tensor, Tensor]]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from emp_callbacks.core.effective_number import ScoreMoments, effective_numbers, keep_counts
+from emp_callbacks.core.row_parts import RowCuts
 from emp_callbacks.core.threshold import ScoredPart, Threshold
 from emp_callbacks.layer import Ranks
 from emp_callbacks.layer.segment import Span
@@ -120,7 +121,7 @@ class Decision:
     is_top: bool
     mass_floor: float | None
     mask: Callable[[int], Tensor]
-    cut: Callable[[int], Cut] | None = None
+    cut: Callable[[int], Cut | RowCuts] | None = None
 
 
 def sums_of_layers(moments: ScoreMoments) -> list[LayerSums]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from emp_callbacks.core.chunks import gather_rows
 from emp_callbacks.core.kernels.choice import kernels_serve
+from emp_callbacks.core.row_parts import RowCuts
 from emp_callbacks.layer import Layer
 from emp_callbacks.layer.mask_mode import MaskMode, States
 from emp_callbacks.pruning.accounting import count_mask
@@ -20,7 +21,7 @@ class _Fused(NamedTuple):
     """A layer of one weight whose mask a kernel makes of its scores, counts and applies."""
 
     i: int
-    cut: Cut
+    cut: Cut | RowCuts
     source: Tensor | None
     target: Tensor | None
 
@@ -85,8 +86,17 @@ def _alike(fused: Sequence[_Fused], scored: Sequence[Scored]) -> list[list[_Fuse
     kinds: dict[tuple[object, ...], list[_Fused]] = {}
     for one in fused:
         width = None if one.source is None else one.source.element_size()
-        kinds.setdefault((scored[one.i].scores.dtype, one.cut.threshold.dtype, width), []).append(one)
+        kinds.setdefault((scored[one.i].scores.dtype, _dtype(one.cut), type(one.cut), width), []).append(one)
     return list(kinds.values())
+
+
+def _dtype(cut: Cut | RowCuts) -> torch.dtype:
+    """Return the dtype in which scores compare."""
+    return cut.threshold.dtype if isinstance(cut, Cut) else cut.value.dtype
+
+
+def _ties_end(cut: Cut) -> int:
+    return cut.part.count_up_to(cut.threshold.last_tie)
 
 
 def _choose(
@@ -97,7 +107,7 @@ def _choose(
     states: Mapping[int, States],
 ) -> dict[int, Tensor]:
     """Make, count and apply the masks of some layers in one launch; return the counts by layer."""
-    from emp_callbacks.core.kernels.choosing import Choice, choose_tensors
+    from emp_callbacks.core.kernels.choosing import Choice, OneCut, choose_tensors
 
     choices = []
     for i, cut, source, target in fused:
@@ -105,9 +115,9 @@ def _choose(
         size = scores.numel()
         begin, end, _ = scored[i].span.counted.indices(size)
         mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
-        ties_end = cut.part.count_up_to(cut.threshold.last_tie)
-        choices.append(Choice(scores, cut.threshold.value, ties_end, (begin, end), old, mask, source, target))
-    counts = choose_tensors(choices, fused[0].cut.threshold.dtype, within_old=mode.keeps_pruned)
+        rule = OneCut(cut.threshold.value, _ties_end(cut)) if isinstance(cut, Cut) else cut
+        choices.append(Choice(scores, rule, (begin, end), old, mask, source, target))
+    counts = choose_tensors(choices, _dtype(fused[0].cut), within_old=mode.keeps_pruned)
     weights = [layers[one.i].weights[0] for one in fused]
     masks = [layers[one.i].put_mask(choice.mask)[0] for one, choice in zip(fused, choices, strict=True)]
     written = fused[0].source is not None

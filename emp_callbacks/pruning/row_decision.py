@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from emp_callbacks.core.bounds import tight_mass_bounds
+from emp_callbacks.core.chunks import gather_rows
 from emp_callbacks.core.effective_number import ScoreMoments, effective_numbers
-from emp_callbacks.core.row_parts import RowPart
+from emp_callbacks.core.row_parts import RowCuts, RowPart
 from emp_callbacks.core.row_selection import RowMatrix, RowThresholds, find_rows, row_sums
 from emp_callbacks.core.threshold import local_sum
 from emp_callbacks.layer import Ranks
@@ -24,10 +25,11 @@ def decide_rows(layers: Sequence[Scored], rule: KeepRule, ranks: Ranks, step: in
 
     The arguments and errors are those of `decide`.
     """
-    local = [_local_row_sums(layer) for layer in layers]
-    by_row = torch.split(ranks.all_sum(torch.cat(local)), [len(rows) for rows in local])
-    sums = torch.stack([rows.sum(0) for rows in by_row])
-    check_finite(torch.stack([rows.sum(0) for rows in local]), sums, layers, ranks, step)
+    local = torch.cat([_local_row_sums(layer) for layer in layers])
+    rows = [layer.span.shape[layer.span.output_dim] for layer in layers]
+    by_row = torch.split(ranks.all_sum(local).cpu(), rows)
+    sums = torch.stack([of_layer.sum(0) for of_layer in by_row])
+    check_finite(torch.stack([own.sum(0) for own in torch.split(local, rows)]), sums, layers, ranks, step)
     moments = [ScoreMoments.unstack(rows) for rows in by_row]
     n_eff = [effective_numbers(each) for each in moments]
     layouts = [row_layout(layer.span, layer.scores.reshape(-1), slice(0, layer.scores.numel())) for layer in layers]
@@ -39,9 +41,10 @@ def decide_rows(layers: Sequence[Scored], rule: KeepRule, ranks: Ranks, step: in
     is_whole = all(layer.span.replicated for layer in layers)  # on every rank: no row can be cut
     thresholds = find_rows(matrices, local_sum if is_whole else ranks.all_sum)
     own_lowest = [
-        min(found.lowest_kept(part) for part in layout.parts) for found, layout in zip(thresholds, layouts, strict=True)
+        torch.stack([found.lowest_kept(part) for part in layout.parts]).min()
+        for found, layout in zip(thresholds, layouts, strict=True)
     ]
-    lowest = ranks.all_min(torch.tensor(own_lowest, dtype=torch.float64)).tolist()
+    lowest = ranks.all_min(gather_rows(own_lowest)).tolist()
     own = sums_of_layers(ScoreMoments.unstack(sums))
     return [
         Decision(
@@ -57,6 +60,7 @@ def decide_rows(layers: Sequence[Scored], rule: KeepRule, ranks: Ranks, step: in
             is_top=False,
             mass_floor=_mean_floor(matrices[i], n_eff[i]),
             mask=partial(_mask, layer, layouts[i], thresholds[i]),
+            cut=_cut(thresholds[i]),
         )
         for i, layer in enumerate(layers)
     ]
@@ -78,6 +82,11 @@ def _note(matrix: RowMatrix) -> str:
 
 def _mask(layer: Scored, layout: RowLayout, thresholds: RowThresholds, member: int) -> Tensor:  # noqa: ARG001
     return layout.flat([thresholds.mask(part) for part in layout.parts]).view(layer.scores.shape)
+
+
+def _cut(thresholds: RowThresholds) -> Callable[[int], RowCuts] | None:
+    cuts = thresholds.cuts
+    return None if cuts is None else lambda _: cuts
 
 
 def _mean_floor(matrix: RowMatrix, n_eff: Tensor) -> float | None:

@@ -13,19 +13,31 @@ from torch import Tensor
 from emp_callbacks.core.kernels.masking import INTEGERS
 from emp_callbacks.core.kernels.sums import FLOATS, sums_of_tiles
 from emp_callbacks.core.kernels.tables import addresses, tiles_of, to_device
+from emp_callbacks.core.row_parts import RowCuts
 
 BLOCK = 2048
 WARPS = 8
 TILE = 8 * BLOCK
 
 
+class OneCut(NamedTuple):
+    """The rule for a tensor that is, or is a part of, one group.
+
+    Attributes:
+        value: The lowest kept score.
+        ties_end: Of the scores equal to it, those at an index below this are kept.
+    """
+
+    value: float
+    ties_end: int
+
+
 class Choice(NamedTuple):
-    """What one tensor's mask is made of; all flat, of n components.
+    """What one tensor's mask is made of; contiguous, of n components.
 
     Attributes:
         scores: Either sign.
-        value: The lowest kept score; -1 keeps all.
-        ties_end: Of the scores equal to it, those at an index below this are kept.
+        cut: What is kept.
         counted: The range of indices that this rank counts.
         old: The mask until now, bool; None: all were kept.
         mask: Where the new one is written, which may be `old`.
@@ -34,8 +46,7 @@ class Choice(NamedTuple):
     """
 
     scores: Tensor
-    value: float
-    ties_end: int
+    cut: OneCut | RowCuts
     counted: tuple[int, int]
     old: Tensor | None
     mask: Tensor
@@ -47,31 +58,54 @@ def choose_tensors(choices: Sequence[Choice], dtype: torch.dtype, *, within_old:
     """Write masks and masked values, and return kept, kept mass, flipped and regrown of each, shape (T, 4), float64.
 
     Args:
-        choices: Of T tensors whose scores have one dtype and whose values, where there are, one item size.
+        choices: Of T tensors whose scores have one dtype and whose values, where there are, one item size; the cuts of
+            all are of one kind.
         dtype: float32 or float64, in which scores compare.
         within_old: Whether what was pruned stays so.
     """
-    device = choices[0].scores.device
-    columns = zip(*((one.scores, one.old, one.mask, one.source, one.target) for one in choices), strict=True)
-    table, alignment = addresses(list(columns), device)
+    device, of_rows = choices[0].scores.device, isinstance(choices[0].cut, RowCuts)
     tiles = tiles_of([one.scores.numel() for one in choices], TILE, device)
     parts = torch.empty(tiles.count, 4, dtype=torch.float64, device=device)
-    values = to_device(torch.tensor([one.value for one in choices], dtype=dtype), device)
-    bounds = to_device(torch.tensor([[one.ties_end, *one.counted] for one in choices]), device)
+    columns = [(one.scores, one.old, one.mask, one.source, one.target, *_row_tensors(one.cut)) for one in choices]
+    table, alignment = addresses(list(zip(*columns, strict=True)), device)
+    lowest = [one.cut.value if isinstance(one.cut, OneCut) else 0.0 for one in choices]
+    values = to_device(torch.tensor(lowest, dtype=dtype), device)
+    bounds = to_device(torch.tensor([[*one.counted, *_shape(one.cut)] for one in choices]), device)
     sizes = {one.source.element_size() for one in choices if one.source is not None} or {4}
     if tiles.count:
         _choose[(tiles.count,)](
             table, len(choices), tiles.owner, tiles.start, tiles.length, values, bounds, parts,
-            FLOATS[choices[0].scores.dtype], FLOATS[dtype], INTEGERS[sizes.pop()], within_old, TILE, BLOCK, alignment,
-            num_warps=WARPS,
+            FLOATS[choices[0].scores.dtype], FLOATS[dtype], INTEGERS[sizes.pop()], within_old, of_rows,
+            TILE, BLOCK, alignment, num_warps=WARPS,
         )  # fmt: skip
     return sums_of_tiles(parts, tiles)
+
+
+def _row_tensors(cut: OneCut | RowCuts) -> tuple[Tensor | None, Tensor | None]:
+    return (cut.value, cut.last_tie) if isinstance(cut, RowCuts) else (None, None)
+
+
+def _shape(cut: OneCut | RowCuts) -> tuple[int, int]:
+    return (len(cut.value), cut.width) if isinstance(cut, RowCuts) else (cut.ties_end, 0)
+
+
+@triton.jit
+def _beyond(score, at, i, table, tensors, value, ties_end, width, KEY: tl.constexpr, OF_ROWS: tl.constexpr):
+    """Return which scores are not kept; of those equal to the lowest kept one, the last."""
+    if OF_ROWS:
+        of_row = tl.load(table + 5 * tensors + i).to(tl.pointer_type(KEY))
+        last_tie = tl.load(table + 6 * tensors + i).to(tl.pointer_type(tl.int64))
+        row = at // width % ties_end  # the number of rows
+        column = at // (width * ties_end) * width + at % width
+        lowest = tl.load(of_row + row)
+        return (score < lowest) | ((score == lowest) & (column > tl.load(last_tie + row)))
+    return (score < value) | ((score == value) & (at >= ties_end))
 
 
 @triton.jit
 def _choose(
     table, tensors, owner, start, length, values, bounds, parts,
-    FLOAT: tl.constexpr, KEY: tl.constexpr, BITS: tl.constexpr, WITHIN_OLD: tl.constexpr,
+    FLOAT: tl.constexpr, KEY: tl.constexpr, BITS: tl.constexpr, WITHIN_OLD: tl.constexpr, OF_ROWS: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -84,8 +118,9 @@ def _choose(
     source = tl.multiple_of(source_place.to(tl.pointer_type(BITS)), ALIGNMENT)
     target = tl.multiple_of(target_place.to(tl.pointer_type(BITS)), ALIGNMENT)
     value = tl.load(values + i)
-    ties_end, count_from = tl.load(bounds + 3 * i), tl.load(bounds + 3 * i + 1)
-    count_to, size = tl.load(bounds + 3 * i + 2), tl.load(length + i)
+    count_from, count_to = tl.load(bounds + 4 * i), tl.load(bounds + 4 * i + 1)
+    ties_end, width = tl.load(bounds + 4 * i + 2), tl.load(bounds + 4 * i + 3)
+    size = tl.load(length + i)
     end = tl.minimum(first + TILE, size)
     kept_sum, flipped_sum, regrown_sum = (
         tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32),
@@ -98,7 +133,7 @@ def _choose(
             before = tl.full([BLOCK], 1, tl.int8)
             if old_place != 0:
                 before = tl.load(old + at)
-            kept = (score > value) | ((score == value) & (at < ties_end))
+            kept = _beyond(score, at, i, table, tensors, value, ties_end, width, KEY, OF_ROWS) == 0
             if WITHIN_OLD:
                 kept = kept & (before != 0)
             tl.store(mask + at, kept.to(tl.int8))
@@ -115,7 +150,7 @@ def _choose(
             before = tl.full([BLOCK], 1, tl.int8)
             if old_place != 0:
                 before = tl.load(old + at, mask=inside, other=1)
-            kept = (score > value) | ((score == value) & (at < ties_end))
+            kept = _beyond(score, at, i, table, tensors, value, ties_end, width, KEY, OF_ROWS) == 0
             if WITHIN_OLD:
                 kept = kept & (before != 0)
             tl.store(mask + at, kept.to(tl.int8), mask=inside)
