@@ -1,4 +1,4 @@
-"""Bytes and seconds of a sharded refresh, beside the same in one process and beside gathering the weights.
+"""Collectives, bytes and seconds of a sharded refresh, beside the same in one process and beside gathering the weights.
 
     python benchmarks/bench_communication.py --sizes 1e6 1e7 1e8 --ranks 2 --out benchmarks/results/communication.json
 
@@ -81,7 +81,7 @@ def _measure(size: int, scope: str, turns: Barrier, alone: bool, repeats: int) -
     events = pruner.refresh()
     count = sum(parameter.numel() for parameter in parameters)
     row: dict[str, Any] = {"weights": count, "keep": sum(event.keep for event in events)}
-    row |= {"bytes_per_refresh": sum(sent), "bytes_to_gather": 4 * count}
+    row |= {"collectives_per_refresh": len(sent), "bytes_per_refresh": sum(sent), "bytes_to_gather": 4 * count}
 
     def restore() -> None:
         for weight, values in zip(weights, dense, strict=True):
@@ -112,16 +112,16 @@ def _gathered(parameter: Tensor) -> Tensor:
 
 
 def _count_bytes(pruner: EMPPruner) -> list[int]:
-    """Return a list that grows by the bytes of every sum that the pruner's backend reduces."""
+    """Return a list that grows by the bytes of every tensor that the pruner's backend reduces."""
     backend = pruner._backend
     sent: list[int] = []
-    all_sum = backend.all_sum
+    reduced = backend._reduced
 
-    def counted(value: Tensor) -> Tensor:
-        sent.append(value.numel() * value.element_size())
-        return all_sum(value)
+    def counted(value: Tensor, how: Any) -> Tensor:
+        sent.append(value.nbytes)
+        return reduced(value, how)
 
-    backend.all_sum = counted  # type: ignore[method-assign]
+    backend._reduced = counted  # type: ignore[method-assign]
     return sent
 
 
@@ -156,9 +156,11 @@ def _seconds(work: Callable[[], object]) -> float:
 
 def _table(rows: list[dict[str, Any]]) -> Table:
     heads = ("refresh s", "alone s", "gather s")
-    table = Table("scope", "weights", "bytes per refresh", "bytes to gather", *heads, "refresh / alone", "ratio")
+    sent = ("collectives", "bytes per refresh", "bytes to gather")
+    table = Table("scope", "weights", *sent, *heads, "refresh / alone", "ratio")
     for row in rows:
-        counts = (f"{row[key]:,}" for key in ("weights", "bytes_per_refresh", "bytes_to_gather"))
+        keys = ("weights", "collectives_per_refresh", "bytes_per_refresh", "bytes_to_gather")
+        counts = (f"{row[key]:,}" for key in keys)
         seconds = (f"{row[key]:.3f}" for key in ("refresh_seconds", "alone_seconds", "gather_seconds"))
         table.add_row(row["scope"], *counts, *seconds, f"{row['alone_ratio']:.2f}", f"{row['ratio']:.2f}")
     return table

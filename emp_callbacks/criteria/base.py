@@ -39,6 +39,8 @@ class Criterion(ABC):
     def score(self, layer: Any) -> Tensor:
         """Return the scores of one layer, whose dense weights are in place. Collective.
 
+        On several ranks it is left where it asks for sums, and called anew when those of all layers have come.
+
         Args:
             layer: Only read. `layer.name`, `layer.span` (shape and place of its components); for weights
                 `layer.weight`; for heads, neurons and nodes `layer.unit_sums(...)`, `layer.members`.
