@@ -31,16 +31,14 @@ def zero_pruned(values: Tensor, mask: Tensor) -> None:
         values: Any shape and dtype; changed in place.
         mask: Same shape, bool, True = kept.
     """
-    if not on_host(values):
-        with torch.no_grad():  # not mul_: 0 * inf is nan; not masked_fill_: the inverse would be another kernel
-            torch.where(mask, values, _zero(values.dtype, values.device), out=values)
-    elif not _in_flat_order(values, mask):
-        values.masked_fill_(~mask, 0)
-    else:
+    if _in_flat_order(values, mask):
         bits, kept = _bits(values), mask.view(torch.int8).view(-1)
         with scratch(longest_chunk(bits), bits.dtype, bits.device) as buffer:
             for at in chunks(bits):
                 bits[at] &= buffer[: at.stop - at.start].copy_(kept[at]).neg_()  # -1 has all bits set
+    else:
+        with torch.no_grad():  # not mul_: 0 * inf is nan; not masked_fill_: the inverse would be another kernel
+            torch.where(mask, values, _zero(values.dtype, values.device), out=values)
 
 
 def take_pruned(values: Tensor, mask: Tensor) -> Tensor:

@@ -136,19 +136,18 @@ class DenseStore:
 
     def follow(self, values: Tensor) -> None:
         """Go where the model was moved: Lightning takes it from the GPU to the CPU when a fit ends. May wait, if so."""
-        if self.hidden_by is None:
+        if self.hidden_by is None or (self.packed is not None and self.hidden_by.device == values.device):
             return
-        if self.hidden_by.device != values.device:
-            self.hidden_by = self.hidden_by.to(values.device)
-        if on_host(values):
-            if self.packed is None and self.buffer is not None:
-                self.packed, self.buffer = take_pruned(self.buffer.dense.to(values.device), self.hidden_by), None
-            elif self.packed is not None and self.packed.device != values.device:
-                self.packed = self.packed.to(values.device)
-        elif self.packed is not None or self.buffer is None or not self.buffer.fits(values):
-            packed = self.stash
-            assert packed is not None
-            self.buffer, self.packed = DenseBuffer.like(values), None
+        host = on_host(values)
+        if not host and self.buffer is not None and self.buffer.fits(values):
+            return
+        packed = self.stash  # with the mask where it was
+        assert packed is not None
+        self.hidden_by = self.hidden_by.to(values.device)
+        if host:
+            self.packed, self.buffer = packed.to(values.device), None
+        else:
+            self.packed, self.buffer = None, DenseBuffer.like(values)
             self.buffer.put(values, self.hidden_by, packed.to(values))
 
     # ---- the watch ------------------------------------------------------------------------------------------------

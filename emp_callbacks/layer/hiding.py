@@ -42,18 +42,18 @@ def hide_all(parts: Iterable[Part], *, written: bool = False) -> None:
     lent: list[_Shown] = []
     apart: list[_Shown] = []
     for part in parts:
-        store, values, owner = part.store, part.segment.weight, part.segment.owner
+        store, values = part.store, part.segment.weight
         if on_host(values):
             store.hide(values)
         elif store.hidden_by is None and (mask := store.mask) is not None:
             store.hidden_by = mask
-            buffer = store.buffer
+            buffer, owner = store.buffer, part.segment.owner
             if buffer is not None and (own := buffer.take_aside(values)) is not None:
                 buffer.dense = values  # whatever memory the owner has now: an optimizer may have given it another
                 lent.append(_Shown(owner, own, mask, buffer))
             else:
                 apart.append(_Shown(owner, values, mask, _buffer_of(store, values)))
-    if not written:
+    if not written and (lent or apart):
         _keep_apart(apart)
         shown, masks, dense, sums = _columns([*lent, *apart])
         copy_masked(dense, masks, shown, sums)
@@ -92,17 +92,21 @@ def unhide_all(parts: Iterable[Part], *, in_place: bool) -> None:
     lent: list[_Shown] = []
     written: list[_Shown] = []
     for part in parts:
-        store, owner, values = part.store, part.segment.owner, part.segment.weight
-        store.written.clear()
-        store.follow(values)
-        if store.packed is not None:
+        store, values = part.store, part.segment.weight
+        if store.packed is None:
+            store.follow(values)
+        if store.packed is not None or store.hidden_by is None or store.buffer is None:
             store.unhide(values)
-        elif store.hidden_by is not None and store.buffer is not None:
+        else:
+            store.written.clear()
+            owner = part.segment.owner
             lends = not in_place and store.buffer.stands_in(owner, values)
             (lent if lends else written).append(_Shown(owner, values, store.hidden_by, store.buffer))
             store.forget()
-    follow_shown(*_columns(lent))
-    put_dense(*_columns(written)[:3])
+    if lent:
+        follow_shown(*_columns(lent))
+    if written:
+        put_dense(*_columns(written)[:3])
     for one in lent:
         _lend(one.owner, one.values, one.buffer)
 
