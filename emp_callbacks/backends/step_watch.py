@@ -73,7 +73,7 @@ class StepWatch:
 
     def attach(self, listener: UpdateListener) -> None:
         """Tell `listener` from now on."""
-        self._listener = listener
+        self._listener = _Untraced(listener) if self._optimizers else listener
         for optimizer in self._optimizers:
             self._wrap(optimizer)
         # Torch keeps its global hooks for ever: they must not keep a model that nobody else holds.
@@ -87,7 +87,7 @@ class StepWatch:
         self._listener = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_handles": [], "_strangers": None}  # a copy watches nothing
+        return {**vars(self), "_handles": [], "_strangers": None, "_listener": None}  # a copy watches nothing
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update({**state, "_strangers": WeakKeyDictionary()})
@@ -212,6 +212,24 @@ class StepWatch:
             return True
         self._strangers[optimizer] = len(owners)
         return False
+
+
+class _Untraced:
+    """A listener whose work a compiled optimizer step leaves to Python: it launches kernels by the tensors' addresses.
+
+    torch.compiler.disable imports the compiler, which the making of any optimizer has done before.
+    """
+
+    def __init__(self, listener: UpdateListener) -> None:
+        self._listener = listener
+        self.before_closure = torch.compiler.disable(listener.before_closure)  # type: ignore[no-untyped-call]
+        self.before_update = torch.compiler.disable(listener.before_update)  # type: ignore[no-untyped-call]
+        self.gradients_ready = torch.compiler.disable(listener.gradients_ready)  # type: ignore[no-untyped-call]
+        self.after_update = torch.compiler.disable(listener.after_update)  # type: ignore[no-untyped-call]
+
+    @property
+    def owners(self) -> Collection[int]:
+        return self._listener.owners
 
 
 class _Weakly:

@@ -67,16 +67,14 @@ def prepare(part: Part) -> tuple[Tensor, Tensor] | None:
 
     None where that is not known beforehand: on a CPU, and of a weight that several pruners mask.
     """
-    store, owner, values = part.store, part.segment.owner, part.segment.weight
+    store, values = part.store, part.segment.weight
     if on_host(values) or store.hidden_by is not None or len(store.members) > 1:
         return None
     if store.buffer is not None and (own := store.buffer.take_aside(values)) is not None:
         store.buffer.aside = own
         return values, own
     buffer = _buffer_of(store, values)
-    buffer.dense.copy_(values)
-    if buffer.stands_in(owner, values):
-        _lend(owner, values, buffer)
+    buffer.dense.copy_(values)  # not lent now: the scores may be another hold on the weight's memory
     return buffer.dense, values
 
 

@@ -23,6 +23,7 @@ DEVICE = os.environ.get("EMP_GPU_REHEARSAL", "cuda")
 REHEARSAL = DEVICE == "cpu"
 ON_A_GPU = [
     pytest.mark.gpu,
+    pytest.mark.processes,  # Triton starts a compiler
     pytest.mark.skipif(not (REHEARSAL or torch.cuda.is_available()), reason="no CUDA device: nothing of this file ran"),
 ]
 
