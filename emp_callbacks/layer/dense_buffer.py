@@ -33,7 +33,7 @@ class DenseBuffer:
     dense: Tensor
     sums: Tensor
     aside: Tensor | None = None
-    _alone: tuple[int, bool] = (0, False)
+    _alone_at: int = 0
 
     @classmethod
     @torch.inference_mode(False)
@@ -66,9 +66,9 @@ class DenseBuffer:
     def stands_in(self, owner: Tensor, values: Tensor) -> bool:
         """Whether the dense values can be the parameter's memory for a while: nobody else holds its own."""
         at = values.data_ptr()
-        if self._alone[0] != at:
-            self._alone = at, _is_alone(owner, values)
-        return self._alone[1]
+        if self._alone_at != at:  # a hold that is gone by the next step is no reason to copy at every step
+            self._alone_at = at if _is_alone(owner, values) else 0
+        return self._alone_at == at
 
 
 def _are_alike(one: Tensor, other: Tensor) -> bool:
