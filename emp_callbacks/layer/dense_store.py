@@ -156,6 +156,10 @@ class DenseStore:
         """Remember where the values lie and how often they were written: nobody but us writes them from here on."""
         self._seal = values.data_ptr(), _version(values)
 
+    def is_sealed(self, values: Tensor) -> bool:
+        """Whether there was a `seal`, and since then no write that leaves a trace."""
+        return self._seal == (values.data_ptr(), _version(values))
+
     def is_touched(self, values: Tensor, *, sampled: bool = True) -> bool:
         """Whether the values moved or were written since `seal`. Reads no value on an accelerator.
 

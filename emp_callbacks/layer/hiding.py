@@ -22,6 +22,17 @@ class Part(Protocol):
     store: DenseStore
 
 
+class Places(NamedTuple):
+    """Where a refresh reads a part's dense values and writes masked ones; the same where they are masked in place.
+
+    `sums` are zeros that become the check sums of what is written; see `copy_masked`.
+    """
+
+    source: Tensor
+    target: Tensor
+    sums: Tensor | None = None
+
+
 class _Shown(NamedTuple):
     """One part on an accelerator: its owner, the memory that forward reads, the mask, the dense values."""
 
@@ -62,7 +73,7 @@ def hide_all(parts: Iterable[Part], *, written: bool = False) -> None:
 
 
 @torch.no_grad()
-def prepare(part: Part) -> tuple[Tensor, Tensor] | None:
+def prepare(part: Part) -> Places | None:
     """Return where a part's dense values are, and where masked ones are to be written for `hide_all(written=True)`.
 
     None where that is not known beforehand: on a CPU, and of a weight that several pruners mask.
@@ -72,10 +83,10 @@ def prepare(part: Part) -> tuple[Tensor, Tensor] | None:
         return None
     if store.buffer is not None and (own := store.buffer.take_aside(values)) is not None:
         store.buffer.aside = own
-        return values, own
+        return Places(values, own, store.buffer.sums.zero_())
     buffer = _buffer_of(store, values)
     buffer.dense.copy_(values)  # not lent now: the scores may be another hold on the weight's memory
-    return buffer.dense, values
+    return Places(buffer.dense, values, buffer.sums.zero_())
 
 
 @torch.no_grad()

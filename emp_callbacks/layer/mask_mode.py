@@ -11,7 +11,7 @@ from torch import Tensor
 
 from emp_callbacks.core.device import on_host
 from emp_callbacks.core.masked_values import put_pruned, take_pruned, zero_pruned, zero_pruned_all
-from emp_callbacks.layer.hiding import hide_all, prepare, unhide_all
+from emp_callbacks.layer.hiding import Places, hide_all, prepare, unhide_all
 from emp_callbacks.layer.masked_weight import MaskedWeight
 
 States = Iterable[tuple[Tensor, float]]
@@ -57,7 +57,7 @@ class MaskMode(ABC):
         """Return the mask that follows `old` when a refresh selects `new`; same shape, bool."""
         return new & old if self.keeps_pruned and old is not None else new
 
-    def places(self, weight: MaskedWeight) -> tuple[Tensor, Tensor] | None:  # noqa: ARG002
+    def places(self, weight: MaskedWeight) -> Places | None:  # noqa: ARG002
         """Return where a refresh reads a weight's dense values and where masked ones are to be written.
 
         Inside `reveal`. Both laid out like the weight; the same where values are masked in place. None: only `install`
@@ -113,7 +113,7 @@ class Feedback(MaskMode):
     def after_update(self, weights: Sequence[MaskedWeight]) -> None:
         hide_all(weights)
 
-    def places(self, weight: MaskedWeight) -> tuple[Tensor, Tensor] | None:
+    def places(self, weight: MaskedWeight) -> Places | None:
         return prepare(weight)
 
     def install_all(
@@ -154,8 +154,8 @@ class Project(MaskMode):
     name = "project"
     clears_states = True
 
-    def places(self, weight: MaskedWeight) -> tuple[Tensor, Tensor] | None:
-        return weight.weight, weight.weight
+    def places(self, weight: MaskedWeight) -> Places | None:
+        return Places(weight.weight, weight.weight)
 
     def install_all(
         self,
@@ -177,8 +177,8 @@ class _HoldsZero(MaskMode):
     clears_states = True
     keeps_zero = True
 
-    def places(self, weight: MaskedWeight) -> tuple[Tensor, Tensor] | None:
-        return weight.weight, weight.weight
+    def places(self, weight: MaskedWeight) -> Places | None:
+        return Places(weight.weight, weight.weight)
 
     def install_all(
         self,
@@ -190,6 +190,8 @@ class _HoldsZero(MaskMode):
     ) -> None:
         _clear(weights, masks, states, written=written)
         self.mask_gradients(weights)
+        for weight in weights:
+            weight.seal()
 
     def after_update(self, weights: Sequence[MaskedWeight]) -> None:
         pairs = [(weight.weight, weight.mask) for weight in weights if weight.mask is not None]

@@ -60,6 +60,11 @@ class MaskedWeight:
         """Say that nobody but this package writes the weights from here on, until the next update."""
         self.store.seal(self.weight)
 
+    @property
+    def is_sealed(self) -> bool:
+        """Whether the weights were said to be masked and have not been written since."""
+        return self.store.is_sealed(self.weight)
+
     # ---- several pruners of one weight ----------------------------------------------------------------------------
 
     def check_alone_or_alike(self, mode: str) -> None:

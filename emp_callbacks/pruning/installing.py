@@ -12,6 +12,7 @@ from emp_callbacks.core.chunks import gather_rows
 from emp_callbacks.core.kernels.choice import kernels_serve
 from emp_callbacks.core.row_parts import RowCuts
 from emp_callbacks.layer import Layer
+from emp_callbacks.layer.hiding import Places
 from emp_callbacks.layer.mask_mode import MaskMode, States
 from emp_callbacks.pruning.accounting import count_mask
 from emp_callbacks.pruning.groups import Cut, Decision, Scored
@@ -22,8 +23,7 @@ class _Fused(NamedTuple):
 
     i: int
     cut: Cut | RowCuts
-    source: Tensor | None
-    target: Tensor | None
+    places: Places | None
 
 
 def install_masks(
@@ -76,16 +76,14 @@ def _fused(i: int, decision: Decision, scored: Scored, layer: Layer, mode: MaskM
         return None
     if old is not None and (not old.is_contiguous() or old.device != weight.device):
         return None
-    places = mode.places(layer.weights[0])
-    source, target = (None, None) if places is None else places
-    return _Fused(i, decision.cut(i), source, target)
+    return _Fused(i, decision.cut(i), mode.places(layer.weights[0]))
 
 
 def _alike(fused: Sequence[_Fused], scored: Sequence[Scored]) -> list[list[_Fused]]:
     """Return the layers in lists of one dtype of scores and of values, and one that scores compare in."""
     kinds: dict[tuple[object, ...], list[_Fused]] = {}
     for one in fused:
-        width = None if one.source is None else one.source.element_size()
+        width = None if one.places is None else one.places.source.element_size()
         kinds.setdefault((scored[one.i].scores.dtype, _dtype(one.cut), type(one.cut), width), []).append(one)
     return list(kinds.values())
 
@@ -110,16 +108,16 @@ def _choose(
     from emp_callbacks.core.kernels.choosing import Choice, OneCut, choose_tensors
 
     choices = []
-    for i, cut, source, target in fused:
+    for i, cut, places in fused:
         scores, old = scored[i].scores, layers[i].mask
         size = scores.numel()
         begin, end, _ = scored[i].span.counted.indices(size)
         mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
         rule = OneCut(cut.threshold.value, _ties_end(cut)) if isinstance(cut, Cut) else cut
-        choices.append(Choice(scores, rule, (begin, end), old, mask, source, target))
+        choices.append(Choice(scores, rule, (begin, end), old, mask, *(places or (None, None))))
     counts = choose_tensors(choices, _dtype(fused[0].cut), within_old=mode.keeps_pruned)
     weights = [layers[one.i].weights[0] for one in fused]
     masks = [layers[one.i].put_mask(choice.mask)[0] for one, choice in zip(fused, choices, strict=True)]
-    written = fused[0].source is not None
+    written = fused[0].places is not None
     mode.install_all(weights, masks, [states[id(weight)] for weight in weights], written=written)
     return dict(zip([one.i for one in fused], counts.unbind(0), strict=True))

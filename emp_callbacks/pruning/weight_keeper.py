@@ -301,7 +301,7 @@ class WeightKeeper:
             if self._revealed:  # a refresh has hidden some
                 self._reveal(self.weights)
             else:
-                self._hide(self.weights)
+                self._hide([weight for weight in self.weights if not weight.is_sealed])
 
     @contextmanager
     def dense_copies(self) -> Iterator[None]:

@@ -10,14 +10,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emp_callbacks.core.kernels.masking import INTEGERS
+from emp_callbacks.core.kernels.masking import INTEGERS, weighed
 from emp_callbacks.core.kernels.sums import FLOATS, sums_of_tiles
+from emp_callbacks.core.kernels.tables import TILE as CHECKED
 from emp_callbacks.core.kernels.tables import addresses, tiles_of, to_device
 from emp_callbacks.core.row_parts import RowCuts
 
-BLOCK = 2048
+BLOCK = 1024
 WARPS = 8
-TILE = 8 * BLOCK
+TILE = 16 * BLOCK
 
 
 class OneCut(NamedTuple):
@@ -43,6 +44,7 @@ class Choice(NamedTuple):
         mask: Where the new one is written, which may be `old`.
         source: The values to be masked, None if there are none.
         target: Where they are written, which may be `source`.
+        sums: Zeros that become the check sums of what is written, see `masking.copy_masked`; None: there are none.
     """
 
     scores: Tensor
@@ -52,6 +54,7 @@ class Choice(NamedTuple):
     mask: Tensor
     source: Tensor | None
     target: Tensor | None
+    sums: Tensor | None = None
 
 
 def choose_tensors(choices: Sequence[Choice], dtype: torch.dtype, *, within_old: bool) -> Tensor:
@@ -66,7 +69,9 @@ def choose_tensors(choices: Sequence[Choice], dtype: torch.dtype, *, within_old:
     device, of_rows = choices[0].scores.device, isinstance(choices[0].cut, RowCuts)
     tiles = tiles_of([one.scores.numel() for one in choices], TILE, device)
     parts = torch.empty(tiles.count, 4, dtype=torch.float64, device=device)
-    columns = [(one.scores, one.old, one.mask, one.source, one.target, *_row_tensors(one.cut)) for one in choices]
+    columns = [
+        (one.scores, one.old, one.mask, one.source, one.target, *_row_tensors(one.cut), one.sums) for one in choices
+    ]
     table, alignment = addresses(list(zip(*columns, strict=True)), device)
     lowest = [one.cut.value if isinstance(one.cut, OneCut) else 0.0 for one in choices]
     values = to_device(torch.tensor(lowest, dtype=dtype), device)
@@ -76,7 +81,7 @@ def choose_tensors(choices: Sequence[Choice], dtype: torch.dtype, *, within_old:
         _choose[(tiles.count,)](
             table, len(choices), tiles.owner, tiles.start, tiles.length, values, bounds, parts,
             FLOATS[choices[0].scores.dtype], FLOATS[dtype], INTEGERS[sizes.pop()], within_old, of_rows,
-            TILE, BLOCK, alignment, num_warps=WARPS,
+            TILE, BLOCK, CHECKED, alignment, num_warps=WARPS,
         )  # fmt: skip
     return sums_of_tiles(parts, tiles)
 
@@ -90,78 +95,94 @@ def _shape(cut: OneCut | RowCuts) -> tuple[int, int]:
 
 
 @triton.jit
-def _beyond(score, at, i, table, tensors, value, ties_end, width, KEY: tl.constexpr, OF_ROWS: tl.constexpr):
+def _beyond(score, first, at, i, table, tensors, value, ties_end, width, KEY: tl.constexpr, OF_ROWS: tl.constexpr):
     """Return which scores are not kept; of those equal to the lowest kept one, the last."""
     if OF_ROWS:
         of_row = tl.load(table + 5 * tensors + i).to(tl.pointer_type(KEY))
         last_tie = tl.load(table + 6 * tensors + i).to(tl.pointer_type(tl.int64))
-        row = at // width % ties_end  # the number of rows
-        column = at // (width * ties_end) * width + at % width
+        piece = (first + at) // width
+        row = piece % ties_end  # the number of rows
+        column = piece // ties_end * width + (first + at) - piece * width
         lowest = tl.load(of_row + row)
         return (score < lowest) | ((score == lowest) & (column > tl.load(last_tie + row)))
     return (score < value) | ((score == value) & (at >= ties_end))
 
 
 @triton.jit
+def _within(bound, first, TILE: tl.constexpr):
+    """Return an index of a tensor as one of its tile that begins at `first`, which needs 32 bits only."""
+    return tl.minimum(tl.maximum(bound - first, 0), TILE).to(tl.int32)
+
+
+@triton.jit
 def _choose(
     table, tensors, owner, start, length, values, bounds, parts,
     FLOAT: tl.constexpr, KEY: tl.constexpr, BITS: tl.constexpr, WITHIN_OLD: tl.constexpr, OF_ROWS: tl.constexpr,
-    TILE: tl.constexpr, BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, CHECKED: tl.constexpr, ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    i, first = tl.load(owner + program), tl.multiple_of(tl.load(start + program), BLOCK)
-    scores = tl.multiple_of(tl.load(table + i).to(tl.pointer_type(FLOAT)), ALIGNMENT)
+    i, first = tl.load(owner + program), tl.multiple_of(tl.load(start + program), TILE)
     old_place = tl.load(table + tensors + i)
     source_place, target_place = tl.load(table + 3 * tensors + i), tl.load(table + 4 * tensors + i)
-    old = tl.multiple_of(old_place.to(tl.pointer_type(tl.int8)), ALIGNMENT)
-    mask = tl.multiple_of(tl.load(table + 2 * tensors + i).to(tl.pointer_type(tl.int8)), ALIGNMENT)
-    source = tl.multiple_of(source_place.to(tl.pointer_type(BITS)), ALIGNMENT)
-    target = tl.multiple_of(target_place.to(tl.pointer_type(BITS)), ALIGNMENT)
+    sums_place = tl.load(table + 7 * tensors + i)
+    scores = tl.multiple_of(tl.load(table + i).to(tl.pointer_type(FLOAT)), ALIGNMENT) + first
+    old = tl.multiple_of(old_place.to(tl.pointer_type(tl.int8)), ALIGNMENT) + first
+    mask = tl.multiple_of(tl.load(table + 2 * tensors + i).to(tl.pointer_type(tl.int8)), ALIGNMENT) + first
+    source = tl.multiple_of(source_place.to(tl.pointer_type(BITS)), ALIGNMENT) + first
+    target = tl.multiple_of(target_place.to(tl.pointer_type(BITS)), ALIGNMENT) + first
+    sums = sums_place.to(tl.pointer_type(tl.int64)) + first // CHECKED
     value = tl.load(values + i)
-    count_from, count_to = tl.load(bounds + 4 * i), tl.load(bounds + 4 * i + 1)
+    count_from = _within(tl.load(bounds + 4 * i), first, TILE)
+    count_to = _within(tl.load(bounds + 4 * i + 1), first, TILE)
     ties_end, width = tl.load(bounds + 4 * i + 2), tl.load(bounds + 4 * i + 3)
-    size = tl.load(length + i)
-    end = tl.minimum(first + TILE, size)
+    if OF_ROWS == 0:
+        ties_end = _within(ties_end, first, TILE)
+    end = _within(tl.load(length + i), first, TILE)
     kept_sum, flipped_sum, regrown_sum = (
         tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32),
     )  # fmt: skip
     mass_sum = tl.zeros([BLOCK], tl.float64)
-    for begin in range(first, end, BLOCK):
+    for begin in range(0, end, BLOCK):
         at = tl.multiple_of(begin, BLOCK) + tl.arange(0, BLOCK)
-        if begin + BLOCK <= end:
+        counted = (at >= count_from) & (at < count_to)
+        was = tl.full([BLOCK], 1, tl.int1)
+        if begin + BLOCK <= end:  # without a bound, loads are as wide as the alignment allows
             score = tl.abs(tl.load(scores + at).to(KEY))
-            before = tl.full([BLOCK], 1, tl.int8)
             if old_place != 0:
-                before = tl.load(old + at)
-            kept = _beyond(score, at, i, table, tensors, value, ties_end, width, KEY, OF_ROWS) == 0
+                was = tl.load(old + at) != 0
+            kept = _beyond(score, first, at, i, table, tensors, value, ties_end, width, KEY, OF_ROWS) == 0
             if WITHIN_OLD:
-                kept = kept & (before != 0)
+                kept = kept & was
             tl.store(mask + at, kept.to(tl.int8))
             if source_place != 0:
                 bits = tl.load(source + at)
+                shown = tl.where(kept, bits, 0)
                 if source_place == target_place:
-                    tl.store(target + at, tl.zeros_like(bits), mask=(bits != 0) & (kept == 0))
+                    tl.store(target + at, shown, mask=(bits != 0) & (kept == 0))
                 else:
-                    tl.store(target + at, tl.where(kept, bits, 0))
-            counted = (at >= count_from) & (at < count_to)
+                    tl.store(target + at, shown)
+                if sums_place != 0:
+                    tl.atomic_add(sums + begin // CHECKED, tl.sum(weighed(shown, at % CHECKED)), sem="relaxed")
         else:
             inside = at < end
             score = tl.abs(tl.load(scores + at, mask=inside, other=0.0).to(KEY))
-            before = tl.full([BLOCK], 1, tl.int8)
             if old_place != 0:
-                before = tl.load(old + at, mask=inside, other=1)
-            kept = _beyond(score, at, i, table, tensors, value, ties_end, width, KEY, OF_ROWS) == 0
+                was = tl.load(old + at, mask=inside, other=1) != 0
+            # Clamped, so that no bound of a row is read behind the end.
+            place = tl.minimum(at, end - 1)
+            kept = _beyond(score, first, place, i, table, tensors, value, ties_end, width, KEY, OF_ROWS) == 0
             if WITHIN_OLD:
-                kept = kept & (before != 0)
+                kept = kept & was
             tl.store(mask + at, kept.to(tl.int8), mask=inside)
             if source_place != 0:
                 bits = tl.load(source + at, mask=inside, other=0)
+                shown = tl.where(kept, bits, 0)
                 if source_place == target_place:
-                    tl.store(target + at, tl.zeros_like(bits), mask=(bits != 0) & (kept == 0) & inside)
+                    tl.store(target + at, shown, mask=(bits != 0) & (kept == 0) & inside)
                 else:
-                    tl.store(target + at, tl.where(kept, bits, 0), mask=inside)
-            counted = (at >= count_from) & (at < count_to) & inside
-        was = before != 0
+                    tl.store(target + at, shown, mask=inside)
+                if sums_place != 0:
+                    tl.atomic_add(sums + begin // CHECKED, tl.sum(weighed(shown, at % CHECKED)), sem="relaxed")
         kept_sum += (kept & counted).to(tl.int32)
         flipped_sum += ((kept != was) & counted).to(tl.int32)
         regrown_sum += (kept & (was == 0) & counted).to(tl.int32)

@@ -118,11 +118,16 @@ def _place(
 
 
 @triton.jit
-def _check_sum(bits, BLOCK: tl.constexpr):
-    """Return a sum that changes with any one value, and with their order: each counts an odd number of times."""
+def weighed(bits, at):
+    """Return values times odd numbers by their place `at`: their sum changes with any one of them, and their order."""
     if bits.dtype == tl.int64:
         bits = bits ^ (bits >> 32)
-    return tl.sum((bits.to(tl.int32) * (2 * tl.arange(0, BLOCK) + 1)).to(tl.int64), axis=0)
+    return (bits.to(tl.int32) * (2 * at + 1).to(tl.int32)).to(tl.int64)
+
+
+@triton.jit
+def _check_sum(bits, BLOCK: tl.constexpr):
+    return tl.sum(weighed(bits, tl.arange(0, BLOCK)), axis=0)
 
 
 @triton.jit

@@ -6,6 +6,7 @@ So the pass that sums the moments counts those scores, too, and mostly there is 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from emp_callbacks.core.bit_patterns import as_bits
+from emp_callbacks.core.kernels.sums import sums_of_runs
 from emp_callbacks.core.kernels.survey import TILE_BINS, Surveyed, sample_tensors, survey_tensors, ties_before
 from emp_callbacks.core.kernels.tables import to_device
 from emp_callbacks.core.threshold import (
@@ -106,11 +108,9 @@ class DeviceSearch:
         large = [size >= 2 * wanted for size in self._sizes]
         if not any(large):
             return
-        sample, group = self._sample(large, wanted)
+        sample, group, lengths, group_of = self._sample(large, wanted)
         known = to_device(torch.tensor(large), self._device)
-        powers = torch.stack([sample.double().pow(n) for n in range(5)], 1)
-        sums = torch.zeros(groups, 5, dtype=torch.float64, device=self._device).index_add_(0, group, powers)
-        count, *means = self._all_sum(sums).unbind(1)
+        count, *means = self._all_sum(self._power_sums(sample, lengths, group_of)).unbind(1)
         m1, m2, m3, m4 = (mean / count for mean in means)
         kept = share(m1.square() / m2).clamp(0.0, 1.0)
         # The sample's N_eff deviates (delta method), and so does the rank of a score in it.
@@ -118,28 +118,41 @@ class DeviceSearch:
         deviation = (kept * relative.sqrt() + (kept * (1 - kept)).sqrt()) / count.sqrt()
         margin = DEVIATIONS * deviation * count + 1
         ranks = torch.stack([count * kept + margin, count * kept - margin]).nan_to_num(1.0)
-        low, high = self._ranked(as_bits(sample).long(), group, ranks.clamp(min=1.0).minimum(count).long())
+        inside = ranks.clamp(min=1.0).minimum(count).long()
+        low, high = self._ranked(as_bits(sample).long(), group, count.long(), inside)
         low = torch.where(ranks[0] > count, 0, low)
         high = torch.where(ranks[1] < 1, (1 << self._bits) - 1, high)
-        shift = torch.full_like(low, self._empty_bits)
-        for i in range(self._empty_bits, self._bits - self._bin_bits):
-            shift += (high - low >> i) >= 1 << self._bin_bits
+        shifts = torch.arange(self._empty_bits, self._bits - self._bin_bits, device=self._device)
+        shift = self._empty_bits + ((high - low)[:, None] >> shifts >= 1 << self._bin_bits).sum(1)
         self._low = torch.where(known, low, self._low).to(self._integer)
         self._shift = torch.where(known, shift, self._shift).to(self._integer)
 
-    def _sample(self, large: Sequence[bool], wanted: int) -> tuple[Tensor, Tensor]:
-        """Return magnitudes of some scores of each large group, and the group of each."""
-        found = []
+    def _sample(self, large: Sequence[bool], wanted: int) -> tuple[Tensor, Tensor, list[int], list[int]]:
+        """Return magnitudes of some scores of each large group, their groups, and how many of which are in a row."""
+        found, lengths, group_of = [], [], []
         for parts in self._by_dtype(g for g, is_large in enumerate(large) if is_large):
             groups = [self._group_of[i] for i in parts]
             steps = [self._sizes[g] / wanted for g in groups]
             scores = [self._parts[i].scores for i in parts]
             counts = [int(one.numel() / step) for one, step in zip(scores, steps, strict=True)]
             found.append(sample_tensors(scores, counts, steps, _index(groups, self._device).int(), self._dtype))
-        return torch.cat([sample for sample, _ in found]), torch.cat([group.long() for _, group in found])
+            lengths += counts
+            group_of += groups
+        return torch.cat([one for one, _ in found]), torch.cat([group.long() for _, group in found]), lengths, group_of
 
-    def _ranked(self, key: Tensor, group: Tensor, need: Tensor) -> Tensor:
+    def _power_sums(self, sample: Tensor, lengths: Sequence[int], group_of: Sequence[int]) -> Tensor:
+        """Return the sums of the powers 0 to 4 of each group's sample, shape (G, 5), float64."""
+        wide = sample.double()
+        square = wide.square()
+        powers = torch.stack([torch.ones_like(wide), wide, square, square * wide, square.square()], 1)
+        first = _index([0, *itertools.accumulate(lengths)], self._device)
+        sums = torch.zeros(len(self._sizes), 5, dtype=torch.float64, device=self._device)
+        return sums.index_add_(0, _index(group_of, self._device), sums_of_runs(powers, first))
+
+    def _ranked(self, key: Tensor, group: Tensor, count: Tensor, need: Tensor) -> Tensor:
         """Return the key of given rank among each group's, shape (K, G) as `need`. Collective."""
+        if self._all_sum is local_sum:
+            return _ranked_here(key, group, count, need)
         prefix, done = torch.zeros_like(need), self._bits
         rows = torch.arange(len(need), device=self._device)[:, None] * need.shape[1] + group  # (K, M)
         while done:
@@ -238,30 +251,53 @@ class DeviceSearch:
         self._shift = torch.where(hit, narrower, whole).squeeze(1).to(self._integer)
         return tuple(each.squeeze(1) for each in (settled, key, need, ties, digit))
 
+    def _indices(self, parts: Sequence[ScoredPart]) -> Callable[[Tensor], Tensor]:
+        """Return what says how many elements of each of T parts lie before positions in their groups, shape (T, K)."""
+        if not all(isinstance(part.positions, int) for part in parts):
+            return lambda positions: torch.stack(list(map(_index_of, parts, positions)))
+        begins = [part.positions if isinstance(part.positions, int) else 0 for part in parts]
+        begin = _index(begins, self._device)[:, None]
+        size = _index([part.scores.numel() for part in parts], self._device)[:, None]
+        return lambda positions: (positions - begin).clamp(min=0).minimum(size)
+
     # ---- ties -----------------------------------------------------------------------------------------------------
 
     def _last_ties(self, cut: list[int], key: Tensor, missing: Tensor, digit: Tensor) -> dict[int, int]:
         """Return for some groups the position of the last kept of the equal scores. Collective; waits once."""
         if not cut:
             return {}
-        if self._by_tile:  # the last pass has counted them already
-            counted = [(one, one.seen.bins.gather(1, digit[_tile_groups(one)][:, None])[:, 0]) for one in self._passes]
-        else:
-            counted = [(one, one.seen.bins[:, 0]) for one in self._survey(cut, by_tile=True)]
+        counted = []
+        for one in self._passes if self._by_tile else self._survey(cut, by_tile=True):
+            # By tile, the last pass has counted them already; else the windows begin at the keys now.
+            bins = one.seen.bins
+            ties = bins.gather(1, digit[_tile_groups(one)][:, None])[:, 0] if self._by_tile else bins[:, 0]
+            upto = torch.nn.functional.pad(ties.long().cumsum(0), (1, 0))
+            counted.append((one, upto, self._indices([self._parts[i] for i in one.parts])))
         values, last = as_values(key, self._dtype), torch.zeros_like(missing)
         width, bits = 5, max((self._sizes[g] - 1).bit_length() for g in cut)
         for shift in reversed(range(0, bits, width)):
             candidates = last[:, None] + (torch.arange(1, 1 << width, device=self._device) << shift)
             before = torch.zeros_like(candidates)
-            for one, ties in counted:
-                limits = torch.stack([_index_of(self._parts[i], candidates[self._group_of[i]]) for i in one.parts])
-                upto = torch.nn.functional.pad(ties.long().cumsum(0), (1, 0))
+            for one, upto, places in counted:
+                limits = places(candidates[one.group_of])
                 scores = [self._parts[i].scores for i in one.parts]
                 counts = ties_before(scores, values[one.group_of], upto, one.seen.tiles, limits)
                 before.index_add_(0, one.group_of, counts)
             last = last + ((self._all_sum(before) < missing[:, None]).sum(1) << shift)
         told = last.tolist()
         return {g: told[g] for g in cut}
+
+
+def _ranked_here(key: Tensor, group: Tensor, count: Tensor, need: Tensor) -> Tensor:
+    """Return the key of given rank among each group's by a sort: histograms would add at very few addresses."""
+    key = key.sort(descending=True).values if len(count) == 1 else _sorted_within(key, group)
+    first = count.cumsum(0) - count
+    return key[(first + need - 1).clamp(min=0, max=len(key) - 1)]
+
+
+def _sorted_within(key: Tensor, group: Tensor) -> Tensor:
+    order = key.argsort(descending=True)
+    return key[order[group[order].argsort(stable=True)]]
 
 
 def _tile_groups(one: _Pass) -> Tensor:

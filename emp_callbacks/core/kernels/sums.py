@@ -19,14 +19,25 @@ FLOATS = {
 
 def sums_of_tiles(parts: Tensor, tiles: Tiles) -> Tensor:
     """Return the sums over each tensor's tiles, shape (T, columns), float64, from (P, columns); always in one order."""
-    tensors, columns = len(tiles.length), parts.shape[1]
-    sums = torch.empty(tensors, columns, dtype=torch.float64, device=parts.device)
-    _add_tiles[(tensors, columns)](parts, tiles.first, sums, columns, 1024)
+    return sums_of_runs(parts, tiles.first)
+
+
+def sums_of_runs(values: Tensor, first: Tensor) -> Tensor:
+    """Return the sums over rows that follow each other, shape (T, columns), float64, from (P, columns).
+
+    Args:
+        values: Float64, contiguous.
+        first: The first row of each run and the end of the last, shape (T + 1,), int64.
+    """
+    runs, columns = len(first) - 1, values.shape[1]
+    sums = torch.empty(runs, columns, dtype=torch.float64, device=values.device)
+    if runs:
+        _add_runs[(runs, columns)](values, first, sums, columns, 1024)
     return sums
 
 
 @triton.jit
-def _add_tiles(parts, first, sums, columns, BLOCK: tl.constexpr):
+def _add_runs(parts, first, sums, columns, BLOCK: tl.constexpr):
     i, column = tl.program_id(0), tl.program_id(1)
     begin, end = tl.load(first + i), tl.load(first + i + 1)
     total = tl.zeros([BLOCK], tl.float64)
