@@ -130,7 +130,7 @@ def top_rows(scores_gn: Tensor, keep_g: Tensor, moments: ScoreMoments | None = N
         return _top_by_kernel(scores_gn.detach(), keep_g)
     rows = whole_rows(scores_gn)
     if not on_host(scores_gn) or scores_gn.numel() <= FEW:
-        thresholds = _sort_rows(scores_gn.detach(), keep_g.to(scores_gn.device))
+        thresholds = _sort_rows(scores_gn.detach(), to_device(keep_g, scores_gn.device))
     else:
         known = moments or score_moments(scores_gn)
         matrix = RowMatrix([rows], [rows], keep_g, known, scores_gn.shape[1], scores_gn.dtype)
@@ -141,7 +141,7 @@ def top_rows(scores_gn: Tensor, keep_g: Tensor, moments: ScoreMoments | None = N
 def _top_by_kernel(scores_gn: Tensor, keep_g: Tensor) -> Tensor:
     from emp_callbacks.core.kernels.rows import row_thresholds
 
-    keep = keep_g.to(scores_gn.device)
+    keep = to_device(keep_g, scores_gn.device)
     dtype = key_dtype([scores_gn.dtype])
     value, last_tie = row_thresholds(scores_gn.contiguous(), keep.clamp(min=1), dtype)
     value = _extremes(value, keep, scores_gn.shape[1])[:, None]

@@ -96,7 +96,7 @@ class DeviceSearch:
         self._passes = self._survey(range(len(self._sizes)), sums=True)
         moments = torch.zeros(len(self._parts), 3, dtype=torch.float64, device=self._device)
         for one in self._passes:
-            moments[_index(one.parts, self._device)] = one.seen.moments
+            moments.index_copy_(0, _index(one.parts, self._device), one.seen.moments)
         return moments
 
     def _expect(self, share: Callable[[Tensor], Tensor]) -> None:
