@@ -54,7 +54,7 @@ class RowThresholds:
     def mask(self, part: RowPart) -> Tensor:
         """Return the mask of a part of the rows, shape (A, R, B), bool, True = kept."""
         device = part.scores.device
-        value, last_tie = (each[part.rows.to(each.device)].to(device) for each in (self.value, self.last_tie))
+        value, last_tie = (_of_rows(each, part.rows, device) for each in (self.value, self.last_tie))
         kept = torch.empty(part.scores.shape, dtype=torch.bool, device=part.scores.device)
         for at, magnitude in row_magnitudes(part.scores):
             # Not below: that keeps NaN where all is kept.
@@ -82,6 +82,10 @@ class RowThresholds:
         magnitude = part.scores[:, near.to(part.scores.device)].abs()
         kept = magnitude[magnitude >= value[near].to(magnitude.device)[:, None]]
         return kept.min().double() if len(kept) else nothing
+
+
+def _of_rows(values_g: Tensor, rows: Tensor, device: torch.device) -> Tensor:
+    return to_device(values_g.index_select(0, to_device(rows, values_g.device)), device)
 
 
 def row_sums(parts: Sequence[RowPart], rows: int) -> Tensor:

@@ -79,6 +79,7 @@ class DeviceSearch:
         self._low = self._filled(groups, 0)
         self._shift = self._filled(groups, self._bits - self._bin_bits)
         self._passes: list[_Pass] = []
+        self._blind = -(-(self._bits - self._bin_bits - self._empty_bits) // self._bin_bits)  # passes that settle none
 
     def _filled(self, length: int, value: int) -> Tensor:
         return torch.full((length,), value, dtype=self._integer, device=self._device)
@@ -106,6 +107,7 @@ class DeviceSearch:
         large = [size >= 2 * wanted for size in self._sizes]
         if not any(large):
             return
+        self._blind = 0
         sample, group = self._sample(large, wanted)
         known = to_device(torch.tensor(large), self._device)
         powers = torch.stack([sample.double().pow(n) for n in range(5)], 1)
@@ -201,6 +203,9 @@ class DeviceSearch:
         keep_g = to_device(torch.tensor(list(keep)), self._device)
         found: list[Threshold | None] = [None] * len(keep)
         active = [g for g, count in enumerate(keep) if count]
+        for _ in range(self._blind if active else 0):  # nor need their outcome be read
+            self._narrow(keep_g)
+            self._passes = self._survey(active)
         for _ in range(_MOST_PASSES):
             if not active:
                 return found
