@@ -60,7 +60,7 @@ def test_a_survey_counts_sums_and_fills_windows(dtype, by_tile):
     scores, key = tensors(dtype), key_of(dtype)
     integer, bits = (torch.int64, 63) if key == torch.float64 else (torch.int32, 31)
     group_of, bins = [1, 0, 1, 0, 0], 32
-    shift = torch.tensor([bits - 8, bits - 9], dtype=integer)
+    shift = torch.tensor([bits - 12, bits - 11], dtype=integer)  # two and four octaves: many lie above
     low = keys(torch.tensor([0.25, 0.01], dtype=key), key).to(integer)
     groups = torch.tensor(group_of, dtype=torch.int32)
     seen = survey_tensors(scores, groups, low, shift, bins, by_tile=by_tile, sums=True)
@@ -326,7 +326,7 @@ def some_masks(scores):
 def test_masks_of_one_cut_each(dtype, how, within_old):
     scores = [(own * 2).round() / 2 for own in tensors(dtype)]
     cuts = [OneCut(0.5, 400), OneCut(1.0, 9), OneCut(0.0, 0), OneCut(1.0, 0), OneCut(0.5, 1)]
-    kept = []
+    scores[0][399:401], kept = 0.5, []  # the last tie that is kept and the first that is not
     for own, cut in zip(scores, cuts, strict=True):
         magnitude = own.abs().double()
         kept.append((magnitude > cut.value) | ((magnitude == cut.value) & (torch.arange(len(own)) < cut.ties_end)))
@@ -379,7 +379,7 @@ def test_masks_of_a_cut_for_each_row(shape, how, within_old):
 @pytest.mark.parametrize("resident", [1 << 14, 16], ids=["in registers", "read again"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @FEW
-@given(st.integers(0, 5), st.integers(1, 70), st.integers(0, 1 << 20), st.booleans())
+@given(st.integers(0, 3), st.integers(1, 50), st.integers(0, 1 << 20), st.booleans())
 def test_rows_equal_a_stable_sort(resident, dtype, count, size, seed, tied):
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randn(count, size, generator=generator)
