@@ -143,7 +143,9 @@ class _Calls(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if our_frame() is None:
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            # What `to_device` gives is a device's, and here would be the host's own tensor.
+            return result.clone() if func is torch.Tensor.to and self.watch.is_hosts(result) else result
         call = _Call(func, args, kwargs, self.watch.is_hosts)
         if call.waits:
             self.watch.wait(call.name)

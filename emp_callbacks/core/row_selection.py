@@ -54,7 +54,7 @@ class RowThresholds:
     def mask(self, part: RowPart) -> Tensor:
         """Return the mask of a part of the rows, shape (A, R, B), bool, True = kept."""
         device = part.scores.device
-        value, last_tie = (each[part.rows.to(each.device)].to(device) for each in (self.value, self.last_tie))
+        value, last_tie = (_of_rows(each, part.rows, device) for each in (self.value, self.last_tie))
         kept = torch.empty(part.scores.shape, dtype=torch.bool, device=part.scores.device)
         for at, magnitude in row_magnitudes(part.scores):
             # Not below: that keeps NaN where all is kept.
@@ -82,6 +82,10 @@ class RowThresholds:
         magnitude = part.scores[:, near.to(part.scores.device)].abs()
         kept = magnitude[magnitude >= value[near].to(magnitude.device)[:, None]]
         return kept.min().double() if len(kept) else nothing
+
+
+def _of_rows(values_g: Tensor, rows: Tensor, device: torch.device) -> Tensor:
+    return to_device(values_g.index_select(0, to_device(rows, values_g.device)), device)
 
 
 def row_sums(parts: Sequence[RowPart], rows: int) -> Tensor:
@@ -130,7 +134,7 @@ def top_rows(scores_gn: Tensor, keep_g: Tensor, moments: ScoreMoments | None = N
         return _top_by_kernel(scores_gn.detach(), keep_g)
     rows = whole_rows(scores_gn)
     if not on_host(scores_gn) or scores_gn.numel() <= FEW:
-        thresholds = _sort_rows(scores_gn.detach(), keep_g.to(scores_gn.device))
+        thresholds = _sort_rows(scores_gn.detach(), to_device(keep_g, scores_gn.device))
     else:
         known = moments or score_moments(scores_gn)
         matrix = RowMatrix([rows], [rows], keep_g, known, scores_gn.shape[1], scores_gn.dtype)
@@ -141,7 +145,7 @@ def top_rows(scores_gn: Tensor, keep_g: Tensor, moments: ScoreMoments | None = N
 def _top_by_kernel(scores_gn: Tensor, keep_g: Tensor) -> Tensor:
     from emp_callbacks.core.kernels.rows import row_thresholds
 
-    keep = keep_g.to(scores_gn.device)
+    keep = to_device(keep_g, scores_gn.device)
     dtype = key_dtype([scores_gn.dtype])
     value, last_tie = row_thresholds(scores_gn.contiguous(), keep.clamp(min=1), dtype)
     value = _extremes(value, keep, scores_gn.shape[1])[:, None]

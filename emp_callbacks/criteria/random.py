@@ -6,6 +6,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from emp_callbacks.core.kernels.tables import to_device
 from emp_callbacks.criteria.base import Criterion
 from emp_callbacks.layer import Layer
 
@@ -39,4 +40,4 @@ class Random(Criterion):
         full = 1.0 - torch.rand(span.size, generator=torch.Generator().manual_seed(key))
         at = span.positions
         own = full[at : at + span.length] if isinstance(at, int) else full[at.cpu()]
-        return own.view(like.shape).to(like.device)
+        return to_device(own.view(like.shape), like.device)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from emp_callbacks.core.device import on_host
+from emp_callbacks.core.kernels.tables import to_device
 
 Parts = Mapping[str, Tensor]
 Found = TypeVar("Found")
@@ -50,7 +51,7 @@ def sum_together(parts: Sequence[Parts], ranks: Ranks) -> list[dict[str, Tensor]
     for some in _few_at_a_time(asked):
         values = [value for *_, value in some]
         device = next((value.device for value in values if not on_host(value)), values[0].device)
-        flat = torch.cat([value.to(device).reshape(-1) for value in values])
+        flat = torch.cat([to_device(value, device).reshape(-1) for value in values])
         # Copied to the host once: an accelerator is not waited for as often as there are layers.
         total_flat = (flat if ranks.world_size == 1 else ranks.all_sum(flat)).cpu()
         sums = torch.split(total_flat, [value.numel() for value in values])

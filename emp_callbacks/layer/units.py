@@ -9,6 +9,7 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
+from emp_callbacks.core.kernels.tables import to_device
 from emp_callbacks.layer.base import Batches, Layer, PerWeight, check_gathered, no_gradient
 from emp_callbacks.layer.masked_weight import MaskedWeight
 from emp_callbacks.layer.observers import ActivationSizes
@@ -37,9 +38,7 @@ class Member:
             rank: Where every rank holds the parameter, rank 0 alone counts it.
         """
         total = torch.zeros(units + 1, dtype=torch.float64, device=values.device)
-        if values.device not in self._unit_there:  # else every step would send it
-            self._unit_there[values.device] = torch.where(self.unit_of < 0, units, self.unit_of).to(values.device)
-        unit_of = self._unit_there[values.device]
+        unit_of = self._unit_on(values.device, units)
         if not self.segment.replicated:
             part = self.segment.counted
             along = self.segment.indices_along(self.dim)[part]
@@ -50,6 +49,12 @@ class Member:
             total.index_add_(0, unit_of, slices)
         return total[:units]
 
+    def _unit_on(self, device: torch.device, units: int) -> Tensor:
+        """Return the unit of each slice, `units` for none, on a device; it stays there, or every step would send it."""
+        if device not in self._unit_there:
+            self._unit_there[device] = to_device(torch.where(self.unit_of < 0, units, self.unit_of), device)
+        return self._unit_there[device]
+
     def sizes(self, units: int) -> Tensor:
         """Return how many weights of the full parameter each unit has, shape (units,), float64."""
         per_slice = self.segment.size // self.segment.shape[self.dim]
@@ -58,7 +63,8 @@ class Member:
     def mask(self, kept: Tensor) -> Tensor:
         """Return the mask of the segment, its layout, where a mask over units, shape (units,), says what stays."""
         weight = self.segment.weight
-        along = torch.cat([kept.cpu(), torch.ones(1, dtype=torch.bool)])[self.unit_of].to(weight.device)
+        and_none = torch.cat([to_device(kept, weight.device), torch.ones(1, dtype=torch.bool, device=weight.device)])
+        along = and_none[self._unit_on(weight.device, len(kept))]
         mask = torch.empty_like(weight, dtype=torch.bool)
         if weight.shape != self.segment.shape:
             return mask.copy_(along[self.segment.indices_along(self.dim)])
@@ -135,7 +141,8 @@ class UnitLayer(Layer):
 
         def parts() -> Parts:
             own = [m.sums(per_weight(m.segment.weight), self.units, self.ranks.rank) for m in self.members if of(m)]
-            return {"sums": sum((part.cpu() for part in own), torch.zeros(self.units, dtype=torch.float64))}
+            nothing = torch.zeros(self.units, dtype=torch.float64, device=self.members[0].segment.weight.device)
+            return {"sums": sum((to_device(part, nothing.device) for part in own), nothing)}
 
         return self.asking.sums(parts)["sums"]
 

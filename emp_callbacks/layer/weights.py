@@ -8,6 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from emp_callbacks.core.kernels.tables import to_device
 from emp_callbacks.layer.base import Batches, Layer, PerWeight, check_gathered, no_gradient
 from emp_callbacks.layer.masked_weight import MaskedWeight
 from emp_callbacks.layer.observers import InputSquares
@@ -63,7 +64,7 @@ class WeightLayer(Layer):
         """Return mean over batches of |per_weight|, or the l2 norm of the input that each weight multiplies."""
         if self.inputs is not None:
             squares, _ = self._observed(self.inputs, "inputs")
-            return self._spread(squares.sqrt().to(self.weight.device))
+            return self._spread(to_device(squares.sqrt(), self.weight.device))
         check_gathered(self.name, batches)
         if not bool(self.asking.sums(lambda: {"reached": self._is_reached()})["reached"] > 0):
             raise no_gradient(self.name)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from emp_callbacks.core.bounds import tight_mass_bound
+from emp_callbacks.core.chunks import count_true, gather_rows
 from emp_callbacks.core.effective_number import (
     ScoreMoments,
     effective_numbers,
@@ -19,7 +20,7 @@ from emp_callbacks.core.effective_number import (
 )
 from emp_callbacks.core.row_selection import top_rows
 from emp_callbacks.core.search import Search, search_of
-from emp_callbacks.core.threshold import AllSum, Group, ScoredPart, Threshold, find_thresholds, local_sum
+from emp_callbacks.core.threshold import AllSum, ScoredPart, Threshold, local_sum
 from emp_callbacks.layer import Ranks
 from emp_callbacks.pruning.groups import Cut, Decision, KeepRule, LayerSums, Scored, check_finite, sums_of_layers
 from emp_callbacks.pruning.row_decision import decide_rows
@@ -114,15 +115,16 @@ def _decision(
 ) -> Decision:
     """Decide on one group of known threshold; collective where a layer would fall below its guard."""
     members, lowest, note = pool.members, threshold.value, ""
-    short = [i for i in members if rule.min_units and len(members) > 1 and _is_short(pool.mask(i, threshold), rule)]
+    short = _short(pool, threshold, rule)
     if short:
-        best = {i: _best_units(pool.layers[i], rule.min_units) for i in members}
-        keep = max(keep, sum(int(chosen.sum()) for chosen in best.values()))
+        least = {i: min(rule.min_units, pool.layers[i].span.size) for i in members}
+        keep = max(keep, sum(least.values()))
+        best = {i: _best_units(pool.layers[i], count) for i, count in least.items()}
         lifted = {i: scores.masked_fill(best[i], torch.inf) for i, scores in pool.scores.items()}
         pool = pool._replace(scores=lifted)
         threshold = _threshold(pool, keep, ranks)
-        kept = [pool.layers[i].scores.abs()[pool.mask(i, threshold)] for i in members]
-        lowest = min(float(scores.min()) for scores in kept)
+        kept = [pool.layers[i].scores.abs().masked_fill(~pool.mask(i, threshold), torch.inf) for i in members]
+        lowest = float(gather_rows([scores.min() for scores in kept]).min())
         names = ", ".join(pool.layers[i].span.name for i in short)
         note = f"kept so that no layer falls below min_units={rule.min_units}: {names}"
     digest = zlib.crc32(f"{keep} {threshold.key} {threshold.last_tie}".encode())
@@ -177,19 +179,26 @@ class _Pool(NamedTuple):
 
 
 def _threshold(pool: _Pool, keep: int, ranks: Ranks) -> Threshold:
-    """Return what keeps exactly `keep` of a pool, on the host's path: its infinite scores have no moments."""
-    dtype = key_dtype([scores.dtype for scores in pool.scores.values()])
-    group = Group([pool.searched(i) for i in pool.members], pool.size, keep)
-    return find_thresholds([group], dtype, _all_sum([pool], ranks))[0]
+    """Return what keeps exactly `keep` of a pool. Collective."""
+    search = _search([pool], ranks)
+    search.look(lambda _: torch.full((1,), keep / pool.size, dtype=torch.float64))  # infinite scores have no moments
+    (threshold,) = search.thresholds([keep])
+    assert threshold is not None
+    return threshold
 
 
-def _is_short(mask: Tensor, rule: KeepRule) -> bool:
-    return int(mask.sum()) < min(rule.min_units, mask.numel())
+def _short(pool: _Pool, threshold: Threshold, rule: KeepRule) -> list[int]:
+    """Return the layers that would keep fewer of their units than the rule says they do in any case."""
+    if not rule.min_units or len(pool.members) == 1:
+        return []
+    counts = gather_rows([count_true(pool.mask(i, threshold)) for i in pool.members]).tolist()
+    least = [min(rule.min_units, pool.layers[i].span.size) for i in pool.members]
+    return [i for i, count, own in zip(pool.members, counts, least, strict=True) if count < own]
 
 
 def _best_units(layer: Scored, count: int) -> Tensor:
     """Return the mask of the best few units of one layer, which every rank holds whole."""
-    keep = torch.tensor([min(count, layer.span.size)])
+    keep = torch.tensor([count])
     return top_rows(layer.scores.reshape(1, -1), keep).view(layer.scores.shape)
 
 

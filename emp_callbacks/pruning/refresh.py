@@ -222,7 +222,7 @@ def _take_as_it_is(layer: Layer, mode: MaskMode, backend: Backend) -> Tensor:
 
 
 def _own_kept(mask: Tensor, layer: Layer) -> Tensor:
-    return count_true(mask.reshape(-1)[layer.span.counted]).double().reshape(1).cpu()
+    return count_true(mask.reshape(-1)[layer.span.counted]).double().reshape(1)
 
 
 def _or_frozen(
@@ -232,14 +232,14 @@ def _or_frozen(
 
     Of others without evidence what says so.
     """
-    nothing = torch.zeros(1, dtype=torch.float64)
-    own = gather_rows([nothing if layer.mask is None else _own_kept(layer.mask, layer) for layer in layers])
-    kept = backend.all_sum(own).flatten().tolist()
+    masks = {i: layer.mask for i, layer in enumerate(layers) if layer.mask is not None}
+    if not masks:
+        return list(found)
+    own = gather_rows([_own_kept(mask, layers[i]) for i, mask in masks.items()])
+    kept = dict(zip(masks, backend.all_sum(own).flatten().tolist(), strict=True))
     return [
-        scores
-        if isinstance(scores, Tensor) or layer.mask is None or count
-        else torch.zeros_like(layer.mask, dtype=torch.float32)
-        for scores, layer, count in zip(found, layers, kept, strict=True)
+        scores if isinstance(scores, Tensor) or kept.get(i, 1) else torch.zeros_like(masks[i], dtype=torch.float32)
+        for i, scores in enumerate(found)
     ]
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from emp_callbacks.core.kernels.tables import to_device
 from emp_callbacks.targets.activation_modules import is_activation
 from emp_callbacks.targets.compiled_site import choose, watch
 from emp_callbacks.targets.feature_form import FeatureForm, FeatureLayout, feature_layout
@@ -120,15 +121,13 @@ class FeatureSite(ForwardSite):
             ValueError: The site is dynamic, a shape is not (F,), or center="mean" and there is no mean.
         """
         self._check_install(mask, mean)
-        if self.mask is None:
-            self.mask = mask.detach().to(self._device, copy=True)
-        else:
-            self.mask.copy_(mask)
+        there = to_device(mask.detach(), self._device)
+        self.mask = there.clone() if self.mask is None else self.mask.copy_(there)
         if self.form.center == "mean" and mean is not None:
             if self._mean is None:
-                self._mean = mean.detach().to(self._device, torch.float64, copy=True)
+                self._mean = to_device(mean.detach(), self._device).to(torch.float64, copy=True)
             else:
-                self._mean.copy_(mean)
+                self._mean.copy_(to_device(mean, self._mean.device))
 
     def _check_install(self, mask: Tensor, mean: Tensor | None) -> None:
         if self.form.dynamic:

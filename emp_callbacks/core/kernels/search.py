@@ -81,6 +81,7 @@ class DeviceSearch:
         self._low = self._filled(groups, 0)
         self._shift = self._filled(groups, self._bits - self._bin_bits)
         self._passes: list[_Pass] = []
+        self._blind = -(-(self._bits - self._bin_bits - self._empty_bits) // self._bin_bits)  # passes that settle none
 
     def _filled(self, length: int, value: int) -> Tensor:
         return torch.full((length,), value, dtype=self._integer, device=self._device)
@@ -98,7 +99,7 @@ class DeviceSearch:
         self._passes = self._survey(range(len(self._sizes)), sums=True)
         moments = torch.zeros(len(self._parts), 3, dtype=torch.float64, device=self._device)
         for one in self._passes:
-            moments[_index(one.parts, self._device)] = one.seen.moments
+            moments.index_copy_(0, _index(one.parts, self._device), one.seen.moments)
         return moments
 
     def _expect(self, share: Callable[[Tensor], Tensor]) -> None:
@@ -108,6 +109,7 @@ class DeviceSearch:
         large = [size >= 2 * wanted for size in self._sizes]
         if not any(large):
             return
+        self._blind = 0
         sample, group, lengths, group_of = self._sample(large, wanted)
         known = to_device(torch.tensor(large), self._device)
         count, *means = self._all_sum(self._power_sums(sample, lengths, group_of)).unbind(1)
@@ -214,6 +216,9 @@ class DeviceSearch:
         keep_g = to_device(torch.tensor(list(keep)), self._device)
         found: list[Threshold | None] = [None] * len(keep)
         active = [g for g, count in enumerate(keep) if count]
+        for _ in range(self._blind if active else 0):  # nor need their outcome be read
+            self._narrow(keep_g)
+            self._passes = self._survey(active)
         for _ in range(_MOST_PASSES):
             if not active:
                 return found

@@ -63,7 +63,7 @@ def addresses(columns: Sequence[Sequence[Tensor | None]], device: torch.device) 
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """Return a host's values on a device, without waiting for it."""
-    if device.type != "cuda":
+    """Return a host's values on a device, without waiting for it; those that are on a device already stay there."""
+    if device.type != "cuda" or values.device.type != "cpu":
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)
