@@ -59,16 +59,20 @@ def llama_mlp(scale: float) -> nn.Module:
 
 
 class Subject:
-    """A model, the weights of it that EMP prunes, and a copy of their dense values."""
+    """A model, the weights of it that EMP prunes, a copy of their dense values, and the one pruner at work on them."""
 
     def __init__(self, model: nn.Module, change: Callable[[Tensor], Tensor] = lambda weight: weight) -> None:
         self.model = model
-        names = list(EMPPruner(model).weight_masks)
+        pruner = EMPPruner(model)
+        names = list(pruner.weight_masks)
+        pruner.finalize()
         for name in names:
             parameter = model.get_parameter(name)
             parameter.data = change(parameter.data)
         self.weights = {name: model.get_parameter(name).detach() for name in names}
         self.dense = [weight.clone() for weight in self.weights.values()]
+        self.pruner: EMPPruner | None = None
+        self._settings: dict[str, Any] = {}
 
     @property
     def size(self) -> int:
@@ -79,12 +83,23 @@ class Subject:
         for weight, dense in zip(self.weights.values(), self.dense, strict=True):
             weight.copy_(dense)
 
+    def prune(self, **settings: Any) -> EMPPruner:
+        """Return the pruner of these settings, its masks in place, the weights dense; whichever was before has ended.
+
+        Several would have to be of one mode, and would hide the weights from each other.
+        """
+        if self.pruner is None or self._settings != settings:
+            if self.pruner is not None:
+                self.pruner.finalize()
+            self.restore()
+            self.pruner, self._settings = EMPPruner(self.model, **settings), settings
+            self.pruner.refresh()
+        self.restore()
+        return self.pruner
+
     def masks(self, **settings: Any) -> list[Tensor]:
         """Return the masks of one refresh."""
-        self.restore()
-        pruner = EMPPruner(self.model, **settings)
-        pruner.refresh()
-        masks = pruner.masks
+        masks = self.prune(**settings).masks
         return [masks[name] for name in self.weights]
 
 
@@ -93,18 +108,24 @@ class Subject:
 
 def refresh(subject: Subject, **settings: Any) -> Contestant:
     """A whole refresh: scores, masks, masks applied, row of the trajectory. Repeated: old masks are in place."""
-    return Contestant(EMPPruner(subject.model, **settings).refresh, subject.restore)
+    return Contestant(lambda: _at_work(subject).refresh(), partial(subject.prune, **settings))
 
 
 def selection(subject: Subject, scope: str = "global") -> Contestant:
     """The part of a refresh that finds the masks and changes nothing."""
-    pruner = EMPPruner(subject.model, scope=scope)
-    return Contestant(partial(_select, pruner, scope), subject.restore)
+    prepare = partial(subject.prune, scope=scope, observe_only=True)
+    return Contestant(lambda: _select(_at_work(subject), scope), prepare)
 
 
 def select(subject: Subject, scope: str = "global") -> list[Tensor]:
     """Return the masks that a selection finds for the weights as they are."""
-    return _select(EMPPruner(subject.model, scope=scope), scope)
+    return _select(subject.prune(scope=scope, observe_only=True), scope)
+
+
+def _at_work(subject: Subject) -> EMPPruner:
+    if subject.pruner is None:
+        raise RuntimeError("nothing prunes the weights: call prune() first")
+    return subject.pruner
 
 
 @torch.no_grad()

@@ -101,3 +101,8 @@ def gather_rows(rows: Sequence[Tensor]) -> Tensor:
     if not rows:
         return torch.zeros(0)
     return torch.stack([row.to(rows[0].device) for row in rows]).cpu()
+
+
+def join(tensors: Sequence[Tensor]) -> Tensor:
+    """Return flat tensors one after the other, on the device of the first; empty on the CPU if there are none."""
+    return torch.cat([values.to(tensors[0].device) for values in tensors]) if tensors else torch.zeros(0)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from emp_callbacks.core.bit_patterns import as_bits
-from emp_callbacks.core.chunks import chunks, count_true, longest_chunk, scratch
+from emp_callbacks.core.chunks import chunks, longest_chunk, scratch
 from emp_callbacks.core.device import on_host
 from emp_callbacks.core.kernels.choice import kernels_serve
 from emp_callbacks.core.kernels.tables import TILE
@@ -51,7 +51,7 @@ def take_pruned(values: Tensor, mask: Tensor) -> Tensor:
     if not _in_flat_order(values, mask):
         return values.masked_select(~mask)
     flat, kept = _bits(values), mask.view(-1).numpy()
-    taken, end = flat.new_empty(values.numel() - int(count_true(mask))), 0
+    taken, end = flat.new_empty(kept.size - np.count_nonzero(kept)), 0
     for at in chunks(flat):
         start, end = end, end + at.stop - at.start - np.count_nonzero(kept[at])
         np.compress(~kept[at], flat[at].numpy(), out=taken[start:end].numpy())

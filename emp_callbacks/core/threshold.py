@@ -27,6 +27,7 @@ from emp_callbacks.core.chunks import (
     chunk_length,
     chunks,
     gather_rows,
+    join,
     longest_chunk,
     magnitudes,
     scratch,
@@ -119,6 +120,11 @@ class Group(NamedTuple):
         """The scores of the parts, each flat."""
         return [part.scores for part in self.parts]
 
+    @property
+    def is_large(self) -> bool:
+        """Whether a sample says enough of the scores."""
+        return self.size >= 4 * SAMPLE
+
 
 def find_threshold(parts: Sequence[ScoredPart], keep: int, dtype: torch.dtype) -> Threshold:
     """Return the threshold that keeps exactly `keep` scores of one group, all of which is here; see `Group`."""
@@ -135,7 +141,8 @@ def find_thresholds(groups: Sequence[Group], dtype: torch.dtype, all_sum: AllSum
     """
     if not groups:
         return []
-    inside = [group.scores for group in groups]
+    # A tensor costs more than few scores in it.
+    inside = [group.scores if group.is_large or len(group.parts) == 1 else [join(group.scores)] for group in groups]
     need = torch.tensor([group.keep for group in groups])
     known: dict[int, _Divided] = {}
     for g, divided in _around_samples(groups, dtype, all_sum).items():
@@ -143,7 +150,7 @@ def find_thresholds(groups: Sequence[Group], dtype: torch.dtype, all_sum: AllSum
         is_single = divided.low == divided.high
         if above < groups[g].keep <= above + within and (is_single or taken == within):
             known[g] = divided
-            inside[g] = [] if is_single else divided.taken
+            inside[g] = [] if is_single else [divided.taken]
             need[g] -= above
     keys, missing, ties = _kth_highest(inside, need, dtype, all_sum)
     for g, divided in known.items():
@@ -168,24 +175,24 @@ class _Divided(NamedTuple):
         high: Key of its upper end.
         sums: Scores above it, in it, and those of the latter that were taken out; over all ranks, int64.
         within: Scores in it of each of this rank's chunks, int64, on the CPU.
-        taken: Those of each chunk, flat.
+        taken: Those, chunk after chunk.
+        ends: How many of them there are up to the end of each chunk, int64, on the CPU.
     """
 
     low: int
     high: int
     sums: Tensor
     within: Tensor
-    taken: list[Tensor]
+    taken: Tensor
+    ends: Tensor
 
 
 def _around_samples(groups: Sequence[Group], dtype: torch.dtype, all_sum: AllSum) -> dict[int, _Divided]:
     """Return how the scores of each large group lie to a bracket that very likely holds the threshold. Collective."""
-    large = [g for g, group in enumerate(groups) if group.size >= 4 * SAMPLE]
+    large = [g for g, group in enumerate(groups) if group.is_large]
     if not large:
         return {}
-    samples = [
-        _join([_sample(values, groups[g].size / SAMPLE).to(dtype) for values in groups[g].scores]) for g in large
-    ]
+    samples = [join([_sample(values, groups[g].size / SAMPLE).to(dtype) for values in groups[g].scores]) for g in large]
     brackets = _brackets(samples, [groups[g].keep / groups[g].size for g in large], dtype, all_sum)
     divided = [_divide(groups[g].scores, *ends, dtype) for g, ends in zip(large, brackets, strict=True)]
     sums = all_sum(torch.stack([one.sums for one in divided]))
@@ -207,9 +214,8 @@ def _brackets(
     for size, share in zip(sizes, shares, strict=True):
         margin = DEVIATIONS * math.sqrt(size * share * (1 - share)) + 1
         ranks += [math.ceil(size * share + margin), math.floor(size * share - margin)]
-    twice = [[sample] for sample in samples for _ in range(2)]
     inside = torch.tensor([min(max(rank, 1), max(1, sizes[i // 2])) for i, rank in enumerate(ranks)])
-    keys = _kth_highest(twice, inside, dtype, all_sum)[0].tolist()
+    keys = _kth_highest([[sample] for sample in samples], inside, dtype, all_sum)[0].tolist()
     ends = []
     for i, size in enumerate(sizes):
         low = max(1, keys[2 * i]) if ranks[2 * i] <= size else 1  # a score of 0 is never kept
@@ -217,15 +223,11 @@ def _brackets(
     return ends
 
 
-def _join(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([values.to(tensors[0].device) for values in tensors]) if tensors else torch.zeros(0)
-
-
 def _divide(scores: Sequence[Tensor], low: int, high: int, dtype: torch.dtype) -> _Divided:
     """Return how this rank's scores lie to a bracket."""
     room = sum(values.numel() for values in scores) // FEW + CHUNK if low < high else 0
-    least, most, taken = _value(low, dtype), _value(high, dtype), [torch.zeros(0, dtype=dtype)]
-    counts = [torch.zeros(2, dtype=dtype)]
+    least, most, counts = _value(low, dtype), _value(high, dtype), [torch.zeros(2, dtype=dtype)]
+    taken: list[Tensor] = []
     for values in scores:
         length = longest_chunk(values)
         with scratch(length, dtype, values.device) as above_buffer, scratch(length, dtype, values.device) as buffer:
@@ -236,29 +238,33 @@ def _divide(scores: Sequence[Tensor], low: int, high: int, dtype: torch.dtype) -
                 taken.append(take(own, within) if room > 0 else own[:0].clone())
                 room -= len(taken[-1])
     above_within = gather_rows(counts).long()
-    were_taken = gather_rows([torch.count_nonzero(values) for values in taken])
-    sums = torch.cat([above_within.sum(0), were_taken.sum()[None]])
-    return _Divided(low, high, sums, above_within[1:, 1], taken[1:])
+    ends = torch.tensor([len(values) for values in taken], dtype=torch.int64).cumsum(0)
+    inside = join(taken)
+    sums = torch.cat([above_within.sum(0), torch.count_nonzero(inside)[None].cpu()])
+    return _Divided(low, high, sums, above_within[1:, 1], inside, ends)
 
 
 # ---- by digits ------------------------------------------------------------------------------------------------------
 
 
 def _kth_highest(
-    scores: Sequence[Sequence[Tensor]], keep_g: Tensor, dtype: torch.dtype, all_sum: AllSum
+    scores: Sequence[Sequence[Tensor]], keep_t: Tensor, dtype: torch.dtype, all_sum: AllSum
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return for each group the key of the keep-th highest, how many equal ones to keep, and how many there are."""
-    need = keep_g.clone()
+    """Return the keys of the keep-th highest of groups, how many equal ones to keep, and how many there are.
+
+    `keep_t` has the same number of targets for each group, one group after the other; so has what is returned.
+    """
+    need = keep_t.clone()
     prefix, ties = torch.zeros_like(need), torch.zeros_like(need)
+    group_of = [t * len(scores) // len(need) for t in range(len(need))]
     done = 63 if dtype == torch.float64 else 31  # the sign bit is 0
-    most = NARROW_DIGIT_BITS if all_sum is not local_sum and len(scores) > MANY_GROUPS else DIGIT_BITS
+    most = NARROW_DIGIT_BITS if all_sum is not local_sum and len(need) > MANY_GROUPS else DIGIT_BITS
     while done:
         width = min(most, done)
-        counts = all_sum(
-            torch.stack(
-                [_digits(own, start, done, width, dtype) for own, start in zip(scores, prefix.tolist(), strict=True)]
-            )
-        )
+        looks = list(zip(group_of, prefix.tolist(), strict=True))
+        # Targets of one group that have the same leading bits so far share a look.
+        found = {(g, start): _digits(scores[g], start, done, width, dtype) for g, start in dict.fromkeys(looks)}
+        counts = all_sum(torch.stack([found[look] for look in looks]))
         at_least = counts.flip(1).cumsum(1).flip(1)  # scores whose digit is >= the bin's
         digit = ((at_least >= need[:, None]).sum(1) - 1).clamp(min=0)
         ties = counts.gather(1, digit[:, None])[:, 0]
@@ -302,9 +308,8 @@ def _ties_of_chunks(group: Group, value: float, divided: _Divided | None, dtype:
     if divided is not None and divided.low == divided.high:
         return divided.within
     if divided is not None:
-        ends = torch.tensor([len(values) for values in divided.taken]).cumsum(0)
-        places = (_join(divided.taken) == value).nonzero().squeeze(1).cpu()
-        return torch.bincount(torch.searchsorted(ends, places, right=True), minlength=len(ends))
+        places = (divided.taken == value).nonzero().squeeze(1).cpu()
+        return torch.bincount(torch.searchsorted(divided.ends, places, right=True), minlength=len(divided.ends))
     own_chunks = (own for values in group.scores for _, own in magnitudes(values, dtype))
     return gather_rows([torch.eq(own, value, out=own).sum() for own in own_chunks]).long()
 
