@@ -21,6 +21,7 @@ from emp_callbacks.core.device import on_host
 from emp_callbacks.core.kernels.choice import kernels_serve
 from emp_callbacks.core.kernels.tables import TILE
 
+LARGE = 1 << 20  # so many values are worth the launch of a kernel of ours, which costs the host more than torch's
 _WIDEST = 8  # bytes of one value that kernels know
 
 
@@ -36,6 +37,8 @@ def zero_pruned(values: Tensor, mask: Tensor) -> None:
         with scratch(longest_chunk(bits), bits.dtype, bits.device) as buffer:
             for at in chunks(bits):
                 bits[at] &= buffer[: at.stop - at.start].copy_(kept[at]).neg_()  # -1 has all bits set
+    elif values.numel() >= LARGE and _sorted([values], [mask])[0]:
+        _kernels().mask_tensor(values, mask)
     else:
         with torch.no_grad():  # not mul_: 0 * inf is nan; not masked_fill_: the inverse would be another kernel
             torch.where(mask, values, _zero(values.dtype, values.device), out=values)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from emp_callbacks.core.bit_patterns import as_bits, from_bits
+from emp_callbacks.core.kernels.choice import kernels_serve
 
 
 def replace_pruned(viewed: Tensor, mask: Tensor, fill: Tensor | float) -> Tensor:
@@ -57,6 +58,12 @@ class _StraightThrough(torch.autograd.Function):
         return gradient, None
 
 
+def _is_of_columns(viewed: Tensor, mask: Tensor) -> bool:
+    """Whether the mask says the same of every row of the last dimension."""
+    width = viewed.shape[-1] if viewed.dim() else 0
+    return mask.numel() == width == mask.shape[-1] and mask.is_contiguous() and viewed.is_contiguous()
+
+
 def _where_kept(viewed: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, viewed, 0.0)
 
@@ -66,6 +73,10 @@ class _ZeroPruned(torch.autograd.Function):
 
     @staticmethod
     def forward(viewed: Tensor, mask: Tensor) -> Tensor:
+        if _is_of_columns(viewed, mask) and kernels_serve([viewed]):
+            from emp_callbacks.core.kernels.columns import mask_columns
+
+            return mask_columns(viewed, mask)
         bits = as_bits(viewed)
         return from_bits(bits & mask.to(bits.dtype).neg(), viewed.dtype)  # -1 has all bits set
 

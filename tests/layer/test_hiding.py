@@ -205,8 +205,8 @@ def test_a_refresh_may_write_masked_values_itself(mode):
         else:
             dense = [p.detach().clone() for p in owners]
         for weight, mask in zip(weights, masks, strict=True):
-            read, write = MASK_MODES[mode]().places(weight)
-            write.copy_(read.masked_fill(~mask, 0))
+            places = MASK_MODES[mode]().places(weight)
+            places.target.copy_(places.source.masked_fill(~mask, 0))
         MASK_MODES[mode]().install_all(weights, masks, [[] for _ in weights], written=True)
         assert [p.data_ptr() for p in owners] == at
         assert all(same(p, shown(d, w)) for p, d, w in zip(owners, dense, weights, strict=True))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from emp_callbacks.core.bit_patterns import as_bits
 from emp_callbacks.core.kernels.tables import TILE, addresses, tiles_of
 
 BLOCK = TILE
@@ -33,6 +35,12 @@ def mask_tensors(values: Sequence[Tensor], masks: Sequence[Tensor], into: Sequen
             table, len(values), tiles.owner, tiles.start, tiles.length,
             INTEGERS[size], into is None, BLOCK, alignment, num_warps=WARPS,
         )  # fmt: skip
+
+
+def mask_tensor(values: Tensor, mask: Tensor) -> None:
+    """Do the same in place with one tensor, and without a table."""
+    size = values.numel()
+    _mask_one[(triton.cdiv(size, BLOCK),)](as_bits(values), mask.view(torch.uint8), size, BLOCK, num_warps=WARPS)
 
 
 def copy_masked(
@@ -100,6 +108,15 @@ def _mask(
             tl.store(into + at, tl.zeros_like(bits), mask=(bits != 0) & (kept == 0))
         else:
             tl.store(into + at, tl.where(kept, bits, 0), mask=inside)
+
+
+@triton.jit
+def _mask_one(values, mask, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    kept = tl.load(mask + at, mask=inside, other=1) != 0
+    bits = tl.load(values + at, mask=inside, other=0)
+    tl.store(values + at, tl.zeros_like(bits), mask=(bits != 0) & (kept == 0))
 
 
 @triton.jit

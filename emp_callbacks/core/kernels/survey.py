@@ -62,7 +62,7 @@ def survey_tensors(
         _survey[(tiles.count,)](
             table, tiles.owner, tiles.start, tiles.length, group_of, low_g, shift_g, parts, counts,
             FLOATS[dtype], tl.float64 if wide else tl.float32, tl.int64 if wide else tl.int32,
-            counts.shape[1], by_tile, sums, TILE, BLOCK, alignment, num_warps=WARPS,
+            counts.shape[1], by_tile, sums, (1 << (63 if wide else 31)) - 1, TILE, BLOCK, alignment, num_warps=WARPS,
         )  # fmt: skip
     added = sums_of_tiles(parts, tiles)
     return Surveyed(added[:, :3], added[:, 3].long(), counts, tiles)
@@ -72,21 +72,24 @@ def survey_tensors(
 def _survey(
     table, owner, start, length, group_of, low_g, shift_g, parts, counts,
     FLOAT: tl.constexpr, KEY: tl.constexpr, BITS: tl.constexpr, BINS: tl.constexpr, BY_TILE: tl.constexpr,
-    SUMS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr,
+    SUMS: tl.constexpr, HIGHEST: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    i, first = tl.load(owner + program), tl.multiple_of(tl.load(start + program), BLOCK)
-    scores = tl.multiple_of(tl.load(table + i).to(tl.pointer_type(FLOAT)), ALIGNMENT)
+    i, first = tl.load(owner + program), tl.multiple_of(tl.load(start + program), TILE)
+    scores = tl.multiple_of(tl.load(table + i).to(tl.pointer_type(FLOAT)), ALIGNMENT) + first
     group = tl.load(group_of + i)
     low, shift = tl.load(low_g + group), tl.load(shift_g + group)
+    # The highest key of the window; beyond the highest of all keys there is none. A score of 0 is in no window.
+    high = tl.minimum(low.to(tl.int64) + (tl.full([], BINS, tl.int64) << shift.to(tl.int64)) - 1, HIGHEST)
+    high = tl.where(high < low, HIGHEST, high).to(BITS)  # 64 bits of it were not enough
+    least = tl.maximum(low, 1)
     window = counts + (program if BY_TILE else group).to(tl.int64) * BINS
-    end = tl.minimum(first + TILE, tl.load(length + i))
-    whole = first + (end - first) // BLOCK * BLOCK
+    end = tl.minimum(TILE, tl.load(length + i) - first).to(tl.int32)
     total, total_sq = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
     nonzero, above = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
-    for begin in range(first, end, BLOCK):
+    for begin in range(0, end, BLOCK):
         at = tl.multiple_of(begin, BLOCK) + tl.arange(0, BLOCK)
-        if begin < whole:  # without a bound, loads are as wide as the alignment allows
+        if begin + BLOCK <= end:  # without a bound, loads are as wide as the alignment allows
             magnitude = tl.abs(tl.load(scores + at).to(KEY))
         else:
             magnitude = tl.abs(tl.load(scores + at, mask=at < end, other=0.0).to(KEY))
@@ -96,10 +99,9 @@ def _survey(
             total += wide
             total_sq += wide * wide
             nonzero += (key != 0).to(tl.int32)
-        bin = (key - low) >> shift  # below the window it is negative, and what is behind the end has key 0
-        above += ((key >= low) & (bin >= BINS)).to(tl.int32)
-        inside = (key >= low) & (bin < BINS) & (key > 0)
-        tl.atomic_add(window + bin, tl.full([BLOCK], 1, tl.int32), mask=inside, sem="relaxed")
+        above += (key > high).to(tl.int32)  # what is behind the end has key 0
+        inside = (key >= least) & (key <= high)
+        tl.atomic_add(window + ((key - low) >> shift), tl.full([BLOCK], 1, tl.int32), mask=inside, sem="relaxed")
     if SUMS:
         tl.store(parts + 4 * program, tl.sum(total))
         tl.store(parts + 4 * program + 1, tl.sum(total_sq))
