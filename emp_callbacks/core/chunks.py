@@ -14,6 +14,7 @@ from emp_callbacks.core.device import on_host
 # On a CPU: 2 MiB of float32, which two cores share. On an accelerator: few kernels, yet little scratch.
 CHUNK = 1 << 19
 ACCELERATOR_CHUNK = 1 << 24
+ONE_THREAD = 1 << 15  # torch works on no more elements without a second thread
 FEW = 16  # one in so many is few enough to be taken out
 
 
@@ -106,3 +107,17 @@ def gather_rows(rows: Sequence[Tensor]) -> Tensor:
 def join(tensors: Sequence[Tensor]) -> Tensor:
     """Return flat tensors one after the other, on the device of the first; empty on the CPU if there are none."""
     return torch.cat([values.to(tensors[0].device) for values in tensors]) if tensors else torch.zeros(0)
+
+
+def in_fewer(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return flat tensors with small neighbours joined, in order: each tensor costs more than few elements in it."""
+    joined: list[list[Tensor]] = []
+    size = 0
+    for values in tensors:
+        size += values.numel()
+        if joined and size <= ONE_THREAD:
+            joined[-1].append(values)
+        else:
+            joined.append([values])
+            size = values.numel()
+    return [some[0] if len(some) == 1 else join(some) for some in joined]

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +28,7 @@ from emp_callbacks.core.chunks import (
     chunk_length,
     chunks,
     gather_rows,
+    in_fewer,
     join,
     longest_chunk,
     magnitudes,
@@ -120,11 +122,6 @@ class Group(NamedTuple):
         """The scores of the parts, each flat."""
         return [part.scores for part in self.parts]
 
-    @property
-    def is_large(self) -> bool:
-        """Whether a sample says enough of the scores."""
-        return self.size >= 4 * SAMPLE
-
 
 def find_threshold(parts: Sequence[ScoredPart], keep: int, dtype: torch.dtype) -> Threshold:
     """Return the threshold that keeps exactly `keep` scores of one group, all of which is here; see `Group`."""
@@ -141,8 +138,7 @@ def find_thresholds(groups: Sequence[Group], dtype: torch.dtype, all_sum: AllSum
     """
     if not groups:
         return []
-    # A tensor costs more than few scores in it.
-    inside = [group.scores if group.is_large or len(group.parts) == 1 else [join(group.scores)] for group in groups]
+    inside = [group.scores if group.size >= 4 * SAMPLE else in_fewer(group.scores) for group in groups]
     need = torch.tensor([group.keep for group in groups])
     known: dict[int, _Divided] = {}
     for g, divided in _around_samples(groups, dtype, all_sum).items():
@@ -189,7 +185,7 @@ class _Divided(NamedTuple):
 
 def _around_samples(groups: Sequence[Group], dtype: torch.dtype, all_sum: AllSum) -> dict[int, _Divided]:
     """Return how the scores of each large group lie to a bracket that very likely holds the threshold. Collective."""
-    large = [g for g, group in enumerate(groups) if group.is_large]
+    large = [g for g, group in enumerate(groups) if group.size >= 4 * SAMPLE]
     if not large:
         return {}
     samples = [join([_sample(values, groups[g].size / SAMPLE).to(dtype) for values in groups[g].scores]) for g in large]
@@ -254,24 +250,25 @@ def _kth_highest(
 
     `keep_t` has the same number of targets for each group, one group after the other; so has what is returned.
     """
-    need = keep_t.clone()
-    prefix, ties = torch.zeros_like(need), torch.zeros_like(need)
-    group_of = [t * len(scores) // len(need) for t in range(len(need))]
+    need, prefix = keep_t.numpy().copy(), np.zeros(len(keep_t), dtype=np.int64)
+    targets, ties = np.arange(len(need)), np.zeros_like(prefix)
+    group_of = targets * len(scores) // len(need)
     done = 63 if dtype == torch.float64 else 31  # the sign bit is 0
     most = NARROW_DIGIT_BITS if all_sum is not local_sum and len(need) > MANY_GROUPS else DIGIT_BITS
     while done:
         width = min(most, done)
-        looks = list(zip(group_of, prefix.tolist(), strict=True))
+        looks = list(zip(group_of.tolist(), prefix.tolist(), strict=True))
         # Targets of one group that have the same leading bits so far share a look.
         found = {(g, start): _digits(scores[g], start, done, width, dtype) for g, start in dict.fromkeys(looks)}
-        counts = all_sum(torch.stack([found[look] for look in looks]))
-        at_least = counts.flip(1).cumsum(1).flip(1)  # scores whose digit is >= the bin's
-        digit = ((at_least >= need[:, None]).sum(1) - 1).clamp(min=0)
-        ties = counts.gather(1, digit[:, None])[:, 0]
-        need -= at_least.gather(1, digit[:, None])[:, 0] - ties
+        # In numpy, on one thread: waiting for another one takes longer than all of this.
+        counts = all_sum(torch.from_numpy(np.stack([found[look].numpy() for look in looks]))).numpy()
+        at_least = counts[:, ::-1].cumsum(1)[:, ::-1]  # scores whose digit is >= the bin's
+        digit = ((at_least >= need[:, None]).sum(1) - 1).clip(min=0)
+        ties = counts[targets, digit]
+        need -= at_least[targets, digit] - ties
         prefix = (prefix << width) | digit
         done -= width
-    return prefix, need, ties
+    return torch.from_numpy(prefix), torch.from_numpy(need), torch.from_numpy(ties)
 
 
 def _digits(scores: Sequence[Tensor], prefix: int, done: int, width: int, dtype: torch.dtype) -> Tensor:
