@@ -71,7 +71,7 @@ def tight_mass_bound(keep: int, n: int, n_eff: float) -> float:
     return float(tight_mass_bounds(torch.tensor([keep]), n, one)[0])
 
 
-def tight_mass_bounds(keep_g: Tensor, n: int, n_eff_g: Tensor) -> Tensor:
+def tight_mass_bounds(keep_g: Tensor, n: int | Tensor, n_eff_g: Tensor) -> Tensor:
     """Return `tight_mass_bound` for each of G groups of n scores, shape (G,), float64; 1 where all are kept.
 
     The scores with one N_eff that leave the least mass to the highest `keep` lie on an edge between two flat ones, of
@@ -79,13 +79,13 @@ def tight_mass_bounds(keep_g: Tensor, n: int, n_eff_g: Tensor) -> Tensor:
 
     Args:
         keep_g: Shape (G,), int64, each in [1, n].
-        n: Number of scores in each group.
+        n: Number of scores in each group; or of each, shape (G,), int64.
         n_eff_g: Shape (G,), float64, each in [1, n].
     """
     keep = keep_g.double()
-    n_eff = (n_eff_g.double() * (1 + FLOOR_SLACK)).clamp(1.0, float(n))
+    everything = torch.as_tensor(n, dtype=torch.float64).expand_as(n_eff_g)
+    n_eff = (n_eff_g.double() * (1 + FLOOR_SLACK)).clamp(min=1.0).minimum(everything)
     above, below = n_eff.ceil(), n_eff.floor()
-    everything = torch.full_like(n_eff, n)
     impossible = torch.full_like(n_eff, torch.inf)
     edges = (
         _edge(torch.ones_like(n_eff), everything, keep, n_eff),

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from emp_callbacks.core.bit_patterns import as_bits, from_bits
+from emp_callbacks.core.bit_patterns import as_bits
 from emp_callbacks.core.chunks import (
     CHUNK,
     FEW,
@@ -101,7 +101,8 @@ class Threshold:
 
 
 def _value(key: int, dtype: torch.dtype) -> float:
-    return float(from_bits(torch.tensor(key), dtype))
+    wide = dtype == torch.float64
+    return float(np.array(key, np.int64 if wide else np.int32).view(np.float64 if wide else np.float32))
 
 
 class Group(NamedTuple):

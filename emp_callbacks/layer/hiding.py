@@ -25,7 +25,7 @@ class Part(Protocol):
 class Places(NamedTuple):
     """Where a refresh reads a part's dense values and writes masked ones; the same where they are masked in place.
 
-    `sums` are zeros that become the check sums of what is written; see `copy_masked`.
+    `sums` is where the check sums of what is written go; see `copy_masked`.
     """
 
     source: Tensor
@@ -83,10 +83,10 @@ def prepare(part: Part) -> Places | None:
         return None
     if store.buffer is not None and (own := store.buffer.take_aside(values)) is not None:
         store.buffer.aside = own
-        return Places(values, own, store.buffer.sums.zero_())
+        return Places(values, own, store.buffer.sums)
     buffer = _buffer_of(store, values)
     buffer.dense.copy_(values)  # not lent now: the scores may be another hold on the weight's memory
-    return Places(buffer.dense, values, buffer.sums.zero_())
+    return Places(buffer.dense, values, buffer.sums)
 
 
 @torch.no_grad()

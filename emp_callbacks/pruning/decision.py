@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from emp_callbacks.core.bounds import tight_mass_bound
+from emp_callbacks.core.bounds import tight_mass_bounds
 from emp_callbacks.core.chunks import count_true, gather_rows
 from emp_callbacks.core.effective_number import (
     ScoreMoments,
@@ -54,21 +54,30 @@ def _decide_pooled(layers: Sequence[Scored], scope: str, rule: KeepRule, ranks: 
     check_finite(local, sums, layers, ranks, step)
     sums = local.cpu() if all(pool.is_summed for pool in pools) else sums
     own = sums_of_layers(ScoreMoments.unstack(sums))
-    keeps, n_effs = [], []
-    for pool, of_pool in zip(pools, rules, strict=True):
-        together = ScoreMoments.unstack(sums[list(pool.members)].sum(0, keepdim=True))
-        n_eff = effective_numbers(together)
-        keeps.append(int(of_pool.counts(n_eff, pool.size, together.nonzero)[0]) if together.nonzero[0] else 0)
-        n_effs.append(float(n_eff[0]))
-    thresholds = search.thresholds(keeps)
+    together = ScoreMoments.unstack(sums.sum(0, keepdim=True) if scope == "global" else sums)
+    n_eff, nonzero = effective_numbers(together), together.nonzero
+    keeps = [
+        int(of_pool.counts(n_eff[g : g + 1], pool.size, nonzero[g : g + 1])) if nonzero[g] else 0
+        for g, (pool, of_pool) in enumerate(zip(pools, rules, strict=True))
+    ]
+    floors = tight_mass_bounds(torch.tensor(keeps), torch.tensor([pool.size for pool in pools]), n_eff).tolist()
     found = []
-    for pool, of_pool, keep, effective, threshold in zip(pools, rules, keeps, n_effs, thresholds, strict=True):
-        of_layers = tuple(own[i] for i in pool.members)
+    for g, threshold in enumerate(search.thresholds(keeps)):
+        of_layers = tuple(own[i] for i in pools[g].members)
         if threshold is None:
-            found.append(_nothing_known(pool, of_layers))
+            found.append(_nothing_known(pools[g], of_layers))
         else:
-            found.append(_decision(pool, keep, effective, threshold, of_layers, of_pool, ranks))
+            keep = _Keep(keeps[g], float(n_eff[g]), floors[g])
+            found.append(_decision(pools[g], keep, threshold, of_layers, rules[g], ranks))
     return found
+
+
+class _Keep(NamedTuple):
+    """How many components of a group stay, its N_eff, and the least share of the score mass that they hold."""
+
+    kept: int
+    n_eff: float
+    mass_floor: float
 
 
 def _pools(layers: Sequence[Scored], scope: str) -> list[_Pool]:
@@ -106,15 +115,14 @@ def _nothing_known(pool: _Pool, own: tuple[LayerSums, ...]) -> Decision:
 
 def _decision(
     pool: _Pool,
-    keep: int,
-    n_eff: float,
+    wanted: _Keep,
     threshold: Threshold,
     own: tuple[LayerSums, ...],
     rule: KeepRule,
     ranks: Ranks,
 ) -> Decision:
     """Decide on one group of known threshold; collective where a layer would fall below its guard."""
-    members, lowest, note = pool.members, threshold.value, ""
+    members, keep, lowest, note = pool.members, wanted.kept, threshold.value, ""
     short = _short(pool, threshold, rule)
     if short:
         least = {i: min(rule.min_units, pool.layers[i].span.size) for i in members}
@@ -130,9 +138,9 @@ def _decision(
     digest = zlib.crc32(f"{keep} {threshold.key} {threshold.last_tie}".encode())
     chosen = partial(pool.mask, threshold=threshold)
     cut = None if short else partial(pool.cut, threshold=threshold)
-    floor = None if short else tight_mass_bound(keep, pool.size, n_eff)
+    floor = None if short else wanted.mass_floor
     return Decision(
-        pool.name, members, pool.size, n_eff, keep, lowest, own, digest, note, not short, floor, chosen, cut
+        pool.name, members, pool.size, wanted.n_eff, keep, lowest, own, digest, note, not short, floor, chosen, cut
     )
 
 

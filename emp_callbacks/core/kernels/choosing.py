@@ -44,7 +44,7 @@ class Choice(NamedTuple):
         mask: Where the new one is written, which may be `old`.
         source: The values to be masked, None if there are none.
         target: Where they are written, which may be `source`.
-        sums: Zeros that become the check sums of what is written, see `masking.copy_masked`; None: there are none.
+        sums: Where the check sums of what is written go, see `masking.copy_masked`; None: there are none.
     """
 
     scores: Tensor
@@ -142,6 +142,7 @@ def _choose(
         tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32),
     )  # fmt: skip
     mass_sum = tl.zeros([BLOCK], tl.float64)
+    check_sum = tl.zeros([BLOCK], tl.int64)
     for begin in range(0, end, BLOCK):
         at = tl.multiple_of(begin, BLOCK) + tl.arange(0, BLOCK)
         counted = (at >= count_from) & (at < count_to)
@@ -161,8 +162,7 @@ def _choose(
                     tl.store(target + at, shown, mask=(bits != 0) & (kept == 0))
                 else:
                     tl.store(target + at, shown)
-                if sums_place != 0:
-                    tl.atomic_add(sums + begin // CHECKED, tl.sum(weighed(shown, at % CHECKED)), sem="relaxed")
+                check_sum += weighed(shown, at % CHECKED)
         else:
             inside = at < end
             score = tl.abs(tl.load(scores + at, mask=inside, other=0.0).to(KEY))
@@ -181,8 +181,11 @@ def _choose(
                     tl.store(target + at, shown, mask=(bits != 0) & (kept == 0) & inside)
                 else:
                     tl.store(target + at, shown, mask=inside)
-                if sums_place != 0:
-                    tl.atomic_add(sums + begin // CHECKED, tl.sum(weighed(shown, at % CHECKED)), sem="relaxed")
+                check_sum += weighed(shown, at % CHECKED)
+        # Once for several blocks: a sum over a block is what all its threads wait for.
+        if (sums_place != 0) & (((begin + BLOCK) % CHECKED == 0) | (begin + BLOCK >= end)):
+            tl.store(sums + begin // CHECKED, tl.sum(check_sum))
+            check_sum = tl.zeros([BLOCK], tl.int64)
         kept_sum += (kept & counted).to(tl.int32)
         flipped_sum += ((kept != was) & counted).to(tl.int32)
         regrown_sum += (kept & (was == 0) & counted).to(tl.int32)

@@ -10,7 +10,7 @@ from torch import Tensor
 from emp_callbacks.core.bit_patterns import as_bits
 
 BLOCK = 1024
-ROWS = 64  # that one program goes through
+ROWS = 8  # of one program
 
 
 def mask_columns(values: Tensor, mask: Tensor) -> Tensor:
@@ -35,9 +35,9 @@ def _mask_columns(values, mask, masked, rows, width, BLOCK: tl.constexpr, ROWS: 
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     kept = tl.load(mask + column, mask=inside, other=0) != 0
-    first = tl.program_id(1).to(tl.int64) * ROWS
-    for i in range(ROWS):
-        at = (first + i) * width + column
-        # A pruned value is not even read.
-        bits = tl.load(values + at, mask=kept & (first + i < rows), other=0)
-        tl.store(masked + at, bits, mask=inside & (first + i < rows))
+    row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    at = row[:, None] * width + column[None, :]
+    held = (row < rows)[:, None]
+    # A pruned value is not even read.
+    bits = tl.load(values + at, mask=kept[None, :] & held, other=0)
+    tl.store(masked + at, bits, mask=inside[None, :] & held)
