@@ -2,6 +2,7 @@
 
     python benchmarks/bench_gpu.py                         # all parts: about three minutes on an H100, 60 GiB
     python benchmarks/bench_gpu.py --only refresh --quick  # one part, with fewer repeats
+    python benchmarks/bench_gpu.py --show FILE             # the table of a record
     python benchmarks/bench_gpu.py --rehearse              # all parts on the CPU, tiny: that nothing fails, no figures
 
 Parts (--only):
@@ -449,11 +450,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with tiny sizes; writes where --out says")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: benchmarks/results/gpu_CARD.json")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="print the table of a file, and measure nothing")
     return parser.parse_args()
 
 
 def main() -> int:
     options = parse()
+    if options.show:
+        return show(json.loads(options.show.read_text()))
     if not options.rehearse and not torch.cuda.is_available():
         print("bench_gpu.py: no CUDA device is at hand; --rehearse runs all of it on the CPU, without figures")
         return 1
@@ -476,10 +480,15 @@ def main() -> int:
         if out is not None:  # after each part: a machine may be taken away
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(record, indent=1) + "\n")
+    return show(record, out)
+
+
+def show(record: dict[str, Any], out: Path | None = None) -> int:
+    """Print a record's table; return 1 where a measurement failed."""
     parts = record["parts"]
     rows = [each for part in parts.values() for each in part["rows"]]
     failed = sum(len(part["failed"]) for part in parts.values())
-    print(f"\n{gpu.name}{': sizes are tiny and no figure means anything' if options.rehearse else ''}")
+    print(f"\n{record['card']}{': sizes are tiny and no figure means anything' if record['rehearsal'] else ''}")
     for name, part in parts.items():
         print(table_of(name, part))
     missed = sum(each["met"] is False for each in rows)
