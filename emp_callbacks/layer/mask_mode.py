@@ -147,11 +147,9 @@ class Feedback(MaskMode):
         weight.seal()
 
 
-@final
-class Project(MaskMode):
-    """Pruned weights are set to zero at the refresh, then free to grow back (iterative hard thresholding)."""
+class _Clears(MaskMode):
+    """Pruned weights are set to zero at the refresh, and to the optimizer they are as if they had never moved."""
 
-    name = "project"
     clears_states = True
 
     def places(self, weight: MaskedWeight) -> Places | None:
@@ -166,19 +164,22 @@ class Project(MaskMode):
         written: bool = False,
     ) -> None:
         _clear(weights, masks, states, written=written)
+
+
+@final
+class Project(_Clears):
+    """Pruned weights are set to zero at the refresh, then free to grow back (iterative hard thresholding)."""
+
+    name = "project"
 
     def restore(self, weight: MaskedWeight, mask: Tensor | None, stash: Tensor | None) -> None:  # noqa: ARG002
         weight.mask = mask  # what has grown since the refresh is part of the checkpoint's weights
 
 
-class _HoldsZero(MaskMode):
+class _HoldsZero(_Clears):
     """Pruned weights are zero between refreshes: gradients are masked, the mask is re-applied after each step."""
 
-    clears_states = True
     keeps_zero = True
-
-    def places(self, weight: MaskedWeight) -> Places | None:
-        return Places(weight.weight, weight.weight)
 
     def install_all(
         self,
@@ -188,7 +189,7 @@ class _HoldsZero(MaskMode):
         *,
         written: bool = False,
     ) -> None:
-        _clear(weights, masks, states, written=written)
+        super().install_all(weights, masks, states, written=written)
         self.mask_gradients(weights)
         for weight in weights:
             weight.seal()
