@@ -33,7 +33,7 @@ class DenseBuffer:
     dense: Tensor
     sums: Tensor
     aside: Tensor | None = None
-    _alone_at: int = 0
+    _alone_at: int | None = None
 
     @classmethod
     @torch.inference_mode(False)
@@ -67,7 +67,7 @@ class DenseBuffer:
         """Whether the dense values can be the parameter's memory for a while: nobody else holds its own."""
         at = values.data_ptr()
         if self._alone_at != at:  # a hold that is gone by the next step is no reason to copy at every step
-            self._alone_at = at if _is_alone(owner, values) else 0
+            self._alone_at = at if _is_alone(owner, values) else None
         return self._alone_at == at
 
 
