@@ -13,7 +13,7 @@ from torch import Tensor
 from emp_callbacks.core.kernels.masking import INTEGERS, weighed
 from emp_callbacks.core.kernels.sums import FLOATS, sums_of_tiles
 from emp_callbacks.core.kernels.tables import TILE as CHECKED
-from emp_callbacks.core.kernels.tables import addresses, tiles_of, to_device
+from emp_callbacks.core.kernels.tables import addresses, launching, tiles_of, to_device
 from emp_callbacks.core.row_parts import RowCuts
 
 BLOCK = 1024
@@ -78,11 +78,12 @@ def choose_tensors(choices: Sequence[Choice], dtype: torch.dtype, *, within_old:
     bounds = to_device(torch.tensor([[*one.counted, *_shape(one.cut)] for one in choices]), device)
     sizes = {one.source.element_size() for one in choices if one.source is not None} or {4}
     if tiles.count:
-        _choose[(tiles.count,)](
-            table, len(choices), tiles.owner, tiles.start, tiles.length, values, bounds, parts,
-            FLOATS[choices[0].scores.dtype], FLOATS[dtype], INTEGERS[sizes.pop()], within_old, of_rows,
-            TILE, BLOCK, CHECKED, alignment, num_warps=WARPS,
-        )  # fmt: skip
+        with launching(device):
+            _choose[(tiles.count,)](
+                table, len(choices), tiles.owner, tiles.start, tiles.length, values, bounds, parts,
+                FLOATS[choices[0].scores.dtype], FLOATS[dtype], INTEGERS[sizes.pop()], within_old, of_rows,
+                TILE, BLOCK, CHECKED, alignment, num_warps=WARPS,
+            )  # fmt: skip
     return sums_of_tiles(parts, tiles)
 
 

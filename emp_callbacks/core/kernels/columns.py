@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from emp_callbacks.core.bit_patterns import as_bits
+from emp_callbacks.core.kernels.tables import launching
 
 BLOCK = 1024
 ROWS = 8  # of one program
@@ -26,7 +27,8 @@ def mask_columns(values: Tensor, mask: Tensor) -> Tensor:
     block = min(BLOCK, triton.next_power_of_2(max(1, width)))
     if values.numel():
         grid = triton.cdiv(width, block), triton.cdiv(rows, ROWS)
-        _mask_columns[grid](as_bits(values), mask.view(torch.uint8), as_bits(masked), rows, width, block, ROWS)
+        with launching(values.device):
+            _mask_columns[grid](as_bits(values), mask.view(torch.uint8), as_bits(masked), rows, width, block, ROWS)
     return masked
 
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from emp_callbacks.core.bit_patterns import as_bits
-from emp_callbacks.core.kernels.tables import TILE, addresses, tiles_of
+from emp_callbacks.core.kernels.tables import TILE, addresses, launching, tiles_of
 
 BLOCK = TILE
 WARPS = 8
@@ -31,16 +31,18 @@ def mask_tensors(values: Sequence[Tensor], masks: Sequence[Tensor], into: Sequen
     tiles = tiles_of([one.numel() for one in values], BLOCK, device)
     table, alignment = addresses([values, masks, values if into is None else into], device)
     if tiles.count:
-        _mask[(tiles.count,)](
-            table, len(values), tiles.owner, tiles.start, tiles.length,
-            INTEGERS[size], into is None, BLOCK, alignment, num_warps=WARPS,
-        )  # fmt: skip
+        with launching(device):
+            _mask[(tiles.count,)](
+                table, len(values), tiles.owner, tiles.start, tiles.length,
+                INTEGERS[size], into is None, BLOCK, alignment, num_warps=WARPS,
+            )  # fmt: skip
 
 
 def mask_tensor(values: Tensor, mask: Tensor) -> None:
     """Do the same in place with one tensor, and without a table."""
     size = values.numel()
-    _mask_one[(triton.cdiv(size, BLOCK),)](as_bits(values), mask.view(torch.uint8), size, BLOCK, num_warps=WARPS)
+    with launching(values.device):
+        _mask_one[(triton.cdiv(size, BLOCK),)](as_bits(values), mask.view(torch.uint8), size, BLOCK, num_warps=WARPS)
 
 
 def copy_masked(
@@ -75,10 +77,11 @@ def _launch(kernel, columns: Sequence[Sequence[Tensor]]) -> None:
     tiles = tiles_of([one.numel() for one in values], BLOCK, device)
     table, alignment = addresses(columns, device)
     if tiles.count:
-        kernel[(tiles.count,)](
-            table, len(values), tiles.owner, tiles.start, tiles.length,
-            INTEGERS[values[0].element_size()], BLOCK, alignment, num_warps=WARPS,
-        )  # fmt: skip
+        with launching(device):
+            kernel[(tiles.count,)](
+                table, len(values), tiles.owner, tiles.start, tiles.length,
+                INTEGERS[values[0].element_size()], BLOCK, alignment, num_warps=WARPS,
+            )  # fmt: skip
 
 
 @triton.jit

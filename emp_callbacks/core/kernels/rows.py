@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from emp_callbacks.core.kernels.sums import FLOATS
+from emp_callbacks.core.kernels.tables import launching
 
 RESIDENT = 1 << 14  # scores of a row that stay in registers; longer ones are read again, from the cache, at each probe
 ALL_TIES = torch.iinfo(torch.int64).max
@@ -19,7 +20,8 @@ def row_moments(scores_rn: Tensor) -> Tensor:
     sums = torch.zeros(rows, 3, dtype=torch.float64, device=scores_rn.device)
     if scores_rn.numel():
         block = min(triton.next_power_of_2(size), 2048)
-        _row_moments[(rows,)](scores_rn, size, sums, block, num_warps=_warps(block))
+        with launching(scores_rn.device):
+            _row_moments[(rows,)](scores_rn, size, sums, block, num_warps=_warps(block))
     return sums
 
 
@@ -40,11 +42,12 @@ def row_thresholds(scores_rn: Tensor, keep_r: Tensor, dtype: torch.dtype) -> tup
     if scores_rn.numel():
         block = min(triton.next_power_of_2(size), RESIDENT)
         wide = dtype == torch.float64
-        _row_thresholds[(rows,)](
-            scores_rn, keep_r, size, value, last_tie,
-            FLOATS[dtype], tl.int64 if wide else tl.int32, 62 if wide else 30, max(1, size.bit_length()), ALL_TIES,
-            block, size <= block, num_warps=_warps(block),
-        )  # fmt: skip
+        with launching(scores_rn.device):
+            _row_thresholds[(rows,)](
+                scores_rn, keep_r, size, value, last_tie,
+                FLOATS[dtype], tl.int64 if wide else tl.int32, 62 if wide else 30, max(1, size.bit_length()), ALL_TIES,
+                block, size <= block, num_warps=_warps(block),
+            )  # fmt: skip
     return value, last_tie
 
 

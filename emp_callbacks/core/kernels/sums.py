@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emp_callbacks.core.kernels.tables import Tiles
+from emp_callbacks.core.kernels.tables import Tiles, launching
 
 FLOATS = {
     torch.float16: tl.float16,
@@ -32,7 +32,8 @@ def sums_of_runs(values: Tensor, first: Tensor) -> Tensor:
     runs, columns = len(first) - 1, values.shape[1]
     sums = torch.empty(runs, columns, dtype=torch.float64, device=values.device)
     if runs:
-        _add_runs[(runs, columns)](values, first, sums, columns, 1024)
+        with launching(values.device):
+            _add_runs[(runs, columns)](values, first, sums, columns, 1024)
     return sums
 
 

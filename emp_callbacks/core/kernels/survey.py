@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from emp_callbacks.core.kernels.sums import FLOATS, sums_of_tiles
-from emp_callbacks.core.kernels.tables import Tiles, addresses, tiles_of, to_device
+from emp_callbacks.core.kernels.tables import Tiles, addresses, launching, tiles_of, to_device
 
 BLOCK = 1024
 TILE = 32 * BLOCK
@@ -59,11 +59,13 @@ def survey_tensors(
     counts = torch.zeros((tiles.count, TILE_BINS) if by_tile else (len(low_g), bins), dtype=torch.int32, device=device)
     wide = low_g.dtype == torch.int64
     if tiles.count:
-        _survey[(tiles.count,)](
-            table, tiles.owner, tiles.start, tiles.length, group_of, low_g, shift_g, parts, counts,
-            FLOATS[dtype], tl.float64 if wide else tl.float32, tl.int64 if wide else tl.int32,
-            counts.shape[1], by_tile, sums, (1 << (63 if wide else 31)) - 1, TILE, BLOCK, alignment, num_warps=WARPS,
-        )  # fmt: skip
+        with launching(device):
+            _survey[(tiles.count,)](
+                table, tiles.owner, tiles.start, tiles.length, group_of, low_g, shift_g, parts, counts,
+                FLOATS[dtype], tl.float64 if wide else tl.float32, tl.int64 if wide else tl.int32,
+                counts.shape[1], by_tile, sums, (1 << (63 if wide else 31)) - 1, TILE, BLOCK, alignment,
+                num_warps=WARPS,
+            )  # fmt: skip
     added = sums_of_tiles(parts, tiles)
     return Surveyed(added[:, :3], added[:, 3].long(), counts, tiles)
 
@@ -128,10 +130,11 @@ def sample_tensors(
     first = to_device(torch.tensor([0, *counts]).cumsum(0), device)
     wide_steps = to_device(torch.tensor(list(steps), dtype=torch.float64), device)
     if tiles.count:
-        _sample[(tiles.count,)](
-            table, tiles.owner, tiles.start, tiles.length, wide_steps, group_of, first, sample, groups,
-            FLOATS[scores[0].dtype], FLOATS[dtype], SAMPLE_BLOCK,
-        )  # fmt: skip
+        with launching(device):
+            _sample[(tiles.count,)](
+                table, tiles.owner, tiles.start, tiles.length, wide_steps, group_of, first, sample, groups,
+                FLOATS[scores[0].dtype], FLOATS[dtype], SAMPLE_BLOCK,
+            )  # fmt: skip
     return sample, groups
 
 
@@ -166,10 +169,11 @@ def ties_before(scores: Sequence[Tensor], value_t: Tensor, upto: Tensor, tiles: 
     device = scores[0].device
     table, _ = addresses([scores], device)
     found = torch.empty_like(limit_tk)
-    _ties_before[tuple(limit_tk.shape)](
-        table, value_t, upto, tiles.first, limit_tk.contiguous(), found, limit_tk.shape[1],
-        FLOATS[scores[0].dtype], FLOATS[value_t.dtype], TILE, BLOCK,
-    )  # fmt: skip
+    with launching(device):
+        _ties_before[tuple(limit_tk.shape)](
+            table, value_t, upto, tiles.first, limit_tk.contiguous(), found, limit_tk.shape[1],
+            FLOATS[scores[0].dtype], FLOATS[value_t.dtype], TILE, BLOCK,
+        )  # fmt: skip
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,6 +61,11 @@ def addresses(columns: Sequence[Sequence[Tensor | None]], device: torch.device) 
     places = np.array([[0 if one is None else one.data_ptr() for one in column] for column in columns], np.int64)
     aligned = not (places % ALIGNMENT).any()
     return to_device(torch.from_numpy(places), device), ALIGNMENT if aligned else 1
+
+
+def launching(device: torch.device) -> AbstractContextManager[None]:
+    """Return a block that launches kernels on a device: Triton's go to the current one, whatever they get."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
