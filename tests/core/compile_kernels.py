@@ -58,9 +58,7 @@ def kernels_of(score, key, bits, capability):
     types = {"scores": POINTERS[score], "size": "i32", "sums": "*fp64"}
     built |= build(rows._row_moments, types, {"BLOCK": 1024}, 2, capability)
     step = {"TYPE": bits, "BLOCK": masking.BLOCK, "ALIGNMENT": 16}
-    for in_place in (False, True):
-        built |= build(masking._mask, TABLE, {**step, "IN_PLACE": in_place}, masking.WARPS, capability)
-    for kernel in (masking._copy_masked, masking._follow_shown, masking._put_dense):
+    for kernel in (masking._mask, masking._copy_masked, masking._follow_shown, masking._put_dense):
         built |= build(kernel, TABLE, step, masking.WARPS, capability)
     return built
 
