@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from emp_callbacks.core.effective_number import effective_number, keep_count
     from emp_callbacks.core.selection import emp_mask, preserved_mass
     from emp_callbacks.integrations.deepspeed import EMPHook
+    from emp_callbacks.integrations.huggingface import EMPTrainerCallback
     from emp_callbacks.integrations.lightning import EMPCallback
     from emp_callbacks.integrations.torchmetrics import EffectiveNumber
     from emp_callbacks.layer import MissingEvidence
@@ -29,6 +30,7 @@ _HOMES = {
     "EMPConfig": "config",
     "EMPHook": "integrations.deepspeed",
     "EMPPruner": "pruning.pruner",
+    "EMPTrainerCallback": "integrations.huggingface",
     "EffectiveNumber": "integrations.torchmetrics",
     "MissingEvidence": "layer",
     "PruneEvent": "trajectory",
@@ -49,6 +51,7 @@ __all__ = [
     "EMPConfig",
     "EMPHook",
     "EMPPruner",
+    "EMPTrainerCallback",
     "EffectiveNumber",
     "MissingEvidence",
     "PruneEvent",

@@ -18,7 +18,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
         "scipy",
         "sklearn",
     ),
-    "hf": ("transformers",),
+    "hf": ("transformers", "accelerate"),
     "deepspeed": ("deepspeed",),
     "shrink": ("torch_pruning",),
 }

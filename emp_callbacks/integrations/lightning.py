@@ -17,18 +17,9 @@ from emp_callbacks.integrations.lightning_averages import LightningAverages
 from emp_callbacks.integrations.lightning_checkpoint import IN_FILES, CheckpointCompanion, masks_folder
 from emp_callbacks.integrations.lightning_evaluation import EvaluationHooks
 from emp_callbacks.integrations.lightning_progress import epoch_length, is_last_step, steps_so_far
-from emp_callbacks.integrations.lightning_record import (
-    ElsewhereTrajectory,
-    check_record,
-    check_told_apart,
-    density,
-    file_name,
-    log,
-    log_values,
-    own_name,
-    publish,
-)
+from emp_callbacks.integrations.lightning_record import ElsewhereTrajectory, check_told_apart, log, publish
 from emp_callbacks.integrations.lightning_strategy import check_strategy, sharding_model
+from emp_callbacks.integrations.record import check_record, density, file_name, log_values, own_name
 from emp_callbacks.pruning.pruner import EMPPruner
 from emp_callbacks.pruning.signatures import warn_the_user
 from emp_callbacks.targets import LeftOut

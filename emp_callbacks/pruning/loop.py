@@ -150,6 +150,14 @@ class PruningLoop:
         self._refresher.take_up(clock.last_position, pruned=bool(self._trajectory))
         self._observe_if_near()
 
+    def take_masks(self) -> None:
+        """Go on behind masks that a checkpoint brought back for the weights of then. Collective."""
+        self.keeper.restored()
+        if self._mode.name == "project":
+            self.keeper.install_again()  # no refresh: these are the masks that the weights were measured behind
+        self.clock.steps_at_refresh = self.clock.steps
+        self._refresher.take_up(self.clock.last_position, pruned=bool(self._trajectory))
+
     def finish(self, remedy: str) -> None:
         """Take every hook off for good, with a warning where the schedule never asked for a refresh. Collective."""
         if self.needs_closing_refresh:

@@ -67,9 +67,11 @@ class Persistence:
         state |= {**self._seed, "batches": self._evidence.batches}
         save_masks(folder, state, self._weights, self._backend, evidence)
 
-    def load(self, folder: str | os.PathLike[str]) -> Clock:
+    def load(self, folder: str | os.PathLike[str], *, masks_only: bool = False) -> Clock:
         """Read what `save` wrote and return its clock; see `EMPPruner.load`. Collective."""
         found = read_masks(folder, self._config, self._mode, self._layers, self._sites, self._backend)
+        if masks_only:
+            return self._put_back(found, "")
         is_first = self._backend.rank == 0
         # Rank 0 first: it alone writes a file here, which can fail.
         lost = on_all(self._backend, lambda: self._trajectory.restore(found.trajectory) if is_first else "")

@@ -269,16 +269,20 @@ class EMPPruner(Readings):
         with self._loop.at_rest(in_folder=True):
             self._persistence.save(folder, self.clock)
 
-    def load(self, folder: str | os.PathLike[str]) -> None:
+    def load(self, folder: str | os.PathLike[str], *, masks_only: bool = False) -> None:
         """Continue from a folder that `save()` wrote, on any number of ranks and under any strategy. Collective.
 
         The model's weights and the optimizer's state come from their own checkpoint, loaded before this one.
+
+        With `masks_only` clock and rows go on: for weights of an earlier checkpoint of the run, as the best at its end;
+        they obey the masks at once, also in `project`.
 
         Raises:
             FileNotFoundError: The folder holds no finished save, or one of its files is missing.
             ValueError: A file is damaged, or of another mode, scope or model. All ranks raise; nothing was changed.
         """
-        self._loop.take_up(self._persistence.load(folder))
+        clock = self._persistence.load(folder, masks_only=masks_only)
+        self._loop.take_masks() if masks_only else self._loop.take_up(clock)
 
     def start_epoch(self, length: int | None) -> None:
         """Say how many optimizer steps the epoch that begins will have; None, where it is not known: as the last.

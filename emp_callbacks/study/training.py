@@ -22,7 +22,7 @@ from emp_callbacks.config import EMPConfig
 from emp_callbacks.cost.training_loss import show_batches
 from emp_callbacks.criteria import make_criterion
 from emp_callbacks.integrations.lightning import EMPCallback
-from emp_callbacks.integrations.lightning_record import TRAJECTORY_FILE
+from emp_callbacks.integrations.record import TRAJECTORY_FILE
 from emp_callbacks.pruning.pruner import EMPPruner
 from emp_callbacks.study.flops import layer_flops, masked_flops
 from emp_callbacks.study.measure import layer_densities, measure
