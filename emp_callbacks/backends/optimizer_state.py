@@ -32,7 +32,7 @@ def states_of(optimizers: Sequence[torch.optim.Optimizer], segment: Segment) -> 
         TypeError: It is kept as codes without a table of what they stand for, or in a tensor class of its own.
     """
     owner, found = segment.owner, {}
-    for optimizer in _with_inner(optimizers):
+    for optimizer in with_inner(optimizers):
         state = optimizer.state.get(owner, {})
         for key, value in state.items():
             if isinstance(value, Tensor) and value.dim() and value.shape == owner.shape and id(value) not in found:
@@ -43,7 +43,7 @@ def states_of(optimizers: Sequence[torch.optim.Optimizer], segment: Segment) -> 
 
 def forget_histories(optimizers: Sequence[torch.optim.Optimizer]) -> None:
     """Let an LBFGS begin anew: it remembers all weights in one piece, of which no part can be cleared."""
-    for optimizer in _with_inner(optimizers):
+    for optimizer in with_inner(optimizers):
         for state in optimizer.state.values() if isinstance(optimizer, torch.optim.LBFGS) else ():
             state["n_iter"] = 0
 
@@ -53,7 +53,8 @@ def inner_optimizers(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optim
     return [value for value in vars(optimizer).values() if isinstance(value, torch.optim.Optimizer)]
 
 
-def _with_inner(optimizers: Sequence[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:
+def with_inner(optimizers: Sequence[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:
+    """Return the optimizers, and those that the wrappers among them hold."""
     return [*optimizers, *(inner for outer in optimizers for inner in inner_optimizers(outer))]
 
 

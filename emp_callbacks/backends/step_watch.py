@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from emp_callbacks.backends.optimizer_state import inner_optimizers
+from emp_callbacks.backends.optimizer_state import inner_optimizers, with_inner
 from emp_callbacks.backends.wrapped import Wrapped
 
 # Methods by which optimizers rewrite weights outside of step(): schedule-free ones before and after evaluation,
@@ -203,7 +203,7 @@ class StepWatch:
         """Whether an optimizer was given or found, or updates one of the listener's tensors."""
         if self._listener is None:
             return False
-        if any(optimizer is known for known in self._optimizers):
+        if any(optimizer is known for known in with_inner(self._optimizers)):
             return True
         owners = _owners(optimizer)
         if self._strangers.get(optimizer) == len(owners):
