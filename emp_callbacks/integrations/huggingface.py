@@ -32,7 +32,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 FOLDER = "emp"
 
 
-class EMPTrainerCallback(TrainerCallback):  # type: ignore[misc]
+class EMPTrainerCallback(TrainerCallback):
     """Recompute EMP masks while a `transformers.Trainer` trains, and log the N_eff trajectory.
 
     Made by `attach`, because a Trainer's events tell neither its engine, nor the checkpoint that it resumes from. Works
@@ -75,7 +75,8 @@ class EMPTrainerCallback(TrainerCallback):  # type: ignore[misc]
         self.config: EMPConfig = settled(None, settings)
         self.trajectory_path, self.summary, self.name = trajectory_path, summary, name
         self.pruner: EMPPruner | None = None
-        self._trainer, self._model = trainer, None
+        self._trainer = trainer
+        self._model: Any = None
         self._resumes: Path | None = None
         self._trains = self._epoch_is_counted = False
         self._own_name = ""
@@ -128,7 +129,8 @@ class EMPTrainerCallback(TrainerCallback):  # type: ignore[misc]
     def _train(self, train: Callable[..., Any], resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         found = resume_from_checkpoint
         if found is True:
-            found = get_last_checkpoint(self._trainer.args.output_dir)  # if there is none, the Trainer says so
+            # If there is none, the Trainer says so.
+            found = get_last_checkpoint(self._trainer.args.output_dir)  # type: ignore[no-untyped-call]
         self._resumes = Path(found) if found else None
         try:
             return train(resume_from_checkpoint, *args, **kwargs)
