@@ -27,6 +27,9 @@ from torch import nn
 from tests.distributed import ranks
 from tests.distributed.zero_ranks import deepspeed_ranks
 
+with contextlib.suppress(ImportError):
+    import peft  # noqa: F401  (not within a test: where bitsandbytes is, that compiles as it is imported)
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]

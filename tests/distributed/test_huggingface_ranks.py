@@ -105,6 +105,9 @@ def test_ranks_prune_as_one_process_and_resume_exactly(kind, world_size, setting
     expected, found = told(one, emp), json.loads((tmp_path / "told.json").read_text())
     assert len(expected["rows"]) >= 2
     assert found == json.loads(json.dumps(expected))
+    if kind == "ddp":  # one process goes on where three stopped
+        _, fewer = train(tmp_path / "fewer", "alone", 1, settings, tmp_path / "whole/checkpoint-4")
+        assert told(one, fewer)["rows"] == expected["rows"]
     if kind != "fsdp2":  # whose files are of shards
         saved = GPT2LMHeadModel.from_pretrained(tmp_path / "final")
         kept = sum(int(p.count_nonzero()) for name, p in saved.named_parameters() if name in emp.masks)
