@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -91,6 +92,13 @@ class Backend(ABC):
         rows = value.new_zeros(self.world_size, *value.shape)
         rows[self.rank] = value
         return self.all_sum(rows)
+
+    def gathered(self, thing: Any) -> list[Any]:
+        """Return what every rank gave, in order of rank: on rank 0, elsewhere []. Collective."""
+        found: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
+        first = dist.get_global_rank(self.group, 0) if self.group is not None else 0
+        dist.gather_object(thing, found, dst=first, group=self.group)
+        return found or []
 
     # ---- optimizer steps ------------------------------------------------------------------------------------------
 

@@ -52,7 +52,7 @@ class PruningLoop:
         self._evidence = refresher.evidence
         self._averages: list[Average] = []
         self._hidden: list[dict[str, Tensor]] = []  # of averages that a checkpoint held and nobody added yet
-        self._began = False
+        self._began, self._zeros = False, (0, 0)  # of how many weights how many were 0 at the first step
         self._told: set[str] = set()
         self._calls = 0  # of step() since the last optimizer step that was seen
         self.clock = Clock()
@@ -143,6 +143,9 @@ class PruningLoop:
     def take_up(self, clock: Clock, averages: Sequence[dict[str, Tensor]] = ()) -> None:
         """Go on from a clock that a checkpoint brought back, together with masks, trajectory and averages."""
         self.clock = clock
+        # torch makes a step to have states that it can load those of a checkpoint into.
+        self._backend.take_applied()
+        self._zeros = (0, 0)
         self.keeper.restored()
         self._hidden = list(averages)
         for average in self._averages:
@@ -219,6 +222,7 @@ class PruningLoop:
         """Count an optimizer step, if there was one; say once that there never is, where a schedule waits for it."""
         self.clock.steps += applied
         self._calls = 0 if applied else self._calls + called
+        self._say_if_sparse_already()
         if self._calls != _CALLS_WITHOUT_A_STEP or self._schedule.unit is None:
             return
         if self.clock.steps:  # accumulated batches may be that many
@@ -293,14 +297,13 @@ class PruningLoop:
     def _gradients_ready(self, owners: Collection[int], scale: Tensor | None) -> None:
         if not self._began:
             self._began = True
-            self._say_if_sparse_already()
+            if not self._trajectory and self._mode.name != "observe" and not self._backend.rank:
+                self._zeros = self.keeper.count_zeros()  # now, as the update fills them
         self._evidence.gradients_ready(owners, self.clock.steps, scale)
 
     def _say_if_sparse_already(self) -> None:
         """Warn where a model with zeros begins to train: nothing keeps them before the first refresh."""
-        if self._trajectory or self._mode.name == "observe" or self._backend.rank:
-            return
-        zeros, total = self.keeper.count_zeros()
+        (zeros, total), self._zeros = self._zeros, (0, 0)
         if zeros >= _SPARSE_ALREADY * total > 0:
             self._tell(
                 f"{zeros / total:.0%} of the weights to prune are 0 already and will train until the first refresh: "

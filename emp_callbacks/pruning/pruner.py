@@ -238,16 +238,18 @@ class EMPPruner(Readings):
         Tensors, numbers, strings, lists and dicts only: it loads with `torch.load(..., weights_only=True)`.
         The weights themselves are in the model's own state_dict, masked. Between two refreshes it also holds the
         evidence gathered by this rank: where one rank saves for all, call `share_evidence()` on all ranks first.
+        Accelerate and Fabric ask all ranks and keep one answer: of these calls it is that of all ranks. Collective there.
         """
         with self._loop.at_rest():
-            return {**self._persistence.state(self.clock), "averages": self._loop.averages_hidden()}
+            return self._persistence.state(self.clock, self._loop.averages_hidden())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`'s state, bit for bit, together with the model's and optimizer's own states.
 
         Raises:
-            ValueError: The state is of another mode, scope or model; nothing was changed.
+            ValueError: The state is of another mode, scope, model or rank; nothing was changed.
         """
+        state = self._persistence.own_part(state)
         self._loop.take_up(self._persistence.install(state), state.get("averages", ()))
 
     def share_evidence(self) -> None:
@@ -292,11 +294,5 @@ class EMPPruner(Readings):
         self._loop.start_epoch(length)
 
     def start_at(self, steps: int, epochs: int, epoch_length: int | None = None) -> None:
-        """Take over the position of a training run that was begun without EMP.
-
-        Args:
-            steps: Optimizer steps so far.
-            epochs: Finished epochs so far.
-            epoch_length: Optimizer steps of an epoch, if known.
-        """
+        """Take over the position of a run begun without EMP: optimizer steps, finished epochs, steps of an epoch."""
         self._loop.start_at(steps, epochs, epoch_length)
