@@ -21,7 +21,7 @@ def detect_backend(model: Any, optimizer: Optimizers) -> Backend:
 
     Args:
         model: A module, plain, compiled, wrapped in DistributedDataParallel, DataParallel or FullyShardedDataParallel,
-            sharded by `fully_shard`; or a DeepSpeed engine.
+            sharded by `fully_shard`; or a DeepSpeed engine; or what Accelerate or Fabric made of one.
         optimizer: The optimizer or optimizers that update it; None for a model that is not trained, and for a
             DeepSpeed engine, which brings its own.
 
@@ -29,6 +29,7 @@ def detect_backend(model: Any, optimizer: Optimizers) -> Backend:
         TypeError: `model` or `optimizer` is not what it should be.
         NotImplementedError: This way of sharding is not supported.
     """
+    model = getattr(model, "_forward_module", model)  # Fabric's, around what its strategy made of the model
     if hasattr(model, "basic_optimizer") and hasattr(model, "zero_optimization_stage"):
         from emp_callbacks.backends.deepspeed import DeepSpeedBackend
 

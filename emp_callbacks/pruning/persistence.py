@@ -12,6 +12,7 @@ from torch import Tensor
 from emp_callbacks.backends import Backend
 from emp_callbacks.checkpoint.mask_file import on_all, read_masks, save_masks
 from emp_callbacks.checkpoint.mask_part import evidence_part
+from emp_callbacks.checkpoint.renaming import under_our_names
 from emp_callbacks.checkpoint.state import Found, describe, pack_state, put_back, read_state
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.layer.mask_mode import MaskMode
@@ -81,8 +82,8 @@ class Persistence:
         """
         here = [self._backend.rank, self._backend.world_size]
         parts = state.get("parts", [state]) if isinstance(state, dict) else [state]
-        of_ranks = [part.get("part") for part in parts if isinstance(part, dict)]
-        if of_ranks == [None] or not of_ranks:
+        of_ranks = [part["part"] for part in parts if isinstance(part, dict) and "part" in part]
+        if not of_ranks:
             return state  # of a model that is not sharded, or what no pruner wrote
         if here not in of_ranks:
             raise ValueError(
@@ -95,6 +96,7 @@ class Persistence:
 
     def install(self, state: dict[str, Any]) -> Clock:
         """Put a state back and return its clock; see `EMPPruner.load_state_dict`."""
+        state = under_our_names(state, self._layers)
         found = read_state(state, self._config, self._mode, self._layers, self._sites)
         return self._put_back(found, self._trajectory.restore(found.trajectory))
 

@@ -31,6 +31,8 @@ class AccelerateLoop:
     """A loop in Accelerate's style: accumulate, backward, clip, save_state and load_state."""
 
     def __init__(self, kind, settings):
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # as in a new process
+        accelerate.state.GradientState._reset_state()
         self.accelerator = accelerate.Accelerator(
             cpu=kind in ("alone", "ddp"), gradient_accumulation_steps=2, **plugin(kind)
         )
@@ -146,7 +148,6 @@ def ranks(rank, world_size, folder, kind, settings):
         assert whole.pruner.audit().clean, whole.pruner.audit()
         assert whole.pruner.sharded == (kind not in ("ddp", "fabric"))
         masks = whole.pruner.masks
-        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # as in a new process
         again = loop_of(kind, settings)
         again.load(f"{folder}/saved")
         again.run(MIDDLE, STEPS, rank, world_size)
@@ -154,6 +155,9 @@ def ranks(rank, world_size, folder, kind, settings):
         assert all(torch.equal(again.pruner.masks[name], mask) for name, mask in masks.items())
         for ours, theirs in zip(whole.model.parameters(), again.model.parameters(), strict=True):
             assert torch.equal(local(ours), local(theirs))
+        if whole.pruner.sharded:  # a state of another rank is no state of this one
+            with pytest.raises(ValueError, match="that of rank"):
+                again.pruner.load_state_dict(again.pruner.state_dict() | {"part": [1 - rank, world_size]})
         if rank == 0:
             with open(f"{folder}/told.json", "w") as file:
                 json.dump(told(whole.pruner), file)
