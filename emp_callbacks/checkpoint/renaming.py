@@ -1,4 +1,4 @@
-"""A state whose model stood at another place: `layer.weight` there is `net.layer.weight` here, or the other way round."""
+"""A state whose model stood at another place: `layer.weight` there is `net.layer.weight` here, or the reverse."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from emp_callbacks.layer.hiding import hide_all, unhide_all
 from emp_callbacks.layer.mask_mode import Feedback
 from emp_callbacks.layer.masked_weight import MaskedWeight
 from emp_callbacks.targets import WeightTarget, match_names
+from emp_callbacks.targets.adapters import is_adapters_name
 from emp_callbacks.targets.forward_site import ForwardSite
 
 # By which torch's AveragedModel, and timm's ModelEmaV3 and V2, take in the model's weights.
@@ -192,7 +193,7 @@ def pair_up(
     ours = {weight.name: weight for weight in weights}
     matched = match_names(list(ours), list(parameters))
     found = {own: parameters[theirs] for theirs, own in matched.items()}
-    missing = [name for name in ours if name not in found]
+    missing = [name for name in ours if name not in found and not is_adapters_name(name)]
     if missing and (all_of_them or not found):
         raise ValueError(
             f"{type(model).__name__} has no parameter {missing[0]!r} ({len(missing)} of {len(ours)} masked weights are "

@@ -238,7 +238,7 @@ class EMPPruner(Readings):
         Tensors, numbers, strings, lists and dicts only: it loads with `torch.load(..., weights_only=True)`.
         The weights themselves are in the model's own state_dict, masked. Between two refreshes it also holds the
         evidence gathered by this rank: where one rank saves for all, call `share_evidence()` on all ranks first.
-        Accelerate and Fabric ask all ranks and keep one answer: of these calls it is that of all ranks. Collective there.
+        Accelerate and Fabric ask all ranks and keep one answer: it is that of all ranks there, and this collective.
         """
         with self._loop.at_rest():
             return self._persistence.state(self.clock, self._loop.averages_hidden())

@@ -132,7 +132,8 @@ def _heads_of(search: UnitSearch, module: nn.Module) -> UnitTarget | None:
             f"attention {name!r} has {heads} heads, which do not divide its projections: query, key and value of "
             f"widths {widths}, {columns} inputs of {layout.output!r}; heads of this kind are not known here"
         )
-    members = [_columns(search, output, _output_units(module, columns, groups))]
+    columns_of = _columns(search, output, _output_units(module, columns, groups))
+    members = [columns_of, *search.of_adapters(output, "input", columns_of)]
     for layer, held in zip(inputs, widths, strict=True):
         members.append(_rows(search, layer, torch.cat([blocks(width, groups) for width in held])))
     return UnitTarget(name, groups, tuple(members), None if _heads_are_minor(module) else (output, "input"))

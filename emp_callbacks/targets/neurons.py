@@ -197,7 +197,8 @@ def _hidden(search: UnitSearch, layers: list[_Layer]) -> set[nn.Module]:
     hidden -= {layer.reader for layer in layers if layer.reader is not None}
     hidden -= {layer.owner for layer in layers if not _can_be_silent(layer)}
     hidden -= _reserved(search)
-    return {layer for layer in hidden if own(layer, "weight").requires_grad and own(layer, "weight") not in embeddings}
+    trained = {layer for layer in hidden if own(layer, "weight").requires_grad or search.is_adapted(layer)}
+    return {layer for layer in trained if own(layer, "weight") not in embeddings}
 
 
 def _read_on(search: UnitSearch, module: nn.Module) -> Iterator[nn.Module]:
@@ -279,6 +280,8 @@ def _members(search: UnitSearch, layer: nn.Module, units: int) -> Iterator[Membe
     """Yield weight and bias of a layer whose rows repeat the units once or, gated in one layer, twice."""
     dim = units_dim(layer)
     unit_of: Tensor = torch.arange(search.outputs(layer), device="cpu") % units
-    yield search.member(own(layer, "weight"), dim, unit_of, "weight", masked=True, scored=True, output_dim=dim)
+    weight = search.member(own(layer, "weight"), dim, unit_of, "weight", masked=True, scored=True, output_dim=dim)
+    yield weight
+    yield from search.of_adapters(layer, "output", weight)
     if has(layer, "bias"):
         yield search.member(own(layer, "bias"), 0, unit_of, "bias", masked=True, scored=False)

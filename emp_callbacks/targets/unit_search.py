@@ -8,13 +8,21 @@ from typing import Literal, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from emp_callbacks.targets.adapters import adapter_modules, added_to, is_tuner
 from emp_callbacks.targets.names import canonical_name, check_patterns, matches
 from emp_callbacks.targets.units import MemberTarget, UnitTarget
 from emp_callbacks.targets.weights import WeightTarget
 
 # Those whose output channels are rows of the weight.
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module", "_original_module")
+_WRAPPED = (
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+    "_forward_module",
+    "_original_module",
+    "base_layer",
+)
 
 
 class UnitSearch:
@@ -30,8 +38,10 @@ class UnitSearch:
         self.model = model
         self._full_shape = full_shape
         self._names: dict[nn.Module | nn.Parameter, list[str]] = {}
+        self._tuners = {module.get_submodule("base_layer"): module for module in model.modules() if is_tuner(module)}
+        adapters = adapter_modules(model)
         for name, module in model.named_modules(remove_duplicate=False):
-            if not _is_wrapper(module):
+            if not _is_wrapper(module) and module not in adapters:
                 # With its dot, a wrapper's name is found at the end of the path too.
                 self._names.setdefault(module, []).append(canonical_name(f"{name}.")[:-1])
         for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -72,6 +82,23 @@ class UnitSearch:
         return MemberTarget(
             WeightTarget(self.name(parameter), parameter, output_dim), dim, unit_of, masked, scored, role
         )
+
+    def is_adapted(self, layer: nn.Module) -> bool:
+        """Return whether an adapter stands around a layer."""
+        return layer in self._tuners
+
+    def of_adapters(
+        self, layer: nn.Module, side: Literal["input", "output"], member: MemberTarget
+    ) -> list[MemberTarget]:
+        """Return what an adapter around a layer adds to the units that are along one side of it, masked as they are.
+
+        Args:
+            layer: The layer.
+            side: Where its units are.
+            member: Its own weight.
+        """
+        added = added_to(self._tuners[layer], side) if layer in self._tuners else []
+        return [self.member(p, dim, member.unit_of, member.role, masked=True, scored=False) for p, dim in added]
 
     def masked_once(self, targets: Sequence[UnitTarget]) -> list[UnitTarget]:
         """Return the layers without those whose masked parameters, being tied, an earlier layer masks already."""

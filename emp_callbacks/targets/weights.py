@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from emp_callbacks.targets.adapters import ADAPTER, adapter_parameters
 from emp_callbacks.targets.names import canonical_name, check_patterns, matches
 
 
@@ -89,7 +90,7 @@ def prunable_weights(
     check_patterns([*(include or ()), *(exclude or ())], every_name, "parameter", "blocks.*.weight")
     for owned in owners.values():
         _check_not_pruned_by_torch(owned, include, exclude)
-    reasons = {p: _why_not(p, owned, include, exclude, full_shape, updates) for p, owned in owners.items()}
+    reasons = _reasons(model, owners, include, exclude, full_shape, updates)
     targets = [
         WeightTarget(owned[0][0], parameter, _output_dim(owned[0][1]))
         for parameter, owned in owners.items()
@@ -101,6 +102,11 @@ def prunable_weights(
             f"no optimizer updates {named[0]!r} or any other weight of {type(model).__name__} that EMP would prune: "
             "make the optimizer from this model's parameters as they are now (after fully_shard or "
             "FullyShardedDataParallel), of a DeepSpeed engine pass the engine itself, or name weights in include"
+        )
+    if not targets and ADAPTER in reasons.values():
+        raise ValueError(
+            f"{type(model).__name__} trains adapters, which are not pruned, around frozen weights: to prune these, "
+            "include=['*base_layer.weight']; to prune what is merged, do so after merge_and_unload()"
         )
     _check_targets(targets, model, full_shape)
     return targets
@@ -130,12 +136,25 @@ def left_out(
     updates: Updates = anything,
 ) -> list[LeftOut]:
     """Return the parameters that `prunable_weights` does not, and why not; arguments as there."""
-    found = []
-    for parameter, owned in _owners(model).items():
-        reason = _why_not(parameter, owned, include, exclude, full_shape, updates)
-        if reason is not None:
-            found.append(LeftOut(owned[0][0], reason, full_shape(parameter).numel()))
-    return found
+    owners = _owners(model)
+    reasons = _reasons(model, owners, include, exclude, full_shape, updates)
+    return [LeftOut(owners[p][0][0], why, full_shape(p).numel()) for p, why in reasons.items() if why is not None]
+
+
+def _reasons(
+    model: nn.Module,
+    owners: dict[nn.Parameter, list[tuple[str, nn.Module]]],
+    include: Sequence[str] | None,
+    exclude: Sequence[str] | None,
+    full_shape: FullShape,
+    updates: Updates,
+) -> dict[nn.Parameter, str | None]:
+    """Return, for each parameter, why it is not pruned; None if it is."""
+    adapters = adapter_parameters(model)
+    reasons = {p: _why_not(p, owned, include, exclude, full_shape, updates) for p, owned in owners.items()}
+    if include:
+        return reasons
+    return {p: ADAPTER if p in adapters and why in (None, NOT_A_WEIGHT) else why for p, why in reasons.items()}
 
 
 def _owners(model: nn.Module) -> dict[nn.Parameter, list[tuple[str, nn.Module]]]:
