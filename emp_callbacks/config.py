@@ -6,13 +6,14 @@ import difflib
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from emp_callbacks.core.effective_number import check_beta
+from emp_callbacks.count_checks import check_counts, check_rewiring
 from emp_callbacks.criteria import DEFAULT_CRITERIA, ScoreFunction, criterion_name, make_criterion
 from emp_callbacks.layer.mask_mode import MASK_MODES
 from emp_callbacks.schedule import Ramp, Schedule, check_count
-from emp_callbacks.setting_checks import check_choice, check_fraction, check_patterns, check_shares, ends
+from emp_callbacks.setting_checks import check_choice, check_patterns, ends
 from emp_callbacks.targets.feature_form import FeatureForm
 from emp_callbacks.targets.positions import PositionsSource, function_for
 
@@ -46,7 +47,7 @@ class EMPConfig:
         beta: Factor on N_eff, > 0, or a Ramp from one value to another. 1 keeps N_eff components.
         mode: What a mask means between refreshes: "feedback" (dense weights keep training behind it),
             "project" (zeroed at the refresh, may grow back), "freeze" (zero for good), "rewire" (zero; at each refresh
-            some of the kept are dropped and as many others grown, at a given density).
+            some of the kept are dropped and as many others grown, at a given density or pattern).
         include: Glob patterns that replace the default choice: on parameter names for weights, else on module names.
         exclude: Glob patterns of the same kind to leave out.
         min_density: Keep at least this fraction of each group, 0 to 1: a guard for the compounding modes.
@@ -55,9 +56,13 @@ class EMPConfig:
         tolerance: Keep floor(beta * N_eff + tolerance) units, in [0, 1): N_eff = 3.998 of 4 alike heads then keeps 4.
             Not for weights, of which there are enough.
         density: Keep this fraction of each group, in (0, 1], instead of N_eff: for baselines. Or a Ramp: gradual
-            pruning goes from 1 to the density along a cubic curve (Zhu and Gupta, arXiv:1710.01878).
+            pruning goes from 1 to the density along a cubic curve (Zhu and Gupta, arXiv:1710.01878). Or "found", with
+            mode="freeze": a sparse model that is trained further keeps its zeros from the first step on.
         shares: How layers that do not compete share `density`: "uniform" (each the same), "erk" (more for small layers,
             Erdos-Renyi-Kernel, arXiv:1911.11134), or relative densities by layer name. All together keep `density`.
+        pattern: "N:M" keeps the N highest of every M neighbours along a weight's inputs, such as "2:4", which GPUs
+            multiply faster, instead of N_eff; its rows say N_eff of each layer beside it. Weights whose inputs are no
+            multiple of M are left out. Convolutions: along their input channels.
         grow: What "rewire" grows: the pruned weights of the largest mean |gradient| over the evidence window
             ("gradient": RigL, arXiv:1911.11134), or any ("random": SET, arXiv:1707.04780). They start at 0.
         drop_fraction: Fraction of the kept that "rewire" replaces at a refresh, in [0, 1), or a Ramp.
@@ -102,8 +107,9 @@ class EMPConfig:
     min_density: float = 0.0
     min_units: int = 1
     tolerance: float = 0.01
-    density: float | Ramp | None = None
+    density: float | Ramp | Literal["found"] | None = None
     shares: str | Mapping[str, float] = "uniform"
+    pattern: str | None = None
     grow: str = "gradient"
     drop_fraction: float | Ramp = 0.3
     observe_only: bool = False
@@ -126,15 +132,16 @@ class EMPConfig:
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         make_criterion(self.criterion, self.target)
         if self.scope is None:
-            object.__setattr__(self, "scope", _DEFAULT_SCOPES.get(self.target, "global"))
+            default = "global" if self.pattern is None else "tensor"
+            object.__setattr__(self, "scope", _DEFAULT_SCOPES.get(self.target, default))
         check_choice("scope", self.scope, SCOPES)
         check_choice("mode", self.mode, tuple(MASK_MODES))
         for name in ("include", "exclude"):
             check_patterns(name, getattr(self, name))
         for beta in ends(self.beta):
             check_beta(beta)
-        self._check_densities()
-        self._check_rewiring()
+        check_counts(self)
+        check_rewiring(self)
         self._check_schedule()
         check_count("evidence_steps", self.evidence_steps, least=1)
         check_count("min_units", self.min_units, least=0)
@@ -173,52 +180,6 @@ class EMPConfig:
             )
         if self.target == "features" and self.mode == "project":
             raise ValueError("mode='project' zeroes weights, and features have none; use 'feedback' or 'freeze'")
-
-    def _check_densities(self) -> None:
-        check_fraction("min_density", self.min_density, lowest_allowed=True)
-        if self.shares != "uniform":
-            check_shares(self.shares)
-            if self.density is None or self.scope == "global":
-                raise ValueError(
-                    f"shares={self.shares!r} shares a density among layers that do not compete: give density, and "
-                    "scope='tensor' or 'row'"
-                )
-        if self.shares == "erk" and self.target != "weights":
-            raise ValueError(
-                f"shares='erk' follows from the shapes of weights, and target={self.target!r} has one dimension, of "
-                "which it would say 'uniform': use that, or a mapping"
-            )
-        if self.density is None:
-            return
-        for density in ends(self.density):
-            check_fraction("density", density, lowest_allowed=False)
-        if self.beta != 1.0:
-            raise ValueError(
-                f"density={self.density} fixes the keep count, so beta={self.beta} would do nothing; drop one"
-            )
-        if self.min_density > min(ends(self.density)):
-            raise ValueError(f"min_density={self.min_density} is above density={self.density}; drop min_density")
-
-    def _check_rewiring(self) -> None:
-        check_choice("grow", self.grow, ("gradient", "random"))
-        for fraction in ends(self.drop_fraction):
-            check_fraction("drop_fraction", fraction, lowest_allowed=True)
-            if fraction == 1.0:
-                raise ValueError("drop_fraction=1 would replace every weight; choose a fraction below 1")
-        if self.mode != "rewire":
-            if (self.grow, self.drop_fraction) != ("gradient", 0.3):
-                raise ValueError(f"grow and drop_fraction are of mode='rewire', and mode={self.mode!r}; drop them")
-            return
-        if self.target != "weights" or self.density is None or self.scope == "row":
-            raise ValueError(
-                "mode='rewire' needs target='weights', a density and scope='global' or 'tensor', got "
-                f"target={self.target!r}, density={self.density!r}, scope={self.scope!r}"
-            )
-        if make_criterion(self.criterion, self.target).needs is not None:
-            raise ValueError(
-                f"mode='rewire' drops by what the weights themselves say, and {self.criterion_name!r} needs evidence; "
-                "use 'magnitude'"
-            )
 
     def _check_schedule(self) -> None:
         if self.every_n_epochs is not None and self.every_n_steps is not None:
@@ -293,8 +254,13 @@ class EMPConfig:
             plain |= dict.fromkeys(("criterion", "scope", "include", "exclude"))
         if (target, criterion) != (self.target, self.criterion):
             plain["certify"] = False  # what the new scores bound must be asked for anew
-        plain |= {"density": None, "shares": "uniform"} if "beta" in settings else {}
+        counts: dict[str, Any] = {"density": None, "shares": "uniform"}
+        plain |= counts if "beta" in settings else {}
         plain |= {"beta": 1.0} if settings.get("density") is not None else {}
+        if settings.get("pattern") is not None:
+            plain |= {**counts, "beta": 1.0, "min_density": 0.0, "scope": None}
+        elif self.pattern is not None and ({"beta", "density"} & settings.keys() or target != "weights"):
+            plain |= {"pattern": None, "scope": None}
         return replace(self, **{**plain, **settings})
 
     def beta_at(self, position: int) -> float:
@@ -303,6 +269,8 @@ class EMPConfig:
 
     def density_at(self, position: int) -> float | None:
         """Return the density at a position of the schedule; None where N_eff decides."""
+        if isinstance(self.density, str):
+            return 1.0  # a score of 0 is never kept
         return self.density.at(position) if isinstance(self.density, Ramp) else self.density
 
     def drop_fraction_at(self, position: int) -> float:

@@ -57,7 +57,7 @@ BAD = [
     ({"shares": "erk", "density": 0.5, "target": "neurons"}, "target='neurons' has one dimension, of which it would"),
     ({"shares": "erc", "density": 0.5, "scope": "tensor"}, "shares must be 'uniform', 'erk' or a mapping"),
     ({"shares": {"weight": -1}, "density": 0.5, "scope": "tensor"}, r"shares\['weight'\] must be .* >= 0, got -1"),
-    ({"mode": "rewire"}, "mode='rewire' needs target='weights', a density and scope='global' or 'tensor'"),
+    ({"mode": "rewire"}, "mode='rewire' needs target='weights', a density or pattern, and scope='global' or 'tensor'"),
     ({"mode": "rewire", "density": 0.5, "criterion": "taylor"}, "'taylor' needs evidence; use 'magnitude'"),
     (
         {"mode": "rewire", "density": 0.5, "grow": "momentum"},

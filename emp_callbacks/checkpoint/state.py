@@ -63,6 +63,7 @@ def describe(
         "scope": config.scope,
         "criterion": config.criterion_name,
         "target": config.target,
+        "pattern": config.pattern,
         "unit": config.schedule.unit,
         "clock": asdict(clock),
         "shapes": _shapes(layers),
@@ -105,6 +106,7 @@ def check_fits(state: Any, config: EMPConfig, mode: MaskMode, layers: Sequence[L
     """
     check_format(state)
     now = {"mode": mode.name, "scope": config.scope, "criterion": config.criterion_name, "target": config.target}
+    now["pattern"] = config.pattern
     for key, value in now.items():
         if state.get(key) != value:
             raise ValueError(

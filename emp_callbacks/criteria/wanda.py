@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from emp_callbacks.criteria.base import Criterion
 from emp_callbacks.layer import Layer, WeightLayer
 from emp_callbacks.targets.forward_site import runs_hooks
+from emp_callbacks.targets.weights import is_conv1d
 
 
 @final
@@ -37,4 +38,4 @@ class Wanda(Criterion):
 def is_observable(module: nn.Module) -> bool:
     """Return whether a module multiplies its input with its weight as this criterion assumes."""
     plain = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    return (isinstance(module, plain) or type(module).__name__ == "Conv1D") and runs_hooks(module)
+    return (isinstance(module, plain) or is_conv1d(module)) and runs_hooks(module)

@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from emp_callbacks.backends import Backend
 from emp_callbacks.config import EMPConfig
+from emp_callbacks.core.group_pattern import GroupPattern
 from emp_callbacks.criteria import Criterion
 from emp_callbacks.criteria.attention import EDGE_SCORES
 from emp_callbacks.criteria.wanda import is_observable
@@ -19,6 +20,7 @@ from emp_callbacks.layer.masked_weight import MaskedWeight
 from emp_callbacks.layer.observers import ActivationSizes, InputSquares, can_unfold
 from emp_callbacks.layer.segment import Segment
 from emp_callbacks.targets import (
+    NO_MULTIPLE,
     UNIT_TARGETS,
     LeftOut,
     UnitTarget,
@@ -74,7 +76,7 @@ def chosen_parameters(config: EMPConfig, backend: Backend) -> list[nn.Parameter]
         ValueError: There are none.
     """
     if config.target == "weights":
-        return [target.parameter for target in prunable_weights(*_rules(config, backend), backend.updates())]
+        return [target.parameter for target in _weight_targets(config, backend)]
     if config.target not in UNIT_TARGETS:
         return []
     return [m.weight.parameter for target in _unit_targets(config, backend) for m in target.members if m.masked]
@@ -83,13 +85,19 @@ def chosen_parameters(config: EMPConfig, backend: Backend) -> list[nn.Parameter]
 def find_left_out(config: EMPConfig, backend: Backend, weights: Sequence[MaskedWeight]) -> list[LeftOut]:
     """Return the parameters of the model that no mask reaches, and why; [] where modules' outputs are masked."""
     if config.target == "weights":
-        return left_out(*_rules(config, backend), backend.updates())
+        found = left_out(*_rules(config, backend), backend.updates())
+        masked, known = {weight.name for weight in weights}, {one.name for one in found}
+        odd = prunable_weights(*_rules(config, backend), backend.updates()) if config.pattern is not None else []
+        odd = [target for target in odd if target.name not in masked | known]
+        return found + [LeftOut(t.name, NO_MULTIPLE, backend.full_shape(t.parameter).numel()) for t in odd]
     if not weights:
         return []
     masked = {weight.name for weight in weights}
-    named = {canonical_name(name): p for name, p in backend.module.named_parameters()}
+    parameters = {canonical_name(name): p for name, p in backend.module.named_parameters()}
     reason = f"part of no chosen {config.target.replace('_', ' ').removesuffix('s')}"
-    return [LeftOut(name, reason, backend.full_shape(p).numel()) for name, p in named.items() if name not in masked]
+    return [
+        LeftOut(name, reason, backend.full_shape(p).numel()) for name, p in parameters.items() if name not in masked
+    ]
 
 
 def _rules(config: EMPConfig, backend: Backend) -> tuple[nn.Module, Globs, Globs, Callable[[nn.Parameter], torch.Size]]:
@@ -137,11 +145,37 @@ def patterns_for(names: Sequence[str], others: Sequence[str]) -> list[str]:
 
 
 def _weight_layers(config: EMPConfig, criterion: Criterion, backend: Backend) -> list[Layer]:
-    targets = prunable_weights(*_rules(config, backend), backend.updates())
+    targets = _weight_targets(config, backend)
     observed = criterion.needs == "inputs"
     inputs = _input_observers(backend, targets, config.certify) if observed else [None] * len(targets)
     segments = backend.segments(targets)
     return [WeightLayer(segment, backend, observer) for segment, observer in zip(segments, inputs, strict=True)]
+
+
+def _weight_targets(config: EMPConfig, backend: Backend) -> list[WeightTarget]:
+    """Return the parameters to prune: with a pattern those whose inputs come in groups of M.
+
+    Raises:
+        ValueError: One that `include` names has other inputs, or none is left.
+    """
+    targets = prunable_weights(*_rules(config, backend), backend.updates())
+    if config.pattern is None:
+        return targets
+    size = GroupPattern.parse(config.pattern).size
+    fit = []
+    for target in targets:
+        shape = backend.full_shape(target.parameter)
+        inputs = shape[1 - target.output_dim] if len(shape) > 1 else 1
+        if inputs % size == 0:
+            fit.append(target)
+        elif config.include:
+            raise ValueError(
+                f"{target.name!r} has {inputs} inputs, which pattern={config.pattern!r} does not divide into groups of "
+                f"{size}: exclude it"
+            )
+    if not fit:
+        raise ValueError(f"no weight has a multiple of {size} inputs, as pattern={config.pattern!r} needs")
+    return fit
 
 
 def _input_observers(backend: Backend, targets: Sequence[WeightTarget], products: bool) -> list[InputSquares | None]:

@@ -23,6 +23,7 @@ from emp_callbacks.core.search import Search, search_of
 from emp_callbacks.core.threshold import AllSum, ScoredPart, Threshold, local_sum
 from emp_callbacks.layer import Ranks
 from emp_callbacks.pruning.groups import Cut, Decision, KeepRule, LayerSums, Scored, check_finite, sums_of_layers
+from emp_callbacks.pruning.pattern_decision import decide_pattern
 from emp_callbacks.pruning.row_decision import decide_rows
 
 
@@ -39,6 +40,8 @@ def decide(layers: Sequence[Scored], scope: str, rule: KeepRule, ranks: Ranks, s
     Raises:
         FloatingPointError: A score is NaN or Inf, on any rank; names layer, step and ranks.
     """
+    if rule.pattern is not None:
+        return decide_pattern(layers, rule.pattern, ranks, step)
     if scope == "row":
         return decide_rows(layers, rule, ranks, step)
     return _decide_pooled(layers, scope, rule, ranks, step)

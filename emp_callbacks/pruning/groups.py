@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from emp_callbacks.core.effective_number import ScoreMoments, effective_numbers, keep_counts
+from emp_callbacks.core.group_pattern import GroupPattern
 from emp_callbacks.core.row_parts import RowCuts
 from emp_callbacks.core.threshold import ScoredPart, Threshold
 from emp_callbacks.layer import Ranks
@@ -46,6 +47,7 @@ class KeepRule:
         min_units: Components of each layer that stay in any case, where layers compete with each other.
         tolerance: Added to beta * N_eff before the floor, in components.
         densities: Fixed fraction of single groups, by name, in place of `density`.
+        pattern: N of every M instead, each M a group of its own.
     """
 
     beta: float = 1.0
@@ -54,6 +56,7 @@ class KeepRule:
     min_units: int = 0
     tolerance: float = 0.0
     densities: Mapping[str, float] = field(default_factory=dict)
+    pattern: GroupPattern | None = None
 
     def of_group(self, name: str) -> KeepRule:
         """Return the rule of one group."""

@@ -98,6 +98,11 @@ class PruningLoop:
         """Recompute the masks now. Collective."""
         return self._refresh(self.clock.epochs, due=True, by_hand=True)
 
+    def keep_zeros(self) -> None:
+        """Mask the zeros that the model has, before its first step. Collective."""
+        if all(event.keep == event.n for event in self.refresh()):
+            self._tell("density='found' keeps the zeros of a sparse model, and no weight to prune is 0 here", "found")
+
     def close(self) -> list[PruneEvent]:
         """Project what grew back since the last refresh; see `EMPPruner.close`. Collective."""
         if self._refresher.criterion.needs is None:
@@ -307,6 +312,6 @@ class PruningLoop:
         if zeros >= _SPARSE_ALREADY * total > 0:
             self._tell(
                 f"{zeros / total:.0%} of the weights to prune are 0 already and will train until the first refresh: "
-                "to keep a sparse model's zeros, call pruner.refresh() before the first step, with mode='freeze'",
+                "to keep a sparse model's zeros, use density='found', mode='freeze'",
                 "sparse",
             )

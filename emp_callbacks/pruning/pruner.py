@@ -83,6 +83,8 @@ class EMPPruner(Readings):
         self.remedy = REMEDY
         self._loop.attach()
         self._say_what_is_left_out()
+        if self.config.density == "found":
+            self._loop.keep_zeros()
 
     def _say_what_is_left_out(self) -> None:
         told = surprising(self.left_out, self._weights_in_all)

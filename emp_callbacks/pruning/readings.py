@@ -15,7 +15,7 @@ from emp_callbacks.pruning.loop import PruningLoop
 from emp_callbacks.pruning.refresher import Refresher
 from emp_callbacks.pruning.weight_keeper import WeightKeeper
 from emp_callbacks.schedule import Clock
-from emp_callbacks.targets import NOT_A_WEIGHT, SURPRISING, LeftOut, few
+from emp_callbacks.targets import NO_MULTIPLE, NOT_A_WEIGHT, SURPRISING, LeftOut, few
 from emp_callbacks.trajectory import LayerStats, PruneEvent, Trajectory
 
 _MANY = 0.1
@@ -160,4 +160,6 @@ def surprising(left_out: list[LeftOut], share_of: int) -> str:
         if sum(one.size for one in found) > enough:
             names = few([one.name for one in found], most=2)
             parts.append(f"{sum(one.size for one in found) / share_of:.0%} of all weights, {reason}: {names}")
-    return f"left out of pruning: {'; '.join(parts)}. Name them in include to prune them too" if parts else ""
+    can_be_named = any(one.reason in SURPRISING and one.reason != NO_MULTIPLE for one in left_out)
+    remedy = ". Name them in include to prune them too" if can_be_named else ""
+    return f"left out of pruning: {'; '.join(parts)}{remedy}" if parts else ""

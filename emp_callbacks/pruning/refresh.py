@@ -120,6 +120,8 @@ def _refresh_scored(
 ) -> list[PruneEvent]:
     """Give every layer the mask that its scores decide, and return the rows; see `refresh_masks`. Collective."""
     scored = _competing(layers, scores, criterion, mode, common["scope"], backend)
+    if rule.pattern is not None and mode.keeps_pruned:
+        scored = [_frozen(one, layer) for one, layer in zip(scored, layers, strict=True)]
     if regrowth is None:
         decisions = decide(scored, common["scope"], rule, backend, common["step"])
     else:
@@ -293,6 +295,15 @@ def _shifted(scores: Sequence[Tensor], scope: str, backend: Backend) -> list[Ten
     lowest = backend.all_min(own)
     lowest = lowest.amin().expand_as(lowest) if scope == "global" else lowest
     return [values - low.to(values) for values, low in zip(scores, lowest, strict=True)]
+
+
+def _frozen(scored: Scored, layer: Layer) -> Scored:
+    """Return scores of which what is kept is above 0: else a pruned neighbour could take its place in an N:M group."""
+    if layer.mask is None:
+        return scored
+    magnitude = scored.scores.abs()
+    above = magnitude.clamp(min=torch.finfo(magnitude.dtype).tiny)
+    return scored._replace(scores=torch.where(layer.mask, above, 0.0))
 
 
 def _visible(scores: Tensor, layer: Layer, criterion: Criterion, mode: MaskMode) -> Tensor:

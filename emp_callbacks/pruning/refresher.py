@@ -14,6 +14,7 @@ from torch import Tensor
 from emp_callbacks.backends import Backend
 from emp_callbacks.checkpoint.state import masked_weights
 from emp_callbacks.config import EMPConfig
+from emp_callbacks.core.group_pattern import GroupPattern
 from emp_callbacks.core.shares import erk_factor, layer_densities
 from emp_callbacks.criteria import make_criterion
 from emp_callbacks.criteria.random import Random
@@ -178,7 +179,7 @@ class Refresher:
             "mode": self._mode.name,
             "criterion": config.criterion_name,
             "scope": "sample" if self.dynamic else config.scope,
-            "beta": rule.beta if config.density is None else None,
+            "beta": rule.beta if rule.density is None else None,
         }
         if self.dynamic:
             events = refresh_dynamic(self.dynamic, self._backend, not config.observe_only, common)
@@ -226,7 +227,7 @@ class Refresher:
             raise ValueError("every sample or query row has masks of its own here; they exist in the forward pass only")
         self.criterion.batches = self.evidence.gathered()
         select = selections_of(self.layers, self.criterion, self._mode, self._backend, self._config.scope or "global")
-        return lambda beta: select(replace(self._rule, beta=beta, density=None))
+        return lambda beta: select(replace(self._rule, beta=beta, density=None, pattern=None))
 
     def collect(self, owners: Collection[int]) -> None:
         """Take the gradients that are there now as the evidence of one batch; see `EMPPruner.collect`."""
@@ -286,6 +287,9 @@ class Refresher:
     def _rule_at(self, position: int) -> KeepRule:
         config, density = self._config, self._config.density_at(position)
         rule = KeepRule(beta=config.beta_at(position), density=density, min_density=config.min_density)
+        if config.pattern is not None:
+            pattern = GroupPattern.parse(config.pattern)
+            return KeepRule(density=pattern.density, pattern=pattern)
         if density is not None and config.shares != "uniform":
             rule = replace(rule, densities=_shared(density, config.shares, self.layers))
         # Of weights there are so many that neither guard matters.

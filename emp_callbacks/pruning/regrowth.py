@@ -9,11 +9,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from emp_callbacks.core.group_pattern import GroupPattern
 from emp_callbacks.criteria import Criterion
 from emp_callbacks.layer import Layer, MissingEvidence, Ranks
 from emp_callbacks.layer.shared_sums import together
 from emp_callbacks.pruning.decision import decide
 from emp_callbacks.pruning.groups import Decision, KeepRule, Scored
+from emp_callbacks.pruning.pattern_decision import group_layers
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Regrowth:
         A group keeps K = floor(density * n). The round((1 - fraction) * K) highest of the kept stay; of all others,
         those just dropped among them, the highest by the growth criterion fill up to K. What scores 0 neither stays
         nor is grown. A layer of which the growth criterion knows nothing drops nothing where layers do not compete.
+        With a pattern each dropped weight makes room for one of its own N:M group, whatever that scores.
 
         Args:
             layers: All of which have a mask.
@@ -68,6 +71,8 @@ class Regrowth:
             scores = growth[layer.name]
             nothing = torch.zeros_like(masks[i], dtype=torch.float32)
             others.append(Scored(layer.span, nothing if scores is None else _where(~staying[i], scores)))
+        if rule.pattern is not None:
+            return _within_groups(stay, staying, others, rule.pattern, ranks)
         lacking = {one.group: total[one.group] - one.keep for one in stay}
         grown = decide(others, scope, _exactly(lacking, sizes), ranks, step)
         return [_both(old, new, staying, lacking[old.group]) for old, new in zip(stay, grown, strict=True)]
@@ -87,6 +92,23 @@ class Regrowth:
             raise missing[-1]
         named = zip(layers, found, strict=True)
         return {layer.name: scores if isinstance(scores, Tensor) else None for layer, scores in named}
+
+
+def _within_groups(
+    stay: Sequence[Decision],
+    staying: Mapping[int, Tensor],
+    others: Sequence[Scored],
+    pattern: GroupPattern,
+    ranks: Ranks,
+) -> list[Decision]:
+    """Fill up every group of a pattern with the best that grows there. Collective."""
+    filled = [one._replace(scores=one.scores.masked_fill(staying[i], math.inf)) for i, one in enumerate(others)]
+    grouped = group_layers(filled, pattern, ranks)
+    keep = [one.n // pattern.size * pattern.keep for one in stay]
+    return [
+        replace(old, keep=kept, mask=lambda i: grouped[i].mask(), is_top=False, mass_floor=None, cut=None)
+        for old, kept in zip(stay, keep, strict=True)
+    ]
 
 
 def _where(mask: Tensor, scores: Tensor) -> Tensor:

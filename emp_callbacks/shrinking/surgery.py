@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from emp_callbacks.targets.weights import is_conv1d
+
 __all__ = ["Cut", "Surgery", "axes_of", "axis_size", "cut_of", "cuttable_modules", "is_conv1d", "perform", "snapshot"]
 
 
@@ -70,11 +72,6 @@ def _axes_by_class(module: nn.Module) -> dict[str, Axis]:
         depthwise = module.groups == module.in_channels == module.out_channels
         return _CONVOLUTION if module.groups == 1 else _DEPTHWISE if depthwise else {}
     return _CONV1D if is_conv1d(module) else {}
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Say whether the module is transformers' Conv1D, a dense layer whose weight is (in, out)."""
-    return type(module).__name__ == "Conv1D"
 
 
 def axis_size(module: nn.Module, axis: str) -> int:

@@ -9,6 +9,7 @@ from emp_callbacks.targets.names import canonical_name, few, match_names
 from emp_callbacks.targets.neurons import neurons
 from emp_callbacks.targets.units import MemberTarget, UnitTarget
 from emp_callbacks.targets.weights import (
+    NO_MULTIPLE,
     NOT_A_WEIGHT,
     SURPRISING,
     LeftOut,
@@ -22,6 +23,7 @@ UNIT_TARGETS = {"heads": attention_heads, "neurons": neurons, "kan_nodes": kan_n
 
 __all__ = [
     "NOT_A_WEIGHT",
+    "NO_MULTIPLE",
     "SURPRISING",
     "UNIT_TARGETS",
     "EdgeSite",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from emp_callbacks.targets.adapters import adapter_modules, added_to, is_tuner
 from emp_callbacks.targets.names import canonical_name, check_patterns, matches
 from emp_callbacks.targets.units import MemberTarget, UnitTarget
-from emp_callbacks.targets.weights import WeightTarget
+from emp_callbacks.targets.weights import WeightTarget, is_conv1d
 
 # Those whose output channels are rows of the weight.
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -180,7 +180,7 @@ def chain(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def is_dense(module: nn.Module | None) -> TypeGuard[nn.Module]:
     """Say whether the module is a Linear or transformers' Conv1D whose weight is a parameter of its own."""
-    return (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and _has_weight(module)
+    return (isinstance(module, nn.Linear) or is_conv1d(module)) and _has_weight(module)
 
 
 def is_convolution(module: nn.Module | None) -> TypeGuard[nn.Module]:
@@ -207,7 +207,7 @@ def own(module: nn.Module, name: str) -> nn.Parameter:
 
 def units_dim(layer: nn.Module) -> int:
     """Return the dimension of a layer's weight that counts its outputs; transformers' Conv1D stores (in, out)."""
-    return 1 if type(layer).__name__ == "Conv1D" else 0
+    return 1 if is_conv1d(layer) else 0
 
 
 def blocks(size: int, units: int) -> Tensor:

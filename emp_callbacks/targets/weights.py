@@ -44,8 +44,9 @@ FROZEN = "frozen (requires_grad=False)"
 NOT_UPDATED = "no given optimizer updates it"
 NOT_FLOATING = "not a real floating-point tensor"
 NOT_A_WEIGHT = "its name does not say 'weight'"
+NO_MULTIPLE = "its inputs are no multiple of the pattern's M"
 # Of these a user expects that they are pruned; of norms, biases and embeddings nobody does.
-SURPRISING = (FROZEN, NOT_UPDATED, NOT_FLOATING, NOT_A_WEIGHT)
+SURPRISING = (FROZEN, NOT_UPDATED, NOT_FLOATING, NOT_A_WEIGHT, NO_MULTIPLE)
 
 Updates = Callable[[nn.Parameter], bool]
 FullShape = Callable[[nn.Parameter], torch.Size]
@@ -195,7 +196,12 @@ def _why_not(
 
 def _output_dim(owner: nn.Module) -> int:
     # transformers' Conv1D and transposed convolutions store (input, output, ...).
-    return 1 if type(owner).__name__ == "Conv1D" or "ConvTranspose" in type(owner).__name__ else 0
+    return 1 if is_conv1d(owner) or "ConvTranspose" in type(owner).__name__ else 0
+
+
+def is_conv1d(module: nn.Module | None) -> bool:
+    """Return whether a module is transformers' Conv1D, a dense layer of weight (inputs, outputs), sharded or not."""
+    return any(kind.__name__ == "Conv1D" for kind in type(module).__mro__)  # fully_shard makes a class of its own
 
 
 def _check_targets(targets: list[WeightTarget], model: nn.Module, full_shape: FullShape) -> None:

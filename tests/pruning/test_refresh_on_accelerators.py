@@ -35,6 +35,9 @@ OTHERS = {
     "shares": {"density": 0.4, "shares": "erk", "scope": "tensor"},
     "shares, rewire": REWIRE | {"shares": "erk", "scope": "tensor"},
     "beta": {"beta": 0.3},
+    "pattern": {"pattern": "2:4", "criterion": "taylor"},
+    "pattern, freeze": {"pattern": "2:4", "mode": "freeze", "criterion": "wanda"},
+    "pattern, rewire": {"pattern": "1:4", "mode": "rewire"},
 }
 UNITS = {
     f"{target}, {criterion}, {scope}": {"target": target, "criterion": criterion, "scope": scope}
