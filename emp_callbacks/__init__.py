@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from emp_callbacks.core.bounds import mass_bound, tight_mass_bound
     from emp_callbacks.core.effective_number import effective_number, keep_count
     from emp_callbacks.core.selection import emp_mask, preserved_mass
+    from emp_callbacks.finished.semi_structured import to_semi_structured
     from emp_callbacks.integrations.deepspeed import EMPHook
     from emp_callbacks.integrations.huggingface import EMPTrainerCallback
     from emp_callbacks.integrations.lightning import EMPCallback
@@ -44,6 +45,7 @@ _HOMES = {
     "pruned_units": "shrinking",
     "shrink": "shrinking",
     "tight_mass_bound": "core.bounds",
+    "to_semi_structured": "finished.semi_structured",
 }
 
 __all__ = [
@@ -66,6 +68,7 @@ __all__ = [
     "pruned_units",
     "shrink",
     "tight_mass_bound",
+    "to_semi_structured",
 ]
 
 

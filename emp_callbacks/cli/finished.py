@@ -108,7 +108,7 @@ def prune(words: list[str]) -> None:
     from emp_callbacks.trajectory import layer_table
 
     tolerance = _loss_tolerance(options)
-    names = ("target", "criterion", "scope", "beta", "density", "min_density", "include", "exclude")
+    names = ("target", "criterion", "scope", "beta", "density", "pattern", "min_density", "include", "exclude")
     settings = {name: value for name in names if (value := getattr(options, name)) not in (None, "auto")}
     console = make_console()
     with _said_in_notes(), _budget_bar(console, shown=tolerance is not None) as on_tried:
@@ -134,9 +134,9 @@ def _loss_tolerance(options: argparse.Namespace) -> float | None:
     """Return the tolerance by which beta is looked for; None where it is given."""
     if options.tolerance is None and options.beta != "auto":
         return None
-    for name in ("beta", "density"):
+    for name in ("beta", "density", "pattern"):
         if (value := getattr(options, name)) not in (None, "auto"):
-            raise ValueError(f"--{name} {value:g} says what is kept, and --tolerance looks for it; drop one")
+            raise ValueError(f"--{name} {value} says what is kept, and --tolerance looks for it; drop one")
     return 0.01 if options.tolerance is None else float(options.tolerance)
 
 

@@ -257,6 +257,7 @@ Heads and neurons need modules: --config RECIPE, timm:NAME, or a Hugging Face fo
         help="how much beta auto may raise the loss on --batches, relative to the dense loss (default: 0.01)",
     )
     parser.add_argument("--density", type=float, help="keep this fraction instead of N_eff")
+    parser.add_argument("--pattern", metavar="N:M", help="keep N of every M neighbours along the inputs, such as 2:4")
     parser.add_argument("--min-density", type=float, help="keep at least this fraction of each group (default: 0)")
     parser.add_argument("--include", nargs="+", metavar="GLOB", help="prune these parameters (or modules) only")
     parser.add_argument("--exclude", nargs="+", metavar="GLOB", help="leave these parameters (or modules) out")

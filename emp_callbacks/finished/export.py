@@ -187,8 +187,9 @@ def _check_data(
         )
     if batches < 1 and (needs or loss_tolerance is not None):
         raise ValueError(f"--batches must be at least 1, got {batches}")
-    if loss_tolerance is not None and config.density is not None:
-        raise ValueError(f"density={config.density} says what is kept, and loss_tolerance looks for it; drop one")
+    for name in ("density", "pattern"):
+        if loss_tolerance is not None and (value := getattr(config, name)) is not None:
+            raise ValueError(f"{name}={value} says what is kept, and loss_tolerance looks for it; drop one")
 
 
 def _training_batches(recipe: RecipeParts | None, count: int) -> list[Any]:
