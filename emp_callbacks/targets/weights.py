@@ -109,6 +109,11 @@ def prunable_weights(
             f"{type(model).__name__} trains adapters, which are not pruned, around frozen weights: to prune these, "
             "include=['*base_layer.weight']; to prune what is merged, do so after merge_and_unload()"
         )
+    if not targets and FROZEN in reasons.values():
+        raise ValueError(
+            f"the weights of {type(model).__name__} that EMP would prune are frozen (requires_grad=False): thaw them, "
+            "model.requires_grad_(True), or name them in include to prune them as they are"
+        )
     _check_targets(targets, model, full_shape)
     return targets
 
