@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from emp_callbacks.core.bounds import mass_bound, tight_mass_bound
     from emp_callbacks.core.effective_number import effective_number, keep_count
     from emp_callbacks.core.selection import emp_mask, preserved_mass
+    from emp_callbacks.distillation import Distillation
     from emp_callbacks.finished.semi_structured import to_semi_structured
     from emp_callbacks.integrations.deepspeed import EMPHook
     from emp_callbacks.integrations.huggingface import EMPTrainerCallback
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 
 # Imported at first use: torch and Lightning cost seconds that `emp --help` need not pay, nor a plain loop Lightning.
 _HOMES = {
+    "Distillation": "distillation",
     "Ramp": "schedule",
     "EMPCallback": "integrations.lightning",
     "EMPConfig": "config",
@@ -49,6 +51,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Distillation",
     "EMPCallback",
     "EMPConfig",
     "EMPHook",

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from emp_callbacks.backends.wrapped import Wrapped
 from emp_callbacks.config import EMPConfig, settled
+from emp_callbacks.distillation import Distillation
 from emp_callbacks.extras import needs
+from emp_callbacks.integrations.huggingface_distillation import TrainerDistillation
 from emp_callbacks.integrations.record import check_record, file_name, log_values, own_name
 from emp_callbacks.pruning.pruner import EMPPruner
 from emp_callbacks.pruning.signatures import warn_the_user
@@ -61,6 +63,7 @@ class EMPTrainerCallback(TrainerCallback):
         trajectory_path: str | os.PathLike[str] | None = None,
         summary: bool = True,
         name: str | None = None,
+        distill: Distillation | None = None,
         **settings: Any,
     ) -> None:
         super().__init__()
@@ -80,6 +83,7 @@ class EMPTrainerCallback(TrainerCallback):
         self._resumes: Path | None = None
         self._trains = self._epoch_is_counted = False
         self._own_name = ""
+        self._learning = None if distill is None else TrainerDistillation(trainer, distill)
 
     @classmethod
     def attach(cls, trainer: Trainer, **settings: Any) -> EMPTrainerCallback:
@@ -91,7 +95,8 @@ class EMPTrainerCallback(TrainerCallback):
                 schedule, `every_n_epochs=1`. And of the record: `trajectory_path`, a JSON-lines file for the
                 trajectory (default `emp_trajectory.jsonl` in `output_dir`); `summary`, whether the per-layer table is
                 printed when training ends; `name`, which tells several callbacks apart (`emp/NAME/density` in logs,
-                `checkpoint-500/emp_NAME`; default: the target's name where there are several).
+                `checkpoint-500/emp_NAME`; default: the target's name where there are several). And `distill`, a
+                Distillation: the pruned model learns from the dense one as well.
 
         Raises:
             ValueError: A setting is invalid; when training starts: it selects no weights.
@@ -136,12 +141,16 @@ class EMPTrainerCallback(TrainerCallback):
             return train(resume_from_checkpoint, *args, **kwargs)
         except BaseException:
             self._trains = False
+            if self._learning is not None:
+                self._learning.end()
             if self.pruner is not None:
                 self.pruner.detach()
             raise
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         trainer = self._trainer
+        if self._learning is not None:
+            self._learning.begin(self._resumes)  # before EMP prunes what may be the teacher
         others = [one for one in trainer.callback_handler.callbacks if isinstance(one, EMPTrainerCallback)]
         self._own_name = own_name(self, others)
         continued = None
@@ -217,6 +226,8 @@ class EMPTrainerCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         assert self.pruner is not None
         self._trains = False
+        if self._learning is not None:
+            self._learning.end()
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._take_best(self.pruner, Path(state.best_model_checkpoint))
         self.pruner.finalize()

@@ -18,13 +18,15 @@ from torch.nn import functional
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.text import Perplexity
 
+from emp_callbacks.distillation import Distillation
 from emp_callbacks.extras import needs
 from emp_callbacks.study.recipe import networks  # noqa: F401  (timm then knows emp_fc2, emp_kan, ...)
+from emp_callbacks.study.recipe.distilled import DistilledTask
 
 Batch = tuple[Tensor, Tensor]
 
 
-class ImageClassification(pl.LightningModule):
+class ImageClassification(DistilledTask):
     """A timm model with cross entropy; logs `loss` and `accuracy` (fraction of correct images).
 
     Args:
@@ -40,6 +42,8 @@ class ImageClassification(pl.LightningModule):
         lr_restarts: Parts of the optimizer steps, in (0, 1) and increasing, after which the learning rate rises and
             falls anew, each time over the steps up to the next one: see `warm_restarts`. None: once.
         pretrained: Load timm's weights (needs a network).
+        distill: Learn from a dense model as well, see `Distillation`: {teacher: dense.ckpt, temperature: 2.0}. A
+            teacher of null is the model as the fit begins, of pretrained weights. None: no.
 
     Raises:
         ValueError: Unknown timm name (suggests the nearest), optimizer, or a bad warmup_fraction or lr_restarts.
@@ -58,9 +62,11 @@ class ImageClassification(pl.LightningModule):
         warmup_fraction: float = 0.1,
         pretrained: bool = False,
         lr_restarts: list[float] | None = None,
+        distill: Distillation | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore=["distill"])
+        self.distill = distill
         _check_optimization(optimizer, warmup_fraction, lr_restarts)
         if not timm.is_model(model):
             near = difflib.get_close_matches(model, timm.list_models(), n=5, cutoff=0.4)
@@ -76,14 +82,16 @@ class ImageClassification(pl.LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, num_classes) of images (B, in_chans, H, W)."""
-        logits: Tensor = self.model(images)
+        return self.logits_of(self.model, images)
+
+    def logits_of(self, model: nn.Module, inputs: Tensor) -> Tensor:
+        logits: Tensor = model(inputs)
         return logits
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002
         images, labels = batch
-        loss = functional.cross_entropy(self(images), labels)
-        self.log("train/loss", loss)
-        return loss
+        logits = self(images)
+        return self.training_loss(functional.cross_entropy(logits, labels), logits, images)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
         self._evaluate("val", batch, self.val_accuracy)
@@ -109,7 +117,7 @@ class ImageClassification(pl.LightningModule):
         return _with_schedule(self, optimizer, self.warmup_fraction, self.lr_restarts or ())
 
 
-class LanguageModel(pl.LightningModule):
+class LanguageModel(DistilledTask):
     """A GPT-2 with next-token cross entropy; logs `loss` (nats per token) and `perplexity`.
 
     Args:
@@ -126,6 +134,7 @@ class LanguageModel(pl.LightningModule):
             falls anew, each time over the steps up to the next one: see `warm_restarts`. None: once.
         pretrained: A Hugging Face name or folder such as gpt2 (needs a network, and data made of that model's
             tokens); its sizes then replace n_layer, n_head, n_embd and dropout.
+        distill: Learn from a dense model as well, see `ImageClassification`.
 
     Raises:
         ValueError: The vocabularies or lengths of model and data do not fit, or a bad warmup_fraction or lr_restarts.
@@ -144,9 +153,11 @@ class LanguageModel(pl.LightningModule):
         warmup_fraction: float = 0.1,
         pretrained: str | None = None,
         lr_restarts: list[float] | None = None,
+        distill: Distillation | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore=["distill"])
+        self.distill = distill
         _check_optimization("adamw", warmup_fraction, lr_restarts)
         sizes = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "n_positions": sequence_length}
         dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
@@ -173,13 +184,14 @@ class LanguageModel(pl.LightningModule):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return logits (B, T, vocab_size) of tokens (B, T)."""
-        logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
+        return self.logits_of(self.model, tokens)
+
+    def logits_of(self, model: nn.Module, inputs: Tensor) -> Tensor:
+        logits: Tensor = model(input_ids=inputs, use_cache=False).logits
         return logits
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002
-        loss, _ = self._loss(batch)
-        self.log("train/loss", loss)
-        return loss
+        return self.training_loss(*self._loss(batch), batch[0])
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
         self._evaluate("val", batch, self.val_perplexity)
