@@ -3,7 +3,7 @@
     python timm_train.py --demo                       # scikit-learn's digits, a minute on a CPU
     python timm_train.py DATA --model resnet50 --epochs 90 --emp-every 500 --emp-mode freeze --emp-min-density 0.1
     torchrun --nproc_per_node 4 timm_train.py DATA --model deit_small_patch16_224 --layer-decay 0.75 --amp
-    python timm_train.py DATA ... --resume out/last.pt
+    python timm_train.py DATA ... --resume out/epoch-9.pt
 
 DATA has the layout of ImageNet: DATA/train/CLASS/*.png and DATA/val/CLASS/*.png. What is EMP's is marked "EMP:".
 """
@@ -36,6 +36,7 @@ def parse():
     parser.add_argument("--out", default="out", help="folder for checkpoints and the trajectory (default: out)")
     parser.add_argument("--resume", help="checkpoint to go on from")
     parser.add_argument("--model", help="name in timm (default: resnet50; --demo: test_vit, which is tiny)")
+    parser.add_argument("--pretrained", action="store_true", help="begin from timm's weights")
     parser.add_argument("--img-size", type=int, default=224)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=64, help="of each process")
@@ -43,13 +44,17 @@ def parse():
     parser.add_argument("--opt", default="adamw", help="name in timm")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)
-    parser.add_argument("--layer-decay", type=float, help="factor on the learning rate from layer to layer, such as 0.75")
+    parser.add_argument(
+        "--layer-decay", type=float, help="factor on the learning rate from layer to layer, such as 0.75"
+    )
     parser.add_argument("--clip-grad", type=float, default=1.0)
     parser.add_argument("--smoothing", type=float, default=0.1)
     parser.add_argument("--mixup", type=float, default=0.0)
     parser.add_argument("--cutmix", type=float, default=0.0)
     parser.add_argument("--ema-decay", type=float, default=0.99)
-    parser.add_argument("--amp", action="store_true", help="float16 on a GPU with timm's NativeScaler, bfloat16 on a CPU")
+    parser.add_argument(
+        "--amp", action="store_true", help="float16 on a GPU with timm's NativeScaler, bfloat16 on a CPU"
+    )
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     emp = parser.add_argument_group("EMP")
@@ -70,7 +75,7 @@ def digits(folder):
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
-    for i, (image, label) in enumerate(zip(images, labels)):
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
         path = Path(folder, "val" if i % 5 == 0 else "train", str(label), f"{i}.png")
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray((image.reshape(8, 8) * 15.9).astype("uint8")).convert("RGB").save(path)
@@ -128,7 +133,8 @@ def main():
     classes = len(dataset.reader.class_to_idx)
     sizes = {"img_size": args.img_size} if "vit" in args.model else {}
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
-    model = timm.create_model(args.model, num_classes=classes, **sizes).to(device, memory_format=layout)
+    model = timm.create_model(args.model, pretrained=args.pretrained, num_classes=classes, **sizes)
+    model.to(device, memory_format=layout)
     options = {"layer_decay": args.layer_decay} if args.layer_decay else {}
     optimizer = create_optimizer_v2(model, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay, **options)
     schedule, epochs = create_scheduler_v2(
@@ -197,12 +203,14 @@ def main():
             state = {"model": model.state_dict(), "ema": ema.module.state_dict(), "optimizer": optimizer.state_dict()}
             state |= {"emp": pruner.state_dict(), "epoch": epoch}
             state |= {"scaler": scaler.state_dict()} if scaler is not None else {}
-            torch.save(state, f"{args.out}/epoch-{epoch}.pt")
-            os.replace(f"{args.out}/epoch-{epoch}.pt", f"{args.out}/last.pt")
+            torch.save(state, f"{args.out}/new.pt")
+            os.replace(f"{args.out}/new.pt", f"{args.out}/epoch-{epoch + 1}.pt")
+            Path(args.out, f"epoch-{epoch - 1}.pt").unlink(missing_ok=True)
     pruner.finalize()  # EMP: hooks off; model and average stay masked
     if rank == 0:
         for name, trained in (("model", model), ("ema", ema.module)):
-            save_file({key: v.contiguous() for key, v in trained.state_dict().items()}, f"{args.out}/{name}.safetensors")
+            weights = {key: value.contiguous() for key, value in trained.state_dict().items()}
+            save_file(weights, f"{args.out}/{name}.safetensors")
         print(f"masked weights: {args.out}/model.safetensors, their average: {args.out}/ema.safetensors")
     if distributed:
         dist.destroy_process_group()
