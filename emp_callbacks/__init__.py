@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from emp_callbacks.core.effective_number import effective_number, keep_count
     from emp_callbacks.core.selection import emp_mask, preserved_mass
     from emp_callbacks.distillation import Distillation
-    from emp_callbacks.finished.semi_structured import to_semi_structured
     from emp_callbacks.integrations.deepspeed import EMPHook
     from emp_callbacks.integrations.huggingface import EMPTrainerCallback
     from emp_callbacks.integrations.lightning import EMPCallback
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from emp_callbacks.pruning.pruner import EMPPruner
     from emp_callbacks.schedule import Ramp
     from emp_callbacks.shrinking import load_shrunk, pruned_units, shrink
+    from emp_callbacks.shrinking.semi_structured import to_semi_structured
     from emp_callbacks.trajectory import PruneEvent, Trajectory
 
 __version__ = "0.1.0"
@@ -47,7 +47,7 @@ _HOMES = {
     "pruned_units": "shrinking",
     "shrink": "shrinking",
     "tight_mass_bound": "core.bounds",
-    "to_semi_structured": "finished.semi_structured",
+    "to_semi_structured": "shrinking.semi_structured",
 }
 
 __all__ = [

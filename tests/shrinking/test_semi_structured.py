@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from emp_callbacks import EMPPruner, to_semi_structured
-from emp_callbacks.finished.semi_structured import obeys_pattern
+from emp_callbacks.shrinking.semi_structured import obeys_pattern
 
 
 def test_a_pattern_is_recognised():
@@ -25,7 +25,7 @@ def test_where_no_gpu_is_it_is_refused_before_anything_changes():
 
 
 def test_layers_that_do_not_fit_are_told(monkeypatch):
-    from emp_callbacks.finished import semi_structured
+    from emp_callbacks.shrinking import semi_structured
 
     monkeypatch.setattr(semi_structured, "_check_device", lambda layers: None)
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
