@@ -16,7 +16,6 @@ from emp_callbacks.backends.wrapped import Wrapped
 from emp_callbacks.config import EMPConfig, settled
 from emp_callbacks.distillation import Distillation
 from emp_callbacks.extras import needs
-from emp_callbacks.integrations.huggingface_distillation import TrainerDistillation
 from emp_callbacks.integrations.record import check_record, file_name, log_values, own_name
 from emp_callbacks.pruning.pruner import EMPPruner
 from emp_callbacks.pruning.signatures import warn_the_user
@@ -30,6 +29,8 @@ from accelerate.utils import broadcast_object_list  # noqa: E402
 from transformers import Trainer, TrainerCallback  # noqa: E402  (the line above says what is missing)
 from transformers.trainer_callback import PrinterCallback, ProgressCallback  # noqa: E402
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint  # noqa: E402
+
+from emp_callbacks.integrations.huggingface_distillation import TrainerDistillation  # noqa: E402
 
 FOLDER = "emp"
 
