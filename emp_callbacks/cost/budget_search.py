@@ -233,7 +233,7 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
             "tolerance is a number of units in EMPConfig; the rise of the loss is loss_tolerance, and units go into "
             "config=EMPConfig(tolerance=...)"
         )
-    for name in ("beta", "density"):
+    for name in ("beta", "density", "pattern"):
         if settings.get(name) is not None:
             raise ValueError(f"{name}={settings[name]!r} is what smallest_budget looks for; leave it out")
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from emp_callbacks.checkpoint.reading import trajectory_rows
 from emp_callbacks.config import EMPConfig
+from emp_callbacks.core.group_pattern import GroupPattern
 from emp_callbacks.cost.training_loss import show_batches
 from emp_callbacks.criteria import make_criterion
 from emp_callbacks.finished.budget import find_budget
@@ -21,6 +22,7 @@ from emp_callbacks.finished.finished_model import FinishedModel, open_model
 from emp_callbacks.finished.weights_file import ExportReport, check_free, write_weights
 from emp_callbacks.pruning.pruner import EMPPruner
 from emp_callbacks.shrinking import ShrinkReport, pruned_units, shrink
+from emp_callbacks.targets.names import canonical_name, few
 
 if TYPE_CHECKING:
     from emp_callbacks.cost.budget_search import Tried
@@ -122,13 +124,17 @@ def prune(
     config = _one_shot(recipe.config if recipe else EMPConfig(), {**looked_for, **settings})
     needs = make_criterion(config.criterion, config.target).needs
     _check_data(config, needs, recipe, batches, loss_tolerance)
-    model = _opened(source, recipe, needs_modules=config.target != "weights" or shrink_units)
+    # Modules say which dimension is that of the inputs: GPT-2 has it first.
+    by_module = config.target != "weights" or config.pattern is not None
+    model = _opened(source, recipe, needs_modules=by_module or shrink_units)
     if config.target != "weights":
         _check_modules(model, source.name, f"target {config.target!r}")
     if shrink_units:
         _check_modules(model, source.name, "--shrink")
+    notes: list[str] = []
     if model.weights and not config.include:
-        config = replace(config, include=[escape(name) for name in model.weights])
+        named, notes = _in_groups(model, model.weights, config.pattern)
+        config = replace(config, include=[escape(name) for name in named])
     shown, found = _training_batches(recipe, batches) if needs or looked_for else [], None
     if recipe and loss_tolerance is not None:
         found = find_budget(recipe, config, shown, loss_tolerance, on_tried)
@@ -141,7 +147,23 @@ def prune(
     pruner.finalize()
     shrunk = _shrunk(model, _kept(pruner, model)) if shrink_units else None
     described = _described([_run_of(pruner)]) | ({"budget_search": json.dumps(found.record())} if found else {})
-    return pruner, replace(write_weights(model, out, described, shrunk), budget=found)
+    report = write_weights(model, out, described, shrunk)
+    return pruner, replace(report, budget=found, notes=(*report.notes, *notes))
+
+
+def _in_groups(model: FinishedModel, weights: list[str], pattern: str | None) -> tuple[list[str], list[str]]:
+    """Return which of a file's weights have groups of a pattern (all, if none has), and what is to be said of that."""
+    if pattern is None:
+        return weights, []
+    shapes = {canonical_name(name): parameter.shape for name, parameter in model.module.named_parameters()}
+    size = GroupPattern.parse(pattern).size
+    apart = [name for name in weights if shapes[name][1] % size]
+    notes = [f"left out, as their inputs are no multiple of {size}: {few(apart)}"] if apart else []
+    notes.append(
+        "no modules in the file: each weight was taken as (outputs, inputs, ...); those of GPT-2 and of transposed "
+        "convolutions are not, and need the recipe that builds them"
+    )
+    return [name for name in weights if name not in apart] or weights, notes
 
 
 def _opened(source: Source, recipe: RecipeParts | None, *, needs_modules: bool) -> FinishedModel:

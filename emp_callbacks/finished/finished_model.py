@@ -122,7 +122,8 @@ def _read(source: str, pretrained: bool) -> tuple[dict[str, Tensor], tuple[Mappi
         raise ValueError(f"--pretrained goes with timm:NAME; {source} already holds its weights")
     checkpoint = read_checkpoint(Path(source))
     state, runs = state_dict_in(checkpoint, source), tuple(callback_states(checkpoint))
-    grown = sum(_mask(state, run.get("masks", {})) for run in runs)
+    # observe_only measured masks that it never applied: the model is dense.
+    grown = sum(_mask(state, run.get("masks", {})) for run in runs if run.get("mode") != "observe")
     notes = [f"{grown:,} weights had grown back since the last refresh and are zero again"] if grown else []
     notes += [
         f"the run masked {run['target']} in the forward pass; a file of weights does not hold that"

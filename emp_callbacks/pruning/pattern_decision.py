@@ -142,7 +142,7 @@ class GroupedLayer:
     def lowest(self) -> Tensor:
         """Return the lowest kept score that this rank knows of, shape (), float64."""
         own = lowest_kept(self._groups, group_mask(self._groups, self._pattern.keep))
-        return torch.minimum(own, self._cut_lowest.to(own.device))
+        return torch.minimum(own, to_device(self._cut_lowest, own.device))
 
     @property
     def _groups(self) -> Tensor:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 __all__ = ["Conversion", "obeys_pattern", "to_semi_structured"]
 
 _AMPERE = (8, 0)  # the first with sparse tensor cores
+# In evaluation these give the weights of their Linear layers to kernels of their own, which know no such form.
+_READ_OTHERWISE = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
 class Conversion(NamedTuple):
@@ -64,6 +66,10 @@ def to_semi_structured(model: nn.Module) -> Conversion:
         )
     converted, left = [], {name: "not 2:4" for name in layers if name not in fit}
     for name, layer in fit.items():
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(owner, _READ_OTHERWISE):
+            left[name] = f"{type(owner).__name__} reads it in a kernel of its own"
+            continue
         try:
             sparse = torch.sparse.to_sparse_semi_structured(layer.weight.detach().contiguous())
         except (RuntimeError, NotImplementedError) as error:  # torch knows best which shapes and dtypes it can

@@ -416,6 +416,7 @@ def test_the_record_is_plain_json():
         ({"evaluations": 0}, "evaluations must be"),
         ({"beta": 0.5}, "beta=0.5 is what smallest_budget looks for"),
         ({"density": 0.5}, "density=0.5 is what smallest_budget looks for"),
+        ({"pattern": "2:4"}, "pattern='2:4' is what smallest_budget looks for"),
         ({"tolerance": 0.01}, "the rise of the loss is loss_tolerance"),
         ({"target": "features"}, "masked in the forward pass"),
         ({"target": "attention_edges"}, "masked in the forward pass"),

@@ -27,6 +27,8 @@ SETTINGS = {
     "tensor": {"scope": "tensor"},
     "row": {"scope": "row"},
     "wanda": {"criterion": "wanda", "scope": "row", "certify": True},
+    "pattern": {"pattern": "2:4", "beta": 1.0},
+    "pattern-cut": {"pattern": "3:8", "beta": 1.0},
     "taylor": {"criterion": "taylor", "scope": "global", "certify": True},
     "taylor-freeze": {"criterion": "taylor", "scope": "tensor", "mode": "freeze"},
     "neurons": {"target": "neurons", "criterion": "weight_norm"},
@@ -38,9 +40,9 @@ SETTINGS = {
 }
 EVERYWHERE = ["global", "tensor", "row", "taylor", "neurons"]
 CASES = [
-    *(("ddp", name) for name in SETTINGS),
-    *(("fsdp2", name) for name in SETTINGS),
-    *(("cut", name) for name in ("tensor", "row")),
+    *(("ddp", name) for name in SETTINGS if name != "pattern-cut"),
+    *(("fsdp2", name) for name in SETTINGS if name != "pattern-cut"),
+    *(("cut", name) for name in ("tensor", "row", "pattern-cut")),
     *(("cut-bf16", name) for name in ("global", "tensor", "row")),
 ]
 
@@ -86,7 +88,7 @@ def batch_of(rank, world_size, dtype):
 def refreshed(model, name, rank, world_size):
     """Return the pruner after a refresh, and the bytes of every collective of it."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # evidence is gathered, weights stay
-    pruner = EMPPruner(model, optimizer, every_n_steps=2, beta=0.7, **SETTINGS[name])
+    pruner = EMPPruner(model, optimizer, every_n_steps=2, **{"beta": 0.7, **SETTINGS[name]})
     sent = []
     all_reduce = dist.all_reduce
     for step in range(2):
@@ -137,10 +139,18 @@ def test_few_collectives_whatever_the_number_of_layers(way, name, world_size, fo
     assert len(many) - len(few) <= (FOR_TIES if SETTINGS[name].get("scope") in ("global", "tensor") else 0)
 
 
-@pytest.mark.parametrize(("way", "name"), CASES)
+# Of a pattern every rank says where its shards end, and what lies in the groups there is sent: more ranks, more ends.
+@pytest.mark.parametrize(("way", "name"), [case for case in CASES if "pattern" not in case[1]])
 def test_bytes_do_not_grow_with_ranks(way, name, found):
     two, three = (sum(found[world_size][way, name, MANY][1]) for world_size in (2, 3))
     assert three == pytest.approx(two, rel=0.02)
+
+
+def test_of_a_pattern_the_groups_that_are_cut_are_sent(found):
+    """On two ranks the shards of 12 rows cut the second of three blocks of 8; on three none."""
+    sent = [found[world_size]["cut", "pattern-cut", MANY][1] for world_size in (2, 3)]
+    assert max(sent[0]) == MANY * 8 * SIDE * torch.float32.itemsize
+    assert max(sent[1]) < MANY * SIDE * torch.float32.itemsize
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

@@ -41,6 +41,9 @@ PIECES = {"zero_optimization": {"sub_group_size": 40, "stage3_param_persistence_
 CASES |= {
     "1-fp32-rows": (1, "fp32", {"mode": "feedback", "scope": "row"}, 1, {}),
     "3-fp32-rows": (3, "fp32", {"mode": "freeze", "scope": "row"}, 1, {}),
+    "1-fp32-groups": (1, "fp32", {"mode": "feedback", "pattern": "2:3"}, 1, {}),
+    "2-bf16-groups": (2, "bf16", {"mode": "freeze", "pattern": "2:3"}, 1, {}),
+    "3-fp32-groups": (3, "fp32", {"mode": "freeze", "pattern": "2:3"}, 1, {}),
     "2-fp32-round-robin": (2, "fp32", FREEZE, 2, ROUND_ROBIN),
     "2-bf16-round-robin": (2, "bf16", FEEDBACK, 1, ROUND_ROBIN),
     "3-fp32-pieces": (3, "fp32", FREEZE, 2, PIECES),
@@ -107,6 +110,7 @@ def all_cases_rank(rank, world_size, folder, names):
 ON_THREE = ["0-fp32-freeze", "1-fp32-project", "1-fp32-freeze", "2-fp32-freeze", "3-fp32-freeze", "3-fp32-rows"]
 ON_THREE += ["1-fp32-feedback", "3-fp32-feedback", "1-bf16-feedback", "2-bf16-project", "3-bf16-feedback"]
 ON_THREE += ["0-fp32-feedback", "0-fp32-project", "2-fp32-feedback", "2-fp32-project", "3-fp32-project"]
+ON_THREE += ["1-fp32-groups", "2-bf16-groups", "3-fp32-groups"]
 ON_THREE += ["2-fp32-round-robin", "3-fp32-pieces", "3-fp32-offload", "1-bf16-grad32"]
 
 
@@ -136,7 +140,7 @@ def alone():
 
 def test_every_case_refreshed_and_forward_read_masked_weights(runs):
     for name, ranks in runs.items():
-        groups = 4 if CASES[name][2].get("scope", "global") != "global" else 1
+        groups = 4 if CASES[name][2].get("scope", "global") != "global" else 2 if "groups" in name else 1
         for result in ranks:
             # That each selection equals a sort of the gathered scores is asserted on the ranks, at every refresh.
             assert result["selections"] == STEPS // EVERY * groups, name

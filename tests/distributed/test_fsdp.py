@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
+from transformers.pytorch_utils import Conv1D
 
 from emp_callbacks import EMPPruner
 from tests.core.reference import reference_mask
@@ -129,6 +130,32 @@ def tied_weights(way, scope, dtype):
     return full_masks(pruner), [(e.keep, e.threshold, e.n_eff, pruner.density) for e in events], sizes
 
 
+def tied_groups(way):
+    """Return what patterns keep of weights of many equal magnitudes that are cut anywhere, within groups, too."""
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Linear(24, 7), Conv1D(6, 40), nn.ConvTranspose1d(8, 6, 3), nn.Conv1d(24, 3, 3))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.copy_((torch.randn(parameter.shape) * 2).round())
+    if way == "fsdp1":
+        net = FullyShardedDataParallel(net, use_orig_params=True, device_id=torch.device("cpu"))
+    elif way != "alone":
+        net = fully_shard(net, shard_placement_fn=by_dim_1 if way == "fsdp2-shard-dim-1" else None)
+    found = {}
+    for pattern in ("2:4", "3:8"):
+        pruner = EMPPruner(net, pattern=pattern, exclude=["*bias"])
+        events = pruner.refresh()
+        kept = [(e.group, e.keep, e.n_eff, e.preserved_mass) for e in events]
+        found[pattern] = full_masks(pruner), kept, pruner.audit().clean
+        pruner.finalize()
+    return found
+
+
+def by_dim_1(parameter):
+    return Shard(1) if parameter.ndim > 1 else None
+
+
+GROUPS = ("fsdp2", "fsdp1", "fsdp2-shard-dim-1")
 TIES = [(s, d) for s in ("global", "tensor", "row") for d in (torch.float16, torch.float32, torch.float64)]
 
 
@@ -196,6 +223,7 @@ def all_of_it(rank, world_size, folder):
         result = {
             "trained": {case: train(rank, world_size, *case) for case in CASES[world_size]},
             "ties": {(way, *case): tied_weights(way, *case) for way in ("fsdp2", "fsdp1") for case in TIES},
+            "groups": {way: tied_groups(way) for way in GROUPS},
             "back": {mode: go_back(rank, world_size, mode) for mode in ("feedback", "project", "freeze")},
             "bf16": {way: low_precision(rank, world_size, way) for way in ("fsdp2", "fsdp1")},
         }
@@ -273,6 +301,18 @@ def test_ties_uneven_and_empty_shards_are_cut_as_in_one_process(world_size, way,
     sizes = [sizes for _, _, sizes in results]
     assert any(0 in row for row in sizes)  # the case that it is about
     assert torch.tensor(sizes).sum(0).tolist() == [91, 1, 15]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("way", GROUPS)
+def test_groups_of_a_pattern_are_cut_as_in_one_process(world_size, way, ranks):
+    for pattern, (masks, rows, _) in tied_groups("alone").items():
+        for result in ranks(world_size):
+            ours, our_rows, clean = result["groups"][way][pattern]
+            assert our_rows == rows
+            assert clean
+            for name, mask in masks.items():
+                assert torch.equal(ours[name], mask), (pattern, name)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

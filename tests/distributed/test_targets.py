@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from emp_callbacks import EMPPruner
 from tests.distributed.ranks import process_group, spawn
+from tests.distributed.sharded_net import full_masks
 from tests.distributed.zero_ranks import deepspeed_ranks
 
 STEPS, EVERY, ROWS = 7, 3, 12
@@ -21,6 +22,8 @@ SETTINGS = {
     "weights-rewire": {"mode": "rewire", "density": 0.3, "scope": "tensor", "shares": "erk"},
     "weights-rewire-random": {"mode": "rewire", "density": 0.3, "grow": "random"},
     "weights-wanda-row": {"criterion": "wanda", "scope": "row", "certify": True},
+    "weights-wanda-pattern": {"criterion": "wanda", "pattern": "2:4", "certify": True},
+    "weights-rewire-pattern": {"mode": "rewire", "pattern": "2:4"},
     "heads": {"target": "heads", "beta": 0.7, "mode": "project"},
     "heads-taylor": {"target": "heads", "criterion": "taylor", "beta": 0.9, "certify": True},
     "heads-activation": {"target": "heads", "criterion": "activation", "beta": 0.7, "scope": "tensor"},
@@ -66,11 +69,13 @@ def batch(step, dtype):
 
 
 def closing(pruner, losses):
-    units = pruner.config.target != "weights"
+    masks = pruner.masks if pruner.config.target != "weights" else {}
+    if pruner.config.pattern is not None:  # how many it keeps says nothing
+        masks = full_masks(pruner)
     return {
         "rows": [(e.step, e.n, e.keep, e.density, e.churn, e.note) for e in pruner.trajectory],
         "n_eff": [value for e in pruner.trajectory for value in (e.n_eff, *(layer.n_eff for layer in e.layers))],
-        "masks": pruner.masks if units else {},
+        "masks": masks,
         "mass_bounds": [e.tight_mass_bound for e in pruner.trajectory],
         "certificates": [layer.certificate for e in pruner.trajectory for layer in e.layers if layer.certificate],
         "losses": torch.stack(losses),

@@ -147,7 +147,7 @@ class Watch:
                 module.register_forward_pre_hook(self.forward)
 
     def forward(self, module, inputs):
-        if self.masks is not None:
+        if self.masks is not None and self.names[id(module)] in self.masks:
             self.forwards += 1
             pruned = self.masks[self.names[id(module)]] == 0
             self.seen += int((module.weight.detach().flatten()[pruned] != 0).sum())
@@ -158,11 +158,17 @@ class Watch:
         self.selections = len(self.hook.trajectory)
         self.masks = gather(self.hook, lambda w: w.mask)
         scores = gather(self.hook, lambda w: self.scores[w.name])
-        for name, mask in sort_reference(scores, self.hook.pruner.config.scope).items():
+        for name, mask in sort_reference(scores, self.hook.pruner.config).items():
             assert torch.equal(self.masks[name].bool(), mask), name
 
 
-def sort_reference(scores, scope):
+def sort_reference(scores, config):
+    scope = config.scope
+    if config.pattern is not None:  # of Linear layers, whose groups lie one after another
+        kept, of = map(int, config.pattern.split(":"))
+        groups = {name: values.abs().view(-1, of) for name, values in scores.items()}
+        orders = {name: group.argsort(dim=1, descending=True, stable=True) for name, group in groups.items()}
+        return {name: (order.argsort(1) < kept).flatten() for name, order in orders.items()}
     if scope == "tensor":
         return {name: reference_mask(values) for name, values in scores.items()}
     if scope == "row":

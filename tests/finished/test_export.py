@@ -208,7 +208,29 @@ def test_export_shrinks_what_is_zero(checkpoint, recipe, task, tmp_path):
     assert again.n == report.n
 
 
+def test_a_run_that_only_observed_is_exported_dense(tmp_path):
+    mask = pack_bits(torch.tensor([[True, False, True]]))
+    run = {"mode": "observe", "target": "weights", "masks": {"a.weight": mask}, "shapes": {"a.weight": [1, 3]}}
+    state = {"a.weight": torch.tensor([[1.0, 2.0, 3.0]])}
+    source = save(state, tmp_path / "in.ckpt", callbacks={"EMPCallback": run})
+    assert export(Source(source), tmp_path / "out.safetensors").zeros == 0
+
+
 # ---- prune ---------------------------------------------------------------------------------------------------------
+
+
+def test_patterns_go_along_the_inputs_that_the_modules_have(tmp_path):
+    tiny_gpt2().save_pretrained(tmp_path / "gpt2")
+    _, report = prune(Source(str(tmp_path / "gpt2")), tmp_path / "out.safetensors", {"pattern": "2:4"})
+    conv1d = {name: value for name, value in load_file(report.path).items() if "c_" in name and value.dim() == 2}
+    assert conv1d
+    for name, weight in conv1d.items():  # (inputs, outputs)
+        assert bool(((weight.unflatten(0, (-1, 4)) != 0).sum(1) == 2).all()), name
+    state = {"a.weight": torch.randn(2, 4), "c.weight": torch.randn(2, 3)}
+    _, report = prune(Source(save(state, tmp_path / "in.pt")), tmp_path / "two.safetensors", {"pattern": "2:4"})
+    assert report.zeros == 4
+    assert report.notes[0] == "left out, as their inputs are no multiple of 4: c.weight"
+    assert report.notes[1].startswith("no modules in the file: each weight was taken as (outputs, inputs, ...)")
 
 
 def test_weights_of_a_bare_state_dict_by_hand(tmp_path):

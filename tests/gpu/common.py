@@ -34,6 +34,7 @@ MODES = {
     "rewire": {"mode": "rewire", "density": 0.5},
 }
 SCOPES = {"tensor": {"scope": "tensor"}, "row": {"scope": "row"}}
+PATTERNS = {"pattern": {"pattern": "2:4"}, "pattern, rewire": {"pattern": "2:4", "mode": "rewire"}}
 CRITERIA = {
     "wanda": {"criterion": "wanda", "scope": "row"},
     "taylor": {"criterion": "taylor"},
@@ -50,7 +51,7 @@ UNITS = {
 }
 EDGES = {"attention edges": {"target": "attention_edges"}}
 IN_FORWARD = {**FEATURES, "features, freeze": {"target": "features", "mode": "freeze"}, **EDGES}
-FORMS = {**MODES, **SCOPES, **CRITERIA, **UNITS, **IN_FORWARD}
+FORMS = {**MODES, **SCOPES, **PATTERNS, **CRITERIA, **UNITS, **IN_FORWARD}
 ONCE = {"every_n_steps": 2, "stop": 2}  # one refresh, after the second step, and none after it
 
 

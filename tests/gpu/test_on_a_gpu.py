@@ -37,13 +37,13 @@ def test_trains_as_on_the_cpu(settings, precision, tolerance):
         assert {mask.device.type for mask in ours.masks.values()} == {DEVICE}
 
 
-@pytest.mark.parametrize("scope", ["global", "tensor", "row"])
+@pytest.mark.parametrize("settings", [*({"scope": scope} for scope in ("global", "tensor", "row")), {"pattern": "2:4"}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_same_scores_give_the_same_masks(scope, dtype):
+def test_same_scores_give_the_same_masks(settings, dtype):
     masks = []
     for device in (DEVICE, "cpu"):
         model = network().to(dtype).to(device)
-        pruner = EMPPruner(model, scope=scope, mode="project")
+        pruner = EMPPruner(model, mode="project", **settings)
         pruner.refresh()
         masks.append({name: mask.cpu() for name, mask in pruner.masks.items()})
     assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[0])

@@ -17,6 +17,8 @@ WEIGHTS = {
     "freeze": {"mode": "freeze"},
     "rewire": {"mode": "rewire", "density": 0.4},
     "rewire, random": {"mode": "rewire", "density": 0.4, "grow": "random"},
+    "pattern": {"pattern": "2:4"},
+    "rewire, pattern": {"mode": "rewire", "pattern": "2:4"},
     "observe": {"observe_only": True},
     "taylor": {"criterion": "taylor"},
     "saliency, freeze": {"criterion": "saliency", "mode": "freeze"},

@@ -27,6 +27,9 @@ WEIGHTS = (
         "random": {"criterion": "random"},
         "observe": {"observe_only": True},
         "rewire, random": REWIRE | {"grow": "random"},
+        "pattern": {"pattern": "1:2"},
+        "pattern, freeze, wanda": {"pattern": "1:2", "mode": "freeze", "criterion": "wanda"},
+        "pattern, rewire": {"pattern": "1:2", "mode": "rewire", "drop_fraction": 0.6},
         "shares": {"density": 0.4, "shares": "erk", "scope": "tensor"},
         "taylor, certified": {"criterion": "taylor", "certify": True},
     }

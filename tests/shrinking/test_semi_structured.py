@@ -36,3 +36,19 @@ def test_layers_that_do_not_fit_are_told(monkeypatch):
     assert found.converted == []
     assert found.left == {"1": "not 2:4", "0": found.left["0"]}
     assert "CUDA" in found.left["0"]
+
+
+def test_weights_that_torchs_own_kernels_read_stay_dense(monkeypatch):
+    from emp_callbacks.shrinking import semi_structured
+
+    class Compressed(torch.Tensor):
+        """Stands in for the form that a GPU knows."""
+
+    monkeypatch.setattr(semi_structured, "_check_device", lambda layers: None)
+    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", lambda weight: weight.as_subclass(Compressed))
+    model = nn.Sequential(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), nn.Linear(16, 16)).eval()
+    EMPPruner(model, pattern="2:4").refresh()
+    found = to_semi_structured(model)
+    assert found.converted == ["1"]
+    assert found.left["0.self_attn.out_proj"] == "MultiheadAttention reads it in a kernel of its own"
+    assert found.left["0.linear1"] == "TransformerEncoderLayer reads it in a kernel of its own"

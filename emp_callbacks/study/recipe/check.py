@@ -94,7 +94,11 @@ def _expectation(message: str) -> str:
     kinds = re.findall(r"Expected (?:an? )?(?:<class ')?([\w. ]+)", message)
     names = {_KINDS.get(kind, kind): None for kind in kinds if "path but" not in kind}
     value = re.search(r"(?:Got|Given) value: (.*)", message)
-    return f"expected {' or '.join(names)}, got {value[1]!r}" if names and value else ""
+    if not names or not value:
+        return ""
+    is_number = "str" in names and re.fullmatch(r"[-+.\d]+", value[1])
+    hint = "; YAML reads text such as 2:4 or 007 as a number: put it in quotes" if is_number else ""
+    return f"expected {' or '.join(names)}, got {value[1]!r}{hint}"
 
 
 def _keys_of(parser: ArgumentParser) -> set[str]:
