@@ -6,7 +6,7 @@ import difflib
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from emp_callbacks.core.effective_number import check_beta
 from emp_callbacks.criteria import DEFAULT_CRITERIA, ScoreFunction, criterion_name, make_criterion
@@ -55,7 +55,8 @@ class EMPConfig:
         tolerance: Keep floor(beta * N_eff + tolerance) units, in [0, 1): N_eff = 3.998 of 4 alike heads then keeps 4.
             Not for weights, of which there are enough.
         density: Keep this fraction of each group, in (0, 1], instead of N_eff: for baselines. Or a Ramp: gradual
-            pruning goes from 1 to the density along a cubic curve (Zhu and Gupta, arXiv:1710.01878).
+            pruning goes from 1 to the density along a cubic curve (Zhu and Gupta, arXiv:1710.01878). Or "found", with
+            mode="freeze": what is not 0 when the pruner is made, so that a sparse model trains on and stays sparse.
         shares: How layers that do not compete share `density`: "uniform" (each the same), "erk" (more for small layers,
             Erdos-Renyi-Kernel, arXiv:1911.11134), or relative densities by layer name. All together keep `density`.
         grow: What "rewire" grows: the pruned weights of the largest mean |gradient| over the evidence window
@@ -102,7 +103,7 @@ class EMPConfig:
     min_density: float = 0.0
     min_units: int = 1
     tolerance: float = 0.01
-    density: float | Ramp | None = None
+    density: float | Ramp | Literal["found"] | None = None
     shares: str | Mapping[str, float] = "uniform"
     grow: str = "gradient"
     drop_fraction: float | Ramp = 0.3
@@ -188,16 +189,32 @@ class EMPConfig:
                 f"shares='erk' follows from the shapes of weights, and target={self.target!r} has one dimension, of "
                 "which it would say 'uniform': use that, or a mapping"
             )
-        if self.density is None:
-            return
-        for density in ends(self.density):
+        if isinstance(self.density, str):
+            self._check_found()
+        elif self.density is not None:
+            self._check_given(ends(self.density))
+
+    def _check_given(self, densities: tuple[float, ...]) -> None:
+        for density in densities:
             check_fraction("density", density, lowest_allowed=False)
         if self.beta != 1.0:
             raise ValueError(
                 f"density={self.density} fixes the keep count, so beta={self.beta} would do nothing; drop one"
             )
-        if self.min_density > min(ends(self.density)):
+        if self.min_density > min(densities):
             raise ValueError(f"min_density={self.min_density} is above density={self.density}; drop min_density")
+
+    def _check_found(self) -> None:
+        if self.density != "found":
+            raise ValueError(f"density must be a fraction in (0, 1], a Ramp or 'found', got {self.density!r}")
+        needed = {"mode": "freeze", "target": "weights", "shares": "uniform", "beta": 1.0, "min_density": 0.0}
+        given = {name: getattr(self, name) for name in needed} | {"criterion": self.criterion_name}
+        for name, value in (needed | {"criterion": "magnitude"}).items():
+            if given[name] != value:
+                raise ValueError(
+                    f"density='found' keeps for good the weights that are not 0, so it needs {name}={value!r}, got "
+                    f"{given[name]!r}"
+                )
 
     def _check_rewiring(self) -> None:
         check_choice("grow", self.grow, ("gradient", "random"))
@@ -232,6 +249,11 @@ class EMPConfig:
         ramps = [name for name in ("beta", "density", "drop_fraction") if isinstance(getattr(self, name), Ramp)]
         if ramps and self.schedule.unit is None:
             raise ValueError(f"the Ramp of {ramps[0]} needs every_n_epochs or every_n_steps to count in; give one")
+
+    @property
+    def keeps_found(self) -> bool:
+        """Whether what is not 0 stays, however much that is."""
+        return self.density == "found"
 
     @property
     def criterion_name(self) -> str:
@@ -282,7 +304,7 @@ class EMPConfig:
         plain: dict[str, Any] = {
             **dict.fromkeys(("every_n_epochs", "every_n_steps", "start", "stop")),
             "beta": self.beta_at(sys.maxsize),
-            "density": self.density_at(sys.maxsize),
+            "density": self.density_at(sys.maxsize),  # what "found" kept is all that is left to score
             "grow": "gradient",
             "drop_fraction": 0.3,
             "mode": "feedback" if in_forward else "project",
@@ -302,7 +324,9 @@ class EMPConfig:
         return self.beta.at(position) if isinstance(self.beta, Ramp) else float(self.beta)
 
     def density_at(self, position: int) -> float | None:
-        """Return the density at a position of the schedule; None where N_eff decides."""
+        """Return the density at a position of the schedule; None where N_eff decides, or the zeros that are there."""
+        if isinstance(self.density, str):
+            return None
         return self.density.at(position) if isinstance(self.density, Ramp) else self.density
 
     def drop_fraction_at(self, position: int) -> float:

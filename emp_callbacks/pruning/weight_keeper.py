@@ -248,12 +248,13 @@ class WeightKeeper:
 
     @torch.no_grad()
     def count_zeros(self) -> tuple[int, int]:
-        """Return how many of this rank's weights are 0, and of how many; parameters that start at 0 left out."""
+        """Return how many of this rank's kept weights are 0, and of how many; parameters that start at 0 left out."""
         zeros = total = 0
         for weight in self.weights:
-            size, nonzero = weight.weight.numel(), int(weight.weight.count_nonzero())
+            nonzero = int(weight.weight.count_nonzero())
             if nonzero:
-                zeros, total = zeros + size - nonzero, total + size
+                kept = int(weight.mask_or_ones.count_nonzero())
+                zeros, total = zeros + kept - nonzero, total + kept
         return zeros, total
 
     def settle(self) -> None:
