@@ -12,7 +12,7 @@ from emp_callbacks.core.effective_number import check_beta
 from emp_callbacks.criteria import DEFAULT_CRITERIA, ScoreFunction, criterion_name, make_criterion
 from emp_callbacks.layer.mask_mode import MASK_MODES
 from emp_callbacks.schedule import Ramp, Schedule, check_count
-from emp_callbacks.setting_checks import check_choice, check_fraction, check_patterns, check_shares, ends
+from emp_callbacks.setting_checks import check_choice, check_found, check_fraction, check_patterns, check_shares, ends
 from emp_callbacks.targets.feature_form import FeatureForm
 from emp_callbacks.targets.positions import PositionsSource, function_for
 
@@ -135,6 +135,8 @@ class EMPConfig:
         for beta in ends(self.beta):
             check_beta(beta)
         self._check_densities()
+        if isinstance(self.density, str):
+            check_found({**vars(self), "criterion": self.criterion_name})
         self._check_rewiring()
         self._check_schedule()
         check_count("evidence_steps", self.evidence_steps, least=1)
@@ -189,32 +191,16 @@ class EMPConfig:
                 f"shares='erk' follows from the shapes of weights, and target={self.target!r} has one dimension, of "
                 "which it would say 'uniform': use that, or a mapping"
             )
-        if isinstance(self.density, str):
-            self._check_found()
-        elif self.density is not None:
-            self._check_given(ends(self.density))
-
-    def _check_given(self, densities: tuple[float, ...]) -> None:
-        for density in densities:
+        if self.density is None or isinstance(self.density, str):
+            return
+        for density in ends(self.density):
             check_fraction("density", density, lowest_allowed=False)
         if self.beta != 1.0:
             raise ValueError(
                 f"density={self.density} fixes the keep count, so beta={self.beta} would do nothing; drop one"
             )
-        if self.min_density > min(densities):
+        if self.min_density > min(ends(self.density)):
             raise ValueError(f"min_density={self.min_density} is above density={self.density}; drop min_density")
-
-    def _check_found(self) -> None:
-        if self.density != "found":
-            raise ValueError(f"density must be a fraction in (0, 1], a Ramp or 'found', got {self.density!r}")
-        needed = {"mode": "freeze", "target": "weights", "shares": "uniform", "beta": 1.0, "min_density": 0.0}
-        given = {name: getattr(self, name) for name in needed} | {"criterion": self.criterion_name}
-        for name, value in (needed | {"criterion": "magnitude"}).items():
-            if given[name] != value:
-                raise ValueError(
-                    f"density='found' keeps for good the weights that are not 0, so it needs {name}={value!r}, got "
-                    f"{given[name]!r}"
-                )
 
     def _check_rewiring(self) -> None:
         check_choice("grow", self.grow, ("gradient", "random"))
@@ -249,11 +235,6 @@ class EMPConfig:
         ramps = [name for name in ("beta", "density", "drop_fraction") if isinstance(getattr(self, name), Ramp)]
         if ramps and self.schedule.unit is None:
             raise ValueError(f"the Ramp of {ramps[0]} needs every_n_epochs or every_n_steps to count in; give one")
-
-    @property
-    def keeps_found(self) -> bool:
-        """Whether what is not 0 stays, however much that is."""
-        return self.density == "found"
 
     @property
     def criterion_name(self) -> str:

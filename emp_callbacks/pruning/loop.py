@@ -52,7 +52,7 @@ class PruningLoop:
         self._mode, self._backend, self._refresher, self._trajectory = mode, backend, refresher, trajectory
         self._evidence = refresher.evidence
         self._averages: list[Average] = []
-        self._keeps_found = config.keeps_found
+        self._keeps_found = config.density == "found"
         self._found: list[PruneEvent] = []  # rows of the masks that were made of the zeros, until training begins
         self._hidden: list[dict[str, Tensor]] = []  # of averages that a checkpoint held and nobody added yet
         self._began = False
@@ -123,9 +123,7 @@ class PruningLoop:
         self.keeper.attach()
         self._evidence.attach()
         if self._keeps_found:
-            self._found = self._refresher.run(
-                self.clock.steps, self.clock.epochs, self._position, self.keeper.dense_owners()
-            )
+            self._found = self._refresher.run(0, 0, self._position, self.keeper.dense_owners())
             self._say_what_is_found()
         self._observe_if_near()
         for module in averages_in(self._backend.module) if self._mode.name != "observe" else ():
@@ -266,7 +264,8 @@ class PruningLoop:
         self._observe_if_near()
         if late is not None:
             self._tell(f"the refresh due at step {self.clock.steps} is late: {late}", "late")
-        self._refresher.warn_once(events)  # last: where warnings are errors, the refresh is done all the same
+        if not self._keeps_found:
+            self._refresher.warn_once(events)  # last: where warnings are errors, the refresh is done all the same
         return events
 
     def _follow(self) -> None:

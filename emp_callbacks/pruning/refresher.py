@@ -284,10 +284,8 @@ class Refresher:
                 warn_the_user(line)
 
     def _rule_at(self, position: int) -> KeepRule:
-        config, density = self._config, self._config.density_at(position)
-        rule = KeepRule(
-            beta=config.beta_at(position), density=density, min_density=config.min_density, found=config.keeps_found
-        )
+        config, density, found = self._config, self._config.density_at(position), self._config.density == "found"
+        rule = KeepRule(beta=config.beta_at(position), density=density, min_density=config.min_density, found=found)
         if density is not None and config.shares != "uniform":
             rule = replace(rule, densities=_shared(density, config.shares, self.layers))
         # Of weights there are so many that neither guard matters.
