@@ -23,6 +23,8 @@ from emp_callbacks.layer.mask_mode import MaskMode
 from emp_callbacks.pruning.accounting import with_note
 from emp_callbacks.pruning.assembly import (
     DynamicSite,
+    adapter_names,
+    check_not_frozen,
     chosen_parameters,
     find_dynamic_sites,
     find_layers,
@@ -73,6 +75,7 @@ class Refresher:
         else:
             self.layers = find_layers(config, self.criterion, backend)
             _check_named(config.shares, self.layers)
+            check_not_frozen(self.layers, backend, self.criterion, self.growth)
         self._rule = self._rule_at(0)
         self.weights = masked_weights(self.layers)
         self._chosen = [id(parameter) for parameter in chosen_parameters(config, backend)]
@@ -249,6 +252,11 @@ class Refresher:
         sizes = {layer.name: layer.span.size for layer in self.layers if layer.is_known}
         total = sum(sizes.values())
         return sum(self._kept.get(name, size) for name, size in sizes.items()) / total if total else 1.0
+
+    @property
+    def adapters(self) -> set[str]:
+        """The names of the masked weights that a merged model has no more."""
+        return adapter_names(self.layers)
 
     def masking_sites(self) -> list[ForwardSite]:
         """Return the sites that mask what passes them now."""

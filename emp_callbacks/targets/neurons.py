@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from emp_callbacks.targets.adapter_members import adapter_rows
 from emp_callbacks.targets.heads import projections
 from emp_callbacks.targets.unit_search import (
     CONVOLUTIONS,
@@ -87,8 +88,9 @@ def neurons(
 
     Returns:
         One `UnitTarget` per layer or gated MLP. Members, all masked: rows of the weight ("weight", the only scored
-        ones), bias ("bias"), scale and shift of the batch norm that follows ("scale", "shift"). Observed: the output
-        of the batch norm, else of the layer; for gated layers the input of the layer that reads their product.
+        ones), bias ("bias"), scale and shift of the batch norm that follows ("scale", "shift"), and what PEFT's
+        adapters of the layer write into the units ("adapter"). Observed: the output of the batch norm, else of the
+        layer; for gated layers the input of the layer that reads their product.
 
     Raises:
         ValueError: Nothing is found or left, a pattern matches no layer, or a named layer cannot be silenced.
@@ -109,8 +111,9 @@ def neurons(
     if not chosen:
         raise ValueError(
             "no hidden neurons were found: looked for dense layers that another one or an activation follows, gated "
-            f"MLPs and convolutions; {search.summary()}. Name what you want with include=['pattern']"
+            f"MLPs and convolutions; {search.summary()}. Name what you want with include=['pattern'], frozen layers too"
         )
+    search.check(chosen)
     for target in chosen:
         _check_silent(layers[target.name], target)
     return chosen
@@ -282,3 +285,4 @@ def _members(search: UnitSearch, layer: nn.Module, units: int) -> Iterator[Membe
     yield search.member(own(layer, "weight"), dim, unit_of, "weight", masked=True, scored=True, output_dim=dim)
     if has(layer, "bias"):
         yield search.member(own(layer, "bias"), 0, unit_of, "bias", masked=True, scored=False)
+    yield from adapter_rows(search, layer, unit_of)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, TypeGuard
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from emp_callbacks.targets.names import canonical_name, check_patterns, matches
-from emp_callbacks.targets.units import MemberTarget, UnitTarget
+from emp_callbacks.targets.adapters import adapted, adapter_paths
+from emp_callbacks.targets.names import check_patterns, known_names, matches
+from emp_callbacks.targets.units import MemberTarget, Role, UnitTarget
 from emp_callbacks.targets.weights import WeightTarget
 
 # Those whose output channels are rows of the weight.
@@ -30,12 +31,17 @@ class UnitSearch:
         self.model = model
         self._full_shape = full_shape
         self._names: dict[nn.Module | nn.Parameter, list[str]] = {}
+        self._adapters: dict[nn.Module, list[nn.Module]] = {}
+        self._refused: dict[nn.Parameter, str] = {}
+        paths = adapter_paths(model)
         for name, module in model.named_modules(remove_duplicate=False):
-            if not _is_wrapper(module):
+            if (base := adapted(module)) is not None:
+                self._adapters.setdefault(_innermost(base), []).append(module)
+            elif name not in paths and _inner(module) is None:
                 # With its dot, a wrapper's name is found at the end of the path too.
-                self._names.setdefault(module, []).append(canonical_name(f"{name}.")[:-1])
+                self._names.setdefault(module, []).extend(one[:-1] for one in known_names(f"{name}."))
         for name, parameter in model.named_parameters(remove_duplicate=False):
-            self._names.setdefault(parameter, []).append(canonical_name(name))
+            self._names.setdefault(parameter, []).extend(known_names(name))
 
     def modules(self) -> Iterator[nn.Module]:
         """Yield every module once, in the model's order, without what wrappers added."""
@@ -62,7 +68,7 @@ class UnitSearch:
         parameter: nn.Parameter,
         dim: int,
         unit_of: Tensor,
-        role: Literal["weight", "bias", "scale", "shift", "input", "output"],
+        role: Role,
         *,
         masked: bool,
         scored: bool,
@@ -72,6 +78,20 @@ class UnitSearch:
         return MemberTarget(
             WeightTarget(self.name(parameter), parameter, output_dim), dim, unit_of, masked, scored, role
         )
+
+    def adapters_of(self, layer: nn.Module) -> list[nn.Module]:
+        """Return the modules of PEFT that adapt a layer."""
+        return self._adapters.get(layer, [])
+
+    def refuse(self, parameter: nn.Parameter, why: str) -> None:
+        """Say why the masks of a parameter would not do what they are for."""
+        self._refused[parameter] = why
+
+    def check(self, targets: Sequence[UnitTarget]) -> None:
+        """Raise ValueError for the first of the layers whose masks would not do what they are for."""
+        for member in (member for target in targets for member in target.members if member.masked):
+            if (why := self._refused.get(member.weight.parameter)) is not None:
+                raise ValueError(why)
 
     def masked_once(self, targets: Sequence[UnitTarget]) -> list[UnitTarget]:
         """Return the layers without those whose masked parameters, being tied, an earlier layer masks already."""
@@ -134,8 +154,7 @@ def child(module: nn.Module, path: str) -> nn.Module | None:
     found: nn.Module | None = module
     for part in path.split("."):
         found = found._modules.get(part) if found is not None else None
-        while found is not None and _is_wrapper(found):
-            found = next(found._modules[name] for name in _WRAPPED if name in found._modules)
+        found = found and _innermost(found)
     return found
 
 
@@ -188,9 +207,18 @@ def blocks(size: int, units: int) -> Tensor:
     return torch.arange(size, device="cpu") // (size // units)
 
 
-def _is_wrapper(module: nn.Module) -> bool:
-    return any(name in module._modules for name in _WRAPPED)
+def _inner(module: nn.Module) -> nn.Module | None:
+    """Return the module that a wrapper holds; None if this is none."""
+    wrapped = (module._modules[name] for name in _WRAPPED if name in module._modules)
+    return next(wrapped, None) or adapted(module)
+
+
+def _innermost(module: nn.Module) -> nn.Module:
+    while (inner := _inner(module)) is not None:
+        module = inner
+    return module
 
 
 def _has_weight(module: nn.Module | None) -> bool:
-    return module is not None and has(module, "weight")
+    # Quantized weights are codes: neither scores nor zeros mean anything there.
+    return module is not None and has(module, "weight") and own(module, "weight").is_floating_point()
