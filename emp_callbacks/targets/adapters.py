@@ -37,6 +37,16 @@ def adapter_parameters(model: nn.Module) -> set[nn.Parameter]:
     return adapters - others
 
 
+def adapted_weights(model: nn.Module) -> dict[int, bool]:
+    """Return the ids of the parameters that adapters change while they are merged, and whether they are now."""
+    found: dict[int, bool] = {}
+    for module in model.modules():
+        if (base := adapted(module)) is not None:
+            merged = bool(getattr(module, "merged", False))
+            found |= {id(parameter): merged for parameter in base.parameters(recurse=False)}
+    return found
+
+
 def _walk(name: str, module: nn.Module, *, inside: bool) -> Iterator[tuple[str, bool]]:
     """Yield the name of every module below this one, and whether it belongs to an adapter."""
     is_own = is_peft(module)
