@@ -265,11 +265,11 @@ class WeightKeeper:
 
     @torch.no_grad()
     def count_zeros(self) -> tuple[int, int]:
-        """Return how many of this rank's kept weights are 0, and of how many; parameters that start at 0 left out."""
+        """Return how many of this rank's kept weights that train are 0, and of how many; what is all 0 is left out."""
         zeros = total = 0
         for weight in self.weights:
             nonzero = int(weight.weight.count_nonzero())
-            if nonzero:
+            if nonzero and weight.segment.owner.requires_grad:
                 kept = int(weight.mask_or_ones.count_nonzero())
                 zeros, total = zeros + kept - nonzero, total + kept
         return zeros, total
