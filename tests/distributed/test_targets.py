@@ -21,6 +21,7 @@ SETTINGS = {
     "weights-rewire": {"mode": "rewire", "density": 0.3, "scope": "tensor", "shares": "erk"},
     "weights-rewire-random": {"mode": "rewire", "density": 0.3, "grow": "random"},
     "weights-wanda-row": {"criterion": "wanda", "scope": "row", "certify": True},
+    "weights-found": {"mode": "freeze", "density": "found"},
     "heads": {"target": "heads", "beta": 0.7, "mode": "project"},
     "heads-taylor": {"target": "heads", "criterion": "taylor", "beta": 0.9, "certify": True},
     "heads-activation": {"target": "heads", "criterion": "activation", "beta": 0.7, "scope": "tensor"},
@@ -39,10 +40,14 @@ ZERO_WAYS = ("zero1", "zero2", "zero3")
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 
 
-def make_model(dtype):
+def make_model(dtype, name):
     torch.manual_seed(0)
     sizes = {"img_size": 8, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 3}
-    return timm.create_model("vit_tiny_patch16_224", in_chans=1, num_classes=5, **sizes).to(dtype)
+    model = timm.create_model("vit_tiny_patch16_224", in_chans=1, num_classes=5, **sizes).to(dtype)
+    for parameter in model.parameters() if name == "weights-found" else ():
+        parameter.data.mul_(torch.rand_like(parameter, dtype=torch.float32) < 0.6)
+    model.head.weight.data.mul_(name != "weights-found")  # a layer of zeros alone
+    return model
 
 
 def wrap(way, model):
@@ -80,7 +85,7 @@ def closing(pruner, losses):
 
 def train(rank, world_size, way, name, folder=None):
     """Train with torch's own strategies, in double precision: far from any tie."""
-    model = wrap(way, make_model(torch.float64))
+    model = wrap(way, make_model(torch.float64, name))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     pruner = EMPPruner(model, optimizer, every_n_steps=EVERY, evidence_steps=2, **SETTINGS[name])
     losses = []
@@ -104,7 +109,7 @@ def train(rank, world_size, way, name, folder=None):
 def train_zero(deepspeed, rank, world_size, stage, name):
     from emp_callbacks.integrations.deepspeed import EMPHook
 
-    model = make_model(torch.float32)
+    model = make_model(torch.float32, name)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=torch.optim.AdamW(model.parameters(), lr=0.01),
