@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import peft  # noqa: F401  (of a page; where bitsandbytes is there, its import compiles, which a test may not)
 import pytest
 import torch
 import yaml

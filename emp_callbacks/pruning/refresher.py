@@ -132,12 +132,13 @@ class Refresher:
         """Return the layers together with those that are masked and still in the model: a frozen one keeps its mask."""
         held = {id(parameter) for parameter in self._backend.module.parameters()}
         found = [_identity(layer) for layer in layers]
+        new = {name for name, _ in found}  # such a layer has taken the place of the one that had its name
         before = 0
         for layer in self.layers:
             name, owners = _identity(layer)
             if (name, owners) in found:
                 before = 1 + found.index((name, owners))
-            elif layer.mask is not None and held.issuperset(owners):
+            elif layer.mask is not None and name not in new and held.issuperset(owners):
                 layers.insert(before, layer)
                 found.insert(before, (name, owners))
                 before += 1

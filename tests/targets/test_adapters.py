@@ -149,6 +149,24 @@ def test_adapters_that_would_bring_pruned_units_back_are_refused(kind, find):
         find(model, include=["*"])
 
 
+def test_an_adapter_that_comes_later_is_followed():
+    model, batch = adapted_model(adapters.llama, "lora")
+    optimizer = optimizer_of(model)
+    pruner = EMPPruner(model, optimizer, target="heads", density=0.5, include=["*"], every_n_steps=2)
+    train(model, batch, optimizer, pruner, 3)
+    model.add_adapter("other", adapters.KINDS["lora"](["o_proj"]))
+    model.set_adapter("other")
+    optimizer.add_param_group({"params": [p for name, p in model.named_parameters() if ".other." in name]})
+    with pytest.warns(UserWarning, match="replaced, so that its mask begins anew: model.layers.0.self_attn"):
+        train(model, batch, optimizer, pruner, 1)
+    assert [weight.name.rpartition("o_proj.")[2] for weight in pruner._weights] == [
+        "weight",
+        "lora_A.default.weight",
+        "lora_A.other.weight",
+    ]
+    assert pruner.audit().clean
+
+
 def test_adapters_are_no_neurons():
     model, _ = adapted_model(adapters.llama, "lora")
     with pytest.raises(ValueError, match=r"no hidden neurons were found.*frozen layers too"):
