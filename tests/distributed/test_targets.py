@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 
+import peft
 import pytest
 import timm
 import torch
@@ -35,6 +36,12 @@ SETTINGS = {
     "features-dynamic": {"target": "features", "dynamic": True, "beta": 0.8},
     "edges": {"target": "attention_edges", "criterion": "attention_logit"},
 }
+# Of a base that no optimizer updates DeepSpeed holds no part.
+ADAPTERS = {
+    "adapters-found": {"include": ["*qkv.base_layer.weight"], "mode": "freeze", "density": "found"},
+    "adapters-heads": {"target": "heads", "beta": 0.8, "include": ["*attn"]},
+}
+TORCH_SETTINGS = SETTINGS | ADAPTERS
 TORCH_WAYS = ("ddp", "fsdp2", "fsdp1")
 ZERO_WAYS = ("zero1", "zero2", "zero3")
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
@@ -44,9 +51,12 @@ def make_model(dtype, name):
     torch.manual_seed(0)
     sizes = {"img_size": 8, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 3}
     model = timm.create_model("vit_tiny_patch16_224", in_chans=1, num_classes=5, **sizes).to(dtype)
-    for parameter in model.parameters() if name == "weights-found" else ():
+    for parameter in model.parameters() if "found" in name else ():
         parameter.data.mul_(torch.rand_like(parameter, dtype=torch.float32) < 0.6)
     model.head.weight.data.mul_(name != "weights-found")  # a layer of zeros alone
+    if name in ADAPTERS:
+        lora = peft.LoraConfig(r=3, target_modules=["qkv", "proj"], init_lora_weights=False)
+        return peft.get_peft_model(model, lora).to(dtype)
     return model
 
 
@@ -86,8 +96,8 @@ def closing(pruner, losses):
 def train(rank, world_size, way, name, folder=None):
     """Train with torch's own strategies, in double precision: far from any tie."""
     model = wrap(way, make_model(torch.float64, name))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    pruner = EMPPruner(model, optimizer, every_n_steps=EVERY, evidence_steps=2, **SETTINGS[name])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    pruner = EMPPruner(model, optimizer, every_n_steps=EVERY, evidence_steps=2, **TORCH_SETTINGS[name])
     losses = []
     for step in range(STEPS):
         x, y = batch(step, torch.float64)
@@ -133,7 +143,9 @@ def train_zero(deepspeed, rank, world_size, stage, name):
 
 def on_torch(rank, world_size, folder):
     with process_group(rank, world_size, folder):
-        found = {(way, name): train(rank, world_size, way, name, folder) for way in TORCH_WAYS for name in SETTINGS}
+        found = {
+            (way, name): train(rank, world_size, way, name, folder) for way in TORCH_WAYS for name in TORCH_SETTINGS
+        }
     torch.save(found, f"{folder}/rank{rank}.pt")
 
 
@@ -172,7 +184,7 @@ def alone(name):
 
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("way", TORCH_WAYS)
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", TORCH_SETTINGS)
 def test_torch_strategies_give_the_masks_of_one_process(world_size, way, name, ranks):
     expected = alone(name)
     assert any(keep < n for _, n, keep, *_ in expected["rows"]), "a mask that keeps all compares nothing"

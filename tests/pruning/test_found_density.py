@@ -2,11 +2,12 @@
 
 import warnings
 
+import lightning.pytorch as lightning
 import pytest
 import torch
 from torch import nn
 
-from emp_callbacks import EMPConfig, EMPPruner
+from emp_callbacks import EMPCallback, EMPConfig, EMPPruner
 
 FOUND = {"density": "found", "mode": "freeze"}
 
@@ -101,6 +102,48 @@ def test_a_state_that_is_loaded_takes_their_place():
     again.load_state_dict(state)
     assert all(torch.equal(mask, masks[name]) for name, mask in again.masks.items())
     assert again.trajectory.records() == rows
+
+
+class Module(lightning.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = sparse_net()
+        self.zeros = zeros_of(self.net)
+        self.steps = 0
+
+    def training_step(self, batch):
+        return self.net(batch).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.05, weight_decay=0.1)
+
+    def on_train_batch_end(self, *_):
+        self.steps += same(self.net, self.zeros)
+
+
+def fit(folder, epochs, checkpoint=None):
+    module, emp = Module(), EMPCallback(**FOUND, summary=False)
+    trainer = lightning.Trainer(
+        max_epochs=epochs, callbacks=[emp], accelerator="cpu", logger=False, enable_progress_bar=False,
+        enable_model_summary=False, gradient_clip_val=0.1, default_root_dir=folder,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    trainer.fit(module, torch.utils.data.DataLoader(torch.randn(32, 6), batch_size=8), ckpt_path=checkpoint)
+    trainer.save_checkpoint(folder / "last.ckpt")
+    return module, emp.pruner
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_the_callback_keeps_them_too_and_resumes(tmp_path):
+    module, pruner = fit(tmp_path / "whole", 3)
+    assert module.steps == 12
+    assert [event.step for event in pruner.trajectory] == [0, 4, 8, 12]
+    fit(tmp_path / "parts", 1)
+    again, resumed = fit(tmp_path / "parts", 3, tmp_path / "parts" / "last.ckpt")
+    assert again.steps == 8
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), again.parameters(), strict=True))
+    assert [event.step for event in resumed.trajectory] == [0, 4, 8, 12]
+    assert [file.name for file in (tmp_path / "parts").glob("*.jsonl*")] == ["emp_trajectory.jsonl"]
 
 
 @pytest.mark.parametrize(
