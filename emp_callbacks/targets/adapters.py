@@ -20,7 +20,8 @@ def is_peft(module: nn.Module) -> bool:
 
 def adapted(module: nn.Module) -> nn.Module | None:
     """Return the layer that a module of PEFT stands in for; None if it is another kind of module."""
-    return module._modules.get("base_layer") if is_peft(module) else None
+    base = module._modules.get("base_layer")
+    return base if base is not None and is_peft(module) else None
 
 
 def adapter_paths(model: nn.Module) -> set[str]:

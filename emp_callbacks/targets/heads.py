@@ -94,7 +94,7 @@ def attention_heads(
 def projections(module: nn.Module) -> list[nn.Module]:
     """Return the dense layers or convolutions that are the projections of this attention; none if it is not one."""
     if isinstance(module, nn.MultiheadAttention):
-        return [module.out_proj]
+        return [out] if (out := child(module, "out_proj")) is not None else []
     layout = _layout(module)
     if layout is None:
         return []
@@ -201,9 +201,10 @@ def _heads_are_minor(module: nn.Module) -> bool:
 
 
 def _multihead(search: UnitSearch, module: nn.MultiheadAttention) -> UnitTarget:
-    out = module.out_proj
-    heads = module.num_heads
-    members = [_columns(search, out, blocks(search.inputs(out), heads))]
+    out, heads = child(module, "out_proj"), module.num_heads
+    assert out is not None
+    unit_of = blocks(search.inputs(out), heads)
+    members = [_columns(search, out, unit_of), *adapter_columns(search, out, unit_of)]
     if has(module, "in_proj_weight"):
         inputs = [("in_proj_weight", 3)]
     else:

@@ -49,7 +49,7 @@ def timm_vit():
     import timm
 
     kwargs = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 4, "num_classes": 2}
-    return timm.models.VisionTransformer(**kwargs), ["qkv", "proj", "fc1", "fc2"], torch.randn(2, 3, 8, 8)
+    return timm.models.VisionTransformer(**kwargs), ["qkv", "attn.proj", "fc1", "fc2"], torch.randn(2, 3, 8, 8)
 
 
 def adapted_model(make, kind):
