@@ -57,7 +57,7 @@ class EMPConfig:
             Not for weights, of which there are enough.
         density: Keep this fraction of each group, in (0, 1], instead of N_eff: for baselines. Or a Ramp: gradual
             pruning goes from 1 to the density along a cubic curve (Zhu and Gupta, arXiv:1710.01878). Or "found", with
-            mode="freeze": a sparse model that is trained further keeps its zeros from the first step on.
+            mode="freeze": what is not 0 when the pruner is made, so that a sparse model trains on and stays sparse.
         shares: How layers that do not compete share `density`: "uniform" (each the same), "erk" (more for small layers,
             Erdos-Renyi-Kernel, arXiv:1911.11134), or relative densities by layer name. All together keep `density`.
         pattern: "N:M" keeps the N highest of every M neighbours along a weight's inputs, such as "2:4", which GPUs
@@ -243,7 +243,7 @@ class EMPConfig:
         plain: dict[str, Any] = {
             **dict.fromkeys(("every_n_epochs", "every_n_steps", "start", "stop")),
             "beta": self.beta_at(sys.maxsize),
-            "density": self.density_at(sys.maxsize),
+            "density": self.density_at(sys.maxsize),  # what "found" kept is all that is left to score
             "grow": "gradient",
             "drop_fraction": 0.3,
             "mode": "feedback" if in_forward else "project",
@@ -268,9 +268,9 @@ class EMPConfig:
         return self.beta.at(position) if isinstance(self.beta, Ramp) else float(self.beta)
 
     def density_at(self, position: int) -> float | None:
-        """Return the density at a position of the schedule; None where N_eff decides."""
+        """Return the density at a position of the schedule; None where N_eff decides, or the zeros that are there."""
         if isinstance(self.density, str):
-            return 1.0  # a score of 0 is never kept
+            return None
         return self.density.at(position) if isinstance(self.density, Ramp) else self.density
 
     def drop_fraction_at(self, position: int) -> float:

@@ -6,7 +6,7 @@ from typing import Any
 
 from emp_callbacks.core.group_pattern import GroupPattern
 from emp_callbacks.criteria import make_criterion
-from emp_callbacks.setting_checks import check_choice, check_fraction, check_shares, ends
+from emp_callbacks.setting_checks import check_choice, check_found, check_fraction, check_shares, ends
 
 
 def check_counts(config: Any) -> None:
@@ -16,7 +16,7 @@ def check_counts(config: Any) -> None:
         _check_pattern(config)
     _check_shares(config)
     if isinstance(config.density, str):
-        _check_found(config)
+        check_found({**vars(config), "criterion": config.criterion_name})
     elif config.density is not None:
         _check_density(config)
 
@@ -45,12 +45,6 @@ def _check_density(config: Any) -> None:
         )
     if config.min_density > min(ends(config.density)):
         raise ValueError(f"min_density={config.min_density} is above density={config.density}; drop min_density")
-
-
-def _check_found(config: Any) -> None:
-    check_choice("density", config.density, ("found",))
-    why = "density='found' keeps the zeros that a model has, which needs"
-    _check_plain(config, why, "global", mode="freeze", criterion_name="magnitude", observe_only=False)
 
 
 def _check_pattern(config: Any) -> None:

@@ -26,6 +26,7 @@ from emp_callbacks.targets import (
     UnitTarget,
     WeightTarget,
     canonical_name,
+    few,
     left_out,
     prunable_weights,
 )
@@ -106,6 +107,27 @@ def _rules(config: EMPConfig, backend: Backend) -> tuple[nn.Module, Globs, Globs
 
 def _is_updated(target: UnitTarget, updates: Callable[[nn.Parameter], bool]) -> bool:
     return any(updates(member.weight.parameter) for member in target.members if member.masked)
+
+
+def adapter_names(layers: Sequence[Layer]) -> set[str]:
+    """Return the names of masked parameters that PEFT's adapters bring: a merged model has them no more."""
+    members = [member for layer in layers if isinstance(layer, UnitLayer) for member in layer.members]
+    return {member.segment.name for member in members if member.role == "adapter"}
+
+
+def check_not_frozen(layers: Sequence[Layer], backend: Backend, criterion: Criterion, growth: Criterion | None) -> None:
+    """Raise ValueError where one of the criteria reads gradients and none of the layers can have any."""
+    if "gradients" not in (criterion.needs, growth.needs if growth else None):
+        return
+    adapters = adapter_names(layers)
+    parameters = {canonical_name(name): p for name, p in backend.module.named_parameters()}
+    masked = [weight.name for layer in layers for weight in layer.weights if weight.name not in adapters]
+    if masked and not any(parameters[name].requires_grad for name in masked if name in parameters):
+        raise ValueError(
+            f"what is to be pruned is frozen ({few(masked, 2)}) and has no gradients, by which it is to be scored: use "
+            "a criterion that does without ('magnitude', 'wanda', 'weight_norm', 'activation'; grow='random'), or "
+            "requires_grad_(True)"
+        )
 
 
 def _check_shapes(model: nn.Module) -> None:

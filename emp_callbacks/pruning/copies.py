@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, final
 
@@ -17,7 +17,6 @@ from emp_callbacks.layer.hiding import hide_all, unhide_all
 from emp_callbacks.layer.mask_mode import Feedback
 from emp_callbacks.layer.masked_weight import MaskedWeight
 from emp_callbacks.targets import WeightTarget, match_names
-from emp_callbacks.targets.adapters import is_adapters_name
 from emp_callbacks.targets.forward_site import ForwardSite
 
 # By which torch's AveragedModel, and timm's ModelEmaV3 and V2, take in the model's weights.
@@ -140,6 +139,7 @@ class MaskedCopy(AbstractContextManager[None]):
         model: The other model, changed at once.
         weights: The pruner's masked weights.
         sites: Its modules whose outputs are masked in the forward pass.
+        optional: Names of weights that the other model may lack, as a merged one lacks adapters.
 
     Raises:
         ValueError: The model lacks one of the weights or modules, or has it in another shape; nothing was changed.
@@ -147,8 +147,15 @@ class MaskedCopy(AbstractContextManager[None]):
     """
 
     @torch.no_grad()
-    def __init__(self, model: nn.Module, weights: Sequence[MaskedWeight], sites: Iterable[ForwardSite]) -> None:
-        pairs = pair_up(weights, model, all_of_them=True)
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: Sequence[MaskedWeight],
+        sites: Iterable[ForwardSite],
+        *,
+        optional: Collection[str] = (),
+    ) -> None:
+        pairs = pair_up(weights, model, all_of_them=True, optional=optional)
         modules = _modules_of(model)
         there = list(sites)
         if missing := [site.name for site in there if site.name not in modules]:
@@ -176,7 +183,7 @@ class MaskedCopy(AbstractContextManager[None]):
 
 
 def pair_up(
-    weights: Sequence[MaskedWeight], model: nn.Module, *, all_of_them: bool
+    weights: Sequence[MaskedWeight], model: nn.Module, *, all_of_them: bool, optional: Collection[str] = ()
 ) -> list[tuple[MaskedWeight, nn.Parameter]]:
     """Return each weight with the parameter of another model that has its name, wrappers left out.
 
@@ -193,7 +200,7 @@ def pair_up(
     ours = {weight.name: weight for weight in weights}
     matched = match_names(list(ours), list(parameters))
     found = {own: parameters[theirs] for theirs, own in matched.items()}
-    missing = [name for name in ours if name not in found and not is_adapters_name(name)]
+    missing = [name for name in ours if name not in found and name not in optional]
     if missing and (all_of_them or not found):
         raise ValueError(
             f"{type(model).__name__} has no parameter {missing[0]!r} ({len(missing)} of {len(ours)} masked weights are "

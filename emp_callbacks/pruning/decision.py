@@ -68,7 +68,7 @@ def _decide_pooled(layers: Sequence[Scored], scope: str, rule: KeepRule, ranks: 
     for g, threshold in enumerate(search.thresholds(keeps)):
         of_layers = tuple(own[i] for i in pools[g].members)
         if threshold is None:
-            found.append(_nothing_known(pools[g], of_layers))
+            found.append(_nothing_known(pools[g], of_layers, kept=not rules[g].found))
         else:
             keep = _Keep(keeps[g], float(n_eff[g]), floors[g])
             found.append(_decision(pools[g], keep, threshold, of_layers, rules[g], ranks))
@@ -108,12 +108,14 @@ def _all_sum(pools: Sequence[_Pool], ranks: Ranks) -> AllSum:
     return local_sum if alone else ranks.all_sum
 
 
-def _nothing_known(pool: _Pool, own: tuple[LayerSums, ...]) -> Decision:
-    note = "every score is 0: no information, nothing more is pruned"
+def _nothing_known(pool: _Pool, own: tuple[LayerSums, ...], *, kept: bool) -> Decision:
+    note = "every score is 0: no information, nothing more is pruned" if kept else "every weight is 0 and stays so"
     size = pool.size
-    return Decision(
-        pool.name, pool.members, size, 0.0, size, 0.0, own, 0, note, False, None, lambda i: _all_kept(pool.layers[i])
-    )
+
+    def mask(i: int) -> Tensor:
+        return torch.full_like(pool.layers[i].scores, kept, dtype=torch.bool)
+
+    return Decision(pool.name, pool.members, size, 0.0, size if kept else 0, 0.0, own, 0, note, False, None, mask)
 
 
 def _decision(
@@ -211,7 +213,3 @@ def _best_units(layer: Scored, count: int) -> Tensor:
     """Return the mask of the best few units of one layer, which every rank holds whole."""
     keep = torch.tensor([count])
     return top_rows(layer.scores.reshape(1, -1), keep).view(layer.scores.shape)
-
-
-def _all_kept(layer: Scored) -> Tensor:
-    return torch.ones_like(layer.scores, dtype=torch.bool)

@@ -48,6 +48,7 @@ class KeepRule:
         tolerance: Added to beta * N_eff before the floor, in components.
         densities: Fixed fraction of single groups, by name, in place of `density`.
         pattern: N of every M instead, each M a group of its own.
+        found: Whether all stay that are not 0, and nothing else counts.
     """
 
     beta: float = 1.0
@@ -57,6 +58,7 @@ class KeepRule:
     tolerance: float = 0.0
     densities: Mapping[str, float] = field(default_factory=dict)
     pattern: GroupPattern | None = None
+    found: bool = False
 
     def of_group(self, name: str) -> KeepRule:
         """Return the rule of one group."""
@@ -70,8 +72,11 @@ class KeepRule:
     def counts(self, n_eff: Tensor, size: int, nonzero: Tensor) -> Tensor:
         """Return the keep counts of G groups of `size` components, shape (G,), int64.
 
-        Zeros are never kept to fill a quota; a group whose scores are all 0 says nothing and is kept whole.
+        Zeros are never kept to fill a quota; a group whose scores are all 0 says nothing and is kept whole, unless
+        zeros are what is looked for.
         """
+        if self.found:
+            return nonzero.long()
         wanted, beta = (n_eff, self.beta) if self.density is None else (torch.full_like(n_eff, size), self.density)
         least = max(1, math.ceil(self.min_density * size * (1 - 1e-12)))
         wanted = wanted + (self.tolerance / beta if beta else 0.0)  # a layer may have a share of 0

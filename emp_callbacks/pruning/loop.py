@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, final
 
 from torch import Tensor, nn
@@ -51,6 +52,8 @@ class PruningLoop:
         self._mode, self._backend, self._refresher, self._trajectory = mode, backend, refresher, trajectory
         self._evidence = refresher.evidence
         self._averages: list[Average] = []
+        self._keeps_found = config.density == "found"
+        self._found: list[PruneEvent] = []  # rows of the masks that were made of the zeros, until training begins
         self._hidden: list[dict[str, Tensor]] = []  # of averages that a checkpoint held and nobody added yet
         self._began, self._zeros = False, (0, 0)  # of how many weights how many were 0 at the first step
         self._told: set[str] = set()
@@ -62,6 +65,7 @@ class PruningLoop:
 
     def step(self, end_of_epoch: bool) -> list[PruneEvent]:
         """Count one call after an optimizer step; see `EMPPruner.step`. Collective when it refreshes."""
+        self._record_found()
         if self.keeper.copied:
             self._tell(
                 "this pruner is a copy, which sees no optimizer step: make a new one of the copied model and optimizer "
@@ -98,11 +102,6 @@ class PruningLoop:
         """Recompute the masks now. Collective."""
         return self._refresh(self.clock.epochs, due=True, by_hand=True)
 
-    def keep_zeros(self) -> None:
-        """Mask the zeros that the model has, before its first step. Collective."""
-        if all(event.keep == event.n for event in self.refresh()):
-            self._tell("density='found' keeps the zeros of a sparse model, and no weight to prune is 0 here", "found")
-
     def close(self) -> list[PruneEvent]:
         """Project what grew back since the last refresh; see `EMPPruner.close`. Collective."""
         if self._refresher.criterion.needs is None:
@@ -120,9 +119,12 @@ class PruningLoop:
     # ---- beginning and end ----------------------------------------------------------------------------------------
 
     def attach(self) -> None:
-        """Put the hooks on the optimizers, the gradients and the modules in place."""
+        """Put the hooks on the optimizers, the gradients and the modules in place. Collective with density="found"."""
         self.keeper.attach()
         self._evidence.attach()
+        if self._keeps_found:
+            self._found = self._refresher.run(0, 0, self._position, self.keeper.dense_owners())
+            self._say_what_is_found()
         self._observe_if_near()
         for module in averages_in(self._backend.module) if self._mode.name != "observe" else ():
             try:
@@ -143,6 +145,7 @@ class PruningLoop:
         """Take over the position of a run that was begun without EMP; what lies before it is not caught up on."""
         self.clock = Clock(steps=steps, epochs=epochs, steps_at_epoch=steps, epoch_length=epoch_length)
         self.clock.last_position = self._position
+        self._record_found()
         self._observe_if_near()
 
     def take_up(self, clock: Clock, averages: Sequence[dict[str, Tensor]] = ()) -> None:
@@ -151,6 +154,7 @@ class PruningLoop:
         # torch makes a step to have states that it can load those of a checkpoint into.
         self._backend.take_applied()
         self._zeros = (0, 0)
+        self._found = []  # the checkpoint's masks took the place of these
         self.keeper.restored()
         self._hidden = list(averages)
         for average in self._averages:
@@ -272,7 +276,8 @@ class PruningLoop:
         self._observe_if_near()
         if late is not None:
             self._tell(f"the refresh due at step {self.clock.steps} is late: {late}", "late")
-        self._refresher.warn_once(events)  # last: where warnings are errors, the refresh is done all the same
+        if not self._keeps_found:
+            self._refresher.warn_once(events)  # last: where warnings are errors, the refresh is done all the same
         return events
 
     def _follow(self) -> None:
@@ -302,16 +307,36 @@ class PruningLoop:
     def _gradients_ready(self, owners: Collection[int], scale: Tensor | None) -> None:
         if not self._began:
             self._began = True
-            if not self._trajectory and self._mode.name != "observe" and not self._backend.rank:
+            self._record_found()
+            unmasked = not self._trajectory or self._keeps_found
+            if unmasked and self._mode.name != "observe" and not self._backend.rank:
                 self._zeros = self.keeper.count_zeros()  # now, as the update fills them
         self._evidence.gradients_ready(owners, self.clock.steps, scale)
 
-    def _say_if_sparse_already(self) -> None:
-        """Warn where a model with zeros begins to train: nothing keeps them before the first refresh."""
-        (zeros, total), self._zeros = self._zeros, (0, 0)
-        if zeros >= _SPARSE_ALREADY * total > 0:
+    def _record_found(self) -> None:
+        """Let the rows of the masks that were made of the zeros be the first ones: no checkpoint replaced them."""
+        rows, self._found = self._found, []
+        self._trajectory.extend([replace(row, step=self.clock.steps, epoch=self.clock.epochs) for row in rows])
+
+    def _say_what_is_found(self) -> None:
+        """Warn where density="found" found no zeros, or a layer that holds nothing else."""
+        if all(row.keep == row.n for row in self._found):
+            self._tell("density='found' keeps a sparse model's zeros, and none of the weights to prune is 0", "found")
+        empty = [layer.name for row in self._found for layer in row.layers if not layer.keep]
+        if empty:
             self._tell(
-                f"{zeros / total:.0%} of the weights to prune are 0 already and will train until the first refresh: "
-                "to keep a sparse model's zeros, use density='found', mode='freeze'",
-                "sparse",
+                f"all weights are 0 in {few(empty)} and stay so with density='found': exclude what is to be trained",
+                "empty",
             )
+
+    def _say_if_sparse_already(self) -> None:
+        """Warn where a model with zeros begins to train and no mask keeps them."""
+        (zeros, total), self._zeros = self._zeros, (0, 0)
+        if zeros < _SPARSE_ALREADY * total or not total:
+            return
+        share = f"{zeros / total:.0%} of the weights to prune are 0 already and will train"
+        if self._keeps_found:
+            remedy = "the sparse weights came after the pruner was made: call pruner.refresh() before the first step"
+        else:
+            remedy = "to keep a sparse model's zeros, use density='found', mode='freeze'"
+        self._tell(f"{share}{'' if self._keeps_found else ' until the first refresh'}: {remedy}", "sparse")

@@ -83,8 +83,6 @@ class EMPPruner(Readings):
         self.remedy = REMEDY
         self._loop.attach()
         self._say_what_is_left_out()
-        if self.config.density == "found":
-            self._loop.keep_zeros()
 
     def _say_what_is_left_out(self) -> None:
         told = surprising(self.left_out, self._weights_in_all)
@@ -214,7 +212,7 @@ class EMPPruner(Readings):
             ValueError: It lacks one of the masked weights, or has it in another shape; nothing was changed.
             NotImplementedError: The weights are sharded.
         """
-        return MaskedCopy(model, self._weights, self._refresher.masking_sites())
+        return MaskedCopy(model, self._weights, self._refresher.masking_sites(), optional=self._refresher.adapters)
 
     def add_average(self, model: nn.Module, updates: Sequence[tuple[Any, str]] = ()) -> Average:
         """Keep a model that averages this one masked, and its average one of dense values, in every mode.

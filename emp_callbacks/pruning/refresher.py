@@ -24,6 +24,8 @@ from emp_callbacks.layer.mask_mode import MaskMode
 from emp_callbacks.pruning.accounting import with_note
 from emp_callbacks.pruning.assembly import (
     DynamicSite,
+    adapter_names,
+    check_not_frozen,
     chosen_parameters,
     find_dynamic_sites,
     find_layers,
@@ -74,6 +76,7 @@ class Refresher:
         else:
             self.layers = find_layers(config, self.criterion, backend)
             _check_named(config.shares, self.layers)
+            check_not_frozen(self.layers, backend, self.criterion, self.growth)
         self._rule = self._rule_at(0)
         self.weights = masked_weights(self.layers)
         self._chosen = [id(parameter) for parameter in chosen_parameters(config, backend)]
@@ -130,12 +133,13 @@ class Refresher:
         """Return the layers together with those that are masked and still in the model: a frozen one keeps its mask."""
         held = {id(parameter) for parameter in self._backend.module.parameters()}
         found = [_identity(layer) for layer in layers]
+        new = {name for name, _ in found}  # such a layer has taken the place of the one that had its name
         before = 0
         for layer in self.layers:
             name, owners = _identity(layer)
             if (name, owners) in found:
                 before = 1 + found.index((name, owners))
-            elif layer.mask is not None and held.issuperset(owners):
+            elif layer.mask is not None and name not in new and held.issuperset(owners):
                 layers.insert(before, layer)
                 found.insert(before, (name, owners))
                 before += 1
@@ -179,7 +183,7 @@ class Refresher:
             "mode": self._mode.name,
             "criterion": config.criterion_name,
             "scope": "sample" if self.dynamic else config.scope,
-            "beta": rule.beta if rule.density is None else None,
+            "beta": rule.beta if config.density is None and config.pattern is None else None,
         }
         if self.dynamic:
             events = refresh_dynamic(self.dynamic, self._backend, not config.observe_only, common)
@@ -251,6 +255,11 @@ class Refresher:
         total = sum(sizes.values())
         return sum(self._kept.get(name, size) for name, size in sizes.items()) / total if total else 1.0
 
+    @property
+    def adapters(self) -> set[str]:
+        """The names of the masked weights that a merged model has no more."""
+        return adapter_names(self.layers)
+
     def masking_sites(self) -> list[ForwardSite]:
         """Return the sites that mask what passes them now."""
         features = [
@@ -285,8 +294,8 @@ class Refresher:
                 warn_the_user(line)
 
     def _rule_at(self, position: int) -> KeepRule:
-        config, density = self._config, self._config.density_at(position)
-        rule = KeepRule(beta=config.beta_at(position), density=density, min_density=config.min_density)
+        config, density, found = self._config, self._config.density_at(position), self._config.density == "found"
+        rule = KeepRule(beta=config.beta_at(position), density=density, min_density=config.min_density, found=found)
         if config.pattern is not None:
             pattern = GroupPattern.parse(config.pattern)
             return KeepRule(density=pattern.density, pattern=pattern)

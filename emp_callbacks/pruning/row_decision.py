@@ -76,7 +76,7 @@ def _counted(layer: Scored) -> list[RowPart]:
 
 
 def _note(matrix: RowMatrix) -> str:
-    silent = int((matrix.moments.nonzero == 0).sum())
+    silent = int(((matrix.moments.nonzero == 0) & (matrix.keep > 0)).sum())
     return f"{silent} rows whose scores are all 0 are kept whole" if silent else ""
 
 

@@ -13,11 +13,13 @@ from torch.utils.hooks import RemovableHandle
 
 from emp_callbacks.backends import Backend
 from emp_callbacks.core.device import is_captured
+from emp_callbacks.core.masked_values import zero_pruned
 from emp_callbacks.layer.mask_mode import MaskMode
 from emp_callbacks.layer.masked_weight import MaskedWeight
 from emp_callbacks.pruning.load_hook import LoadHook
 from emp_callbacks.pruning.other_writers import OtherWriters, seal
 from emp_callbacks.pruning.signatures import warn_the_user
+from emp_callbacks.targets import adapted_weights
 
 OnGradients = Callable[[Collection[int], Tensor | None], None]
 
@@ -220,7 +222,22 @@ class WeightKeeper:
         In `freeze` values under the mask cannot stay; that they are lost is said once.
         """
         if self.attached:
-            self._writers.notice(self._applied)
+            self._after_unmerging()
+            self._writers.notice(self._unmerged())
+
+    def _unmerged(self) -> Sequence[MaskedWeight]:
+        """Return the weights without those into which PEFT has merged adapters, which are others until it unmerges."""
+        merged = adapted_weights(self._backend.module)
+        return [weight for weight in self._applied if not merged.get(id(weight.segment.owner))]
+
+    @torch.no_grad()
+    def _after_unmerging(self) -> None:
+        """Zero what PEFT, when it unmerged, left under the masks of a frozen base: rounding errors, no dense values."""
+        adapted = adapted_weights(self._backend.module) if self._mode.keeps_zero and not self._revealed else {}
+        for weight in self._applied if adapted else ():
+            owner = weight.segment.owner
+            if weight.mask is not None and adapted.get(id(owner)) is False and not owner.requires_grad:
+                zero_pruned(weight.weight, weight.mask)
 
     def _notice_load(self) -> None:
         if self.attached:
@@ -248,17 +265,18 @@ class WeightKeeper:
 
     @torch.no_grad()
     def count_zeros(self) -> tuple[int, int]:
-        """Return how many of this rank's weights are 0, and of how many; parameters that start at 0 left out."""
+        """Return how many of this rank's kept weights that train are 0, and of how many; what is all 0 is left out."""
         zeros = total = 0
         for weight in self.weights:
-            size, nonzero = weight.weight.numel(), int(weight.weight.count_nonzero())
-            if nonzero:
-                zeros, total = zeros + size - nonzero, total + size
+            nonzero = int(weight.weight.count_nonzero())
+            if nonzero and weight.segment.owner.requires_grad:
+                kept = int(weight.mask_or_ones.count_nonzero())
+                zeros, total = zeros + kept - nonzero, total + kept
         return zeros, total
 
     def settle(self) -> None:
         """Bring every weight to what forward sees, also after an optimizer step that raised half-way."""
-        self._hide(self.weights)
+        self._hide(self._unmerged())
         self.notice()
 
     @contextmanager
@@ -291,6 +309,12 @@ class WeightKeeper:
     def dense_owners(self) -> Iterator[None]:
         """Inside the block the tensors that the optimizer updates hold the dense values."""
         if self.attached:
+            self._after_unmerging()
+            if len(self._unmerged()) < len(self._applied):
+                raise RuntimeError(
+                    "adapters are merged into the weights that are pruned (merge_adapter): a refresh needs the base as "
+                    "it is without them; call unmerge_adapter() first"
+                )
             self._writers.before_update(self._applied)
         self._reveal(self.weights)
         self._revealed += 1

@@ -14,6 +14,7 @@ from emp_callbacks.shrinking.heads import cut_heads
 from emp_callbacks.shrinking.report import ShrinkReport, ShrunkLayer
 from emp_callbacks.shrinking.surgery import Surgery, cuttable_modules, perform, snapshot
 from emp_callbacks.shrinking.units import unit_layer
+from emp_callbacks.targets import adapted_weights
 
 __all__ = ["shrink"]
 
@@ -41,8 +42,8 @@ def shrink(
     Raises:
         ImportError: Neurons are to be removed and torch-pruning is not installed.
         ValueError: `kept` names no such layer, or has another number of units.
-        NotImplementedError: Heads of an attention that cannot have fewer of them, or the shrunk model does not run;
-            the model is as it was.
+        NotImplementedError: Heads of an attention that cannot have fewer of them, adapters of PEFT, or the shrunk model
+            does not run; the model is as it was.
         ArithmeticError: The outputs changed by more than 1e-4 (relative; 8 units of rounding in half precision): the
             model was not masked, or its zeros become something else on their way. The model is as it was.
 
@@ -81,6 +82,11 @@ def shrink(
 
 def _plan(model: nn.Module, kept: Mapping[str, Tensor], run: Callable[..., Any]) -> tuple[Surgery, list[ShrunkLayer]]:
     """Return what to cut off every module, and what that means for each layer in `kept` with pruned units."""
+    if adapted_weights(model):
+        raise NotImplementedError(
+            "a model with adapters of PEFT cannot be shrunk: merge them first, model = model.merge_and_unload(), and "
+            "mask what comes of it, pruner.mask(model)"
+        )
     surgery: Surgery = {}
     layers, channels = [], []
     cuttable = cuttable_modules(model)

@@ -1,5 +1,6 @@
 """What is pruned together, and how names select it."""
 
+from emp_callbacks.targets.adapters import adapted_weights
 from emp_callbacks.targets.attention_edges import EdgeSite, edge_sites
 from emp_callbacks.targets.feature_form import FeatureForm
 from emp_callbacks.targets.features import FeatureSite, feature_sites
@@ -33,6 +34,7 @@ __all__ = [
     "MemberTarget",
     "UnitTarget",
     "WeightTarget",
+    "adapted_weights",
     "anything",
     "attention_heads",
     "canonical_name",

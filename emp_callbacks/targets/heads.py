@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from emp_callbacks.targets.adapter_members import adapter_columns
 from emp_callbacks.targets.unit_search import UnitSearch, blocks, child, has, is_layer, own, units_dim
 from emp_callbacks.targets.units import MemberTarget, UnitTarget
 
@@ -67,7 +68,8 @@ def attention_heads(
 
     Returns:
         One `UnitTarget` per attention. Members: the output projection's columns (masked and scored, "output") and the
-        rows of query, key and value projections (scored, "input"). Observed: the output projection's input, except
+        rows of query, key and value projections (scored, "input"); where PEFT adapts the output projection, the part
+        of its adapters that reads the heads (masked, "adapter"). Observed: the output projection's input, except
         with `nn.MultiheadAttention`, whose output projection runs no hooks.
 
     Raises:
@@ -85,13 +87,14 @@ def attention_heads(
     chosen = search.choose(search.masked_once(found), lambda _: True, include, exclude, "attention")
     if not chosen:
         raise ValueError(f"exclude={exclude} leaves no attention of {', '.join(target.name for target in found[:6])}")
+    search.check(chosen)
     return chosen
 
 
 def projections(module: nn.Module) -> list[nn.Module]:
     """Return the dense layers or convolutions that are the projections of this attention; none if it is not one."""
     if isinstance(module, nn.MultiheadAttention):
-        return [module.out_proj]
+        return [out] if (out := child(module, "out_proj")) is not None else []
     layout = _layout(module)
     if layout is None:
         return []
@@ -132,8 +135,8 @@ def _heads_of(search: UnitSearch, module: nn.Module) -> UnitTarget | None:
             f"attention {name!r} has {heads} heads, which do not divide its projections: query, key and value of "
             f"widths {widths}, {columns} inputs of {layout.output!r}; heads of this kind are not known here"
         )
-    columns_of = _columns(search, output, _output_units(module, columns, groups))
-    members = [columns_of, *search.of_adapters(output, "input", columns_of)]
+    unit_of = _output_units(module, columns, groups)
+    members = [_columns(search, output, unit_of), *adapter_columns(search, output, unit_of)]
     for layer, held in zip(inputs, widths, strict=True):
         members.append(_rows(search, layer, torch.cat([blocks(width, groups) for width in held])))
     return UnitTarget(name, groups, tuple(members), None if _heads_are_minor(module) else (output, "input"))
@@ -198,9 +201,10 @@ def _heads_are_minor(module: nn.Module) -> bool:
 
 
 def _multihead(search: UnitSearch, module: nn.MultiheadAttention) -> UnitTarget:
-    out = module.out_proj
-    heads = module.num_heads
-    members = [_columns(search, out, blocks(search.inputs(out), heads))]
+    out, heads = child(module, "out_proj"), module.num_heads
+    assert out is not None
+    unit_of = blocks(search.inputs(out), heads)
+    members = [_columns(search, out, unit_of), *adapter_columns(search, out, unit_of)]
     if has(module, "in_proj_weight"):
         inputs = [("in_proj_weight", 3)]
     else:

@@ -8,19 +8,30 @@ from fnmatch import fnmatchcase
 
 # What wrappers put into names and a user did not write.
 _WRAPPER_NAMES = (
-    "_orig_mod.",
-    "_fsdp_wrapped_module.",
-    "_checkpoint_wrapped_module.",
-    "_forward_module.",  # Fabric, which shows a LightningModule under both of these
-    "_original_module.",
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+    "_forward_module",  # Fabric, which shows a LightningModule under both of these
+    "_original_module",
 )
+_PEFT_LAYER, _PEFT_MODEL = "base_layer", ("base_model", "model")
 
 
 def canonical_name(name: str) -> str:
     """Return the name that the user's own model gives a parameter or, with a dot at its end, a module."""
-    for part in _WRAPPER_NAMES:
-        name = name.replace(part, "")
-    return name
+    return known_names(name)[0]
+
+
+def known_names(name: str) -> list[str]:
+    """Return the name that the user's own model gives, and the one that PEFT made of it if that is another."""
+    parts = [part for part in name.split(".") if part not in _WRAPPER_NAMES]
+    own: list[str] = []
+    for part in parts:
+        own.append(part)
+        if tuple(own[-2:]) == _PEFT_MODEL:
+            del own[-2:]
+    own = [part for part in own if part != _PEFT_LAYER]
+    return list(dict.fromkeys([".".join(own), ".".join(parts)]))
 
 
 def few(names: Sequence[str], most: int = 4) -> str:
@@ -42,9 +53,9 @@ def match_names(ours: Sequence[str], theirs: Sequence[str]) -> dict[str, str]:
 
 
 def _unwrapped(name: str) -> str:
-    name = name.replace(".base_layer.", ".")
-    while name.startswith(("module.", "base_model.model.")):
-        name = name.removeprefix("module.").removeprefix("base_model.model.")
+    name = canonical_name(name)
+    while name.startswith("module."):
+        name = name.removeprefix("module.")
     return name
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from emp_callbacks.targets.adapter_members import adapter_rows
 from emp_callbacks.targets.heads import projections
 from emp_callbacks.targets.unit_search import (
     CONVOLUTIONS,
@@ -87,8 +88,9 @@ def neurons(
 
     Returns:
         One `UnitTarget` per layer or gated MLP. Members, all masked: rows of the weight ("weight", the only scored
-        ones), bias ("bias"), scale and shift of the batch norm that follows ("scale", "shift"). Observed: the output
-        of the batch norm, else of the layer; for gated layers the input of the layer that reads their product.
+        ones), bias ("bias"), scale and shift of the batch norm that follows ("scale", "shift"), and what PEFT's
+        adapters of the layer write into the units ("adapter"). Observed: the output of the batch norm, else of the
+        layer; for gated layers the input of the layer that reads their product.
 
     Raises:
         ValueError: Nothing is found or left, a pattern matches no layer, or a named layer cannot be silenced.
@@ -109,8 +111,9 @@ def neurons(
     if not chosen:
         raise ValueError(
             "no hidden neurons were found: looked for dense layers that another one or an activation follows, gated "
-            f"MLPs and convolutions; {search.summary()}. Name what you want with include=['pattern']"
+            f"MLPs and convolutions; {search.summary()}. Name what you want with include=['pattern'], frozen layers too"
         )
+    search.check(chosen)
     for target in chosen:
         _check_silent(layers[target.name], target)
     return chosen
@@ -197,8 +200,7 @@ def _hidden(search: UnitSearch, layers: list[_Layer]) -> set[nn.Module]:
     hidden -= {layer.reader for layer in layers if layer.reader is not None}
     hidden -= {layer.owner for layer in layers if not _can_be_silent(layer)}
     hidden -= _reserved(search)
-    trained = {layer for layer in hidden if own(layer, "weight").requires_grad or search.is_adapted(layer)}
-    return {layer for layer in trained if own(layer, "weight") not in embeddings}
+    return {layer for layer in hidden if own(layer, "weight").requires_grad and own(layer, "weight") not in embeddings}
 
 
 def _read_on(search: UnitSearch, module: nn.Module) -> Iterator[nn.Module]:
@@ -280,8 +282,7 @@ def _members(search: UnitSearch, layer: nn.Module, units: int) -> Iterator[Membe
     """Yield weight and bias of a layer whose rows repeat the units once or, gated in one layer, twice."""
     dim = units_dim(layer)
     unit_of: Tensor = torch.arange(search.outputs(layer), device="cpu") % units
-    weight = search.member(own(layer, "weight"), dim, unit_of, "weight", masked=True, scored=True, output_dim=dim)
-    yield weight
-    yield from search.of_adapters(layer, "output", weight)
+    yield search.member(own(layer, "weight"), dim, unit_of, "weight", masked=True, scored=True, output_dim=dim)
     if has(layer, "bias"):
         yield search.member(own(layer, "bias"), 0, unit_of, "bias", masked=True, scored=False)
+    yield from adapter_rows(search, layer, unit_of)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, TypeGuard
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from emp_callbacks.targets.adapters import adapter_modules, added_to, is_tuner
-from emp_callbacks.targets.names import canonical_name, check_patterns, matches
-from emp_callbacks.targets.units import MemberTarget, UnitTarget
+from emp_callbacks.targets.adapters import adapted, adapter_paths
+from emp_callbacks.targets.names import check_patterns, known_names, matches
+from emp_callbacks.targets.units import MemberTarget, Role, UnitTarget
 from emp_callbacks.targets.weights import WeightTarget, is_conv1d
 
 # Those whose output channels are rows of the weight.
@@ -38,14 +38,17 @@ class UnitSearch:
         self.model = model
         self._full_shape = full_shape
         self._names: dict[nn.Module | nn.Parameter, list[str]] = {}
-        self._tuners = {module.get_submodule("base_layer"): module for module in model.modules() if is_tuner(module)}
-        adapters = adapter_modules(model)
+        self._adapters: dict[nn.Module, list[nn.Module]] = {}
+        self._refused: dict[nn.Parameter, str] = {}
+        paths = adapter_paths(model)
         for name, module in model.named_modules(remove_duplicate=False):
-            if not _is_wrapper(module) and module not in adapters:
+            if (base := adapted(module)) is not None:
+                self._adapters.setdefault(_innermost(base), []).append(module)
+            elif name not in paths and _inner(module) is None:
                 # With its dot, a wrapper's name is found at the end of the path too.
-                self._names.setdefault(module, []).append(canonical_name(f"{name}.")[:-1])
+                self._names.setdefault(module, []).extend(one[:-1] for one in known_names(f"{name}."))
         for name, parameter in model.named_parameters(remove_duplicate=False):
-            self._names.setdefault(parameter, []).append(canonical_name(name))
+            self._names.setdefault(parameter, []).extend(known_names(name))
 
     def modules(self) -> Iterator[nn.Module]:
         """Yield every module once, in the model's order, without what wrappers added."""
@@ -72,7 +75,7 @@ class UnitSearch:
         parameter: nn.Parameter,
         dim: int,
         unit_of: Tensor,
-        role: Literal["weight", "bias", "scale", "shift", "input", "output"],
+        role: Role,
         *,
         masked: bool,
         scored: bool,
@@ -83,22 +86,19 @@ class UnitSearch:
             WeightTarget(self.name(parameter), parameter, output_dim), dim, unit_of, masked, scored, role
         )
 
-    def is_adapted(self, layer: nn.Module) -> bool:
-        """Return whether an adapter stands around a layer."""
-        return layer in self._tuners
+    def adapters_of(self, layer: nn.Module) -> list[nn.Module]:
+        """Return the modules of PEFT that adapt a layer."""
+        return self._adapters.get(layer, [])
 
-    def of_adapters(
-        self, layer: nn.Module, side: Literal["input", "output"], member: MemberTarget
-    ) -> list[MemberTarget]:
-        """Return what an adapter around a layer adds to the units that are along one side of it, masked as they are.
+    def refuse(self, parameter: nn.Parameter, why: str) -> None:
+        """Say why the masks of a parameter would not do what they are for."""
+        self._refused[parameter] = why
 
-        Args:
-            layer: The layer.
-            side: Where its units are.
-            member: Its own weight.
-        """
-        added = added_to(self._tuners[layer], side) if layer in self._tuners else []
-        return [self.member(p, dim, member.unit_of, member.role, masked=True, scored=False) for p, dim in added]
+    def check(self, targets: Sequence[UnitTarget]) -> None:
+        """Raise ValueError for the first of the layers whose masks would not do what they are for."""
+        for member in (member for target in targets for member in target.members if member.masked):
+            if (why := self._refused.get(member.weight.parameter)) is not None:
+                raise ValueError(why)
 
     def masked_once(self, targets: Sequence[UnitTarget]) -> list[UnitTarget]:
         """Return the layers without those whose masked parameters, being tied, an earlier layer masks already."""
@@ -161,8 +161,7 @@ def child(module: nn.Module, path: str) -> nn.Module | None:
     found: nn.Module | None = module
     for part in path.split("."):
         found = found._modules.get(part) if found is not None else None
-        while found is not None and _is_wrapper(found):
-            found = next(found._modules[name] for name in _WRAPPED if name in found._modules)
+        found = found and _innermost(found)
     return found
 
 
@@ -215,9 +214,18 @@ def blocks(size: int, units: int) -> Tensor:
     return torch.arange(size, device="cpu") // (size // units)
 
 
-def _is_wrapper(module: nn.Module) -> bool:
-    return any(name in module._modules for name in _WRAPPED)
+def _inner(module: nn.Module) -> nn.Module | None:
+    """Return the module that a wrapper holds; None if this is none."""
+    wrapped = (module._modules[name] for name in _WRAPPED if name in module._modules)
+    return next(wrapped, None) or adapted(module)
+
+
+def _innermost(module: nn.Module) -> nn.Module:
+    while (inner := _inner(module)) is not None:
+        module = inner
+    return module
 
 
 def _has_weight(module: nn.Module | None) -> bool:
-    return module is not None and has(module, "weight")
+    # Quantized weights are codes: neither scores nor zeros mean anything there.
+    return module is not None and has(module, "weight") and own(module, "weight").is_floating_point()

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from emp_callbacks.targets.weights import WeightTarget
 
+Role = Literal["weight", "bias", "scale", "shift", "input", "output", "adapter"]
+
 
 class MemberTarget(NamedTuple):
     """The part that one parameter has in the units of a layer.
@@ -19,7 +21,8 @@ class MemberTarget(NamedTuple):
         masked: Whether pruning a unit zeroes its slices here. What is not masked is only scored.
         scored: Whether criteria that read weights read this parameter.
         role: What the parameter is to the units: "weight", "bias", "scale" (batch norm's gamma), "shift" (its beta),
-            "input" (weights that lead into the unit), "output" (weights that read it).
+            "input" (weights that lead into the unit), "output" (weights that read it), "adapter" (of PEFT, beside one
+            of these).
     """
 
     weight: WeightTarget
@@ -27,7 +30,7 @@ class MemberTarget(NamedTuple):
     unit_of: Tensor
     masked: bool
     scored: bool
-    role: Literal["weight", "bias", "scale", "shift", "input", "output"]
+    role: Role
 
 
 class UnitTarget(NamedTuple):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from emp_callbacks.targets.adapters import ADAPTER, adapter_parameters
-from emp_callbacks.targets.names import canonical_name, check_patterns, matches
+from emp_callbacks.targets.adapters import adapter_parameters
+from emp_callbacks.targets.names import check_patterns, few, known_names, matches
 
 
 class WeightTarget(NamedTuple):
@@ -40,6 +41,7 @@ class LeftOut(NamedTuple):
     size: int
 
 
+ADAPTER = "an adapter of PEFT"
 FROZEN = "frozen (requires_grad=False)"
 NOT_UPDATED = "no given optimizer updates it"
 NOT_FLOATING = "not a real floating-point tensor"
@@ -72,12 +74,13 @@ def prunable_weights(
     """Return the parameters that EMP scores, each once, in the model's own order.
 
     By default: trainable floating-point parameters of two or more dimensions that an optimizer updates and whose last
-    name part contains "weight", except those of norms and embeddings and heads tied to an embedding.
+    name part contains "weight", except those of norms and embeddings, heads tied to an embedding and PEFT's adapters.
 
     Args:
         model: Any module; tied parameters and shared modules count once, under their first name.
-        include: Glob patterns on parameter names that replace the default rule: only what they name, and also
-            norms, biases, embeddings or frozen parameters if named.
+        include: Glob patterns on parameter names, with or without what PEFT put into them, that replace the default
+            rule: only what they name, and also norms, biases, embeddings or frozen parameters if named. Adapters
+            are named only by a pattern that matches nothing else.
         exclude: Glob patterns on parameter names to leave out.
         full_shape: Gives the shape that a parameter has in the unsharded model.
         updates: Says whether an optimizer updates a parameter.
@@ -97,17 +100,14 @@ def prunable_weights(
         for parameter, owned in owners.items()
         if reasons[parameter] is None
     ]
+    if not targets and ADAPTER in reasons.values():
+        _refuse_adapters(model, owners, reasons)
     if not targets and NOT_UPDATED in reasons.values():
         named = [owned[0][0] for p, owned in owners.items() if reasons[p] == NOT_UPDATED]
         raise ValueError(
             f"no optimizer updates {named[0]!r} or any other weight of {type(model).__name__} that EMP would prune: "
             "make the optimizer from this model's parameters as they are now (after fully_shard or "
             "FullyShardedDataParallel), of a DeepSpeed engine pass the engine itself, or name weights in include"
-        )
-    if not targets and ADAPTER in reasons.values():
-        raise ValueError(
-            f"{type(model).__name__} trains adapters, which are not pruned, around frozen weights: to prune these, "
-            "include=['*base_layer.weight']; to prune what is merged, do so after merge_and_unload()"
         )
     if not targets and FROZEN in reasons.values():
         raise ValueError(
@@ -147,29 +147,51 @@ def left_out(
     return [LeftOut(owners[p][0][0], why, full_shape(p).numel()) for p, why in reasons.items() if why is not None]
 
 
+def _refuse_adapters(
+    model: nn.Module, owners: Mapping[nn.Parameter, _Owned], reasons: Mapping[nn.Parameter, str | None]
+) -> None:
+    base = [owned[0][0] for parameter, owned in owners.items() if reasons[parameter] == FROZEN]
+    wrapped = any("base_layer" in name for owned in owners.values() for name, _ in owned)
+    patterns = "include=['*base_layer.weight'] is all adapted layers; or use" if wrapped else "use include with"
+    raise ValueError(
+        f"{type(model).__name__} trains adapters of PEFT, which are not pruned, and its base is frozen "
+        f"({few(base, 2) or 'no floating-point weights'}). Name what to prune of the base: {patterns} patterns on the "
+        "names of your own model"
+    )
+
+
+_Owned = list[tuple[str, nn.Module]]
+
+
+def _owners(model: nn.Module) -> dict[nn.Parameter, _Owned]:
+    """Return, for each parameter, every name it has and the module that owns it under that name."""
+    owners: dict[nn.Parameter, _Owned] = {p: [] for p in model.parameters()}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name, parameter in module.named_parameters(recurse=False):
+            known = known_names(f"{prefix}.{name}" if prefix else name)
+            owners[parameter].extend((one, module) for one in known)
+    return owners
+
+
 def _reasons(
     model: nn.Module,
-    owners: dict[nn.Parameter, list[tuple[str, nn.Module]]],
+    owners: Mapping[nn.Parameter, _Owned],
     include: Sequence[str] | None,
     exclude: Sequence[str] | None,
     full_shape: FullShape,
     updates: Updates,
 ) -> dict[nn.Parameter, str | None]:
-    """Return, for each parameter, why it is not pruned; None if it is."""
+    """Return why each parameter is not pruned; None if it is."""
     adapters = adapter_parameters(model)
-    reasons = {p: _why_not(p, owned, include, exclude, full_shape, updates) for p, owned in owners.items()}
-    if include:
-        return reasons
-    return {p: ADAPTER if p in adapters and why in (None, NOT_A_WEIGHT) else why for p, why in reasons.items()}
-
-
-def _owners(model: nn.Module) -> dict[nn.Parameter, list[tuple[str, nn.Module]]]:
-    """Return, for each parameter, every name it has and the module that owns it under that name."""
-    owners: dict[nn.Parameter, list[tuple[str, nn.Module]]] = {p: [] for p in model.parameters()}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        for name, parameter in module.named_parameters(recurse=False):
-            owners[parameter].append((canonical_name(f"{prefix}.{name}" if prefix else name), module))
-    return owners
+    base = [name for parameter, owned in owners.items() if parameter not in adapters for name, _ in owned]
+    for_adapters = [pattern for pattern in include or () if not matches(base, [pattern])]
+    reasons: dict[nn.Parameter, str | None] = {}
+    for parameter, owned in owners.items():
+        if parameter in adapters and not matches([name for name, _ in owned], for_adapters):
+            reasons[parameter] = ADAPTER
+        else:
+            reasons[parameter] = _why_not(parameter, owned, include, exclude, full_shape, updates)
+    return reasons
 
 
 def _why_not(
@@ -216,10 +238,13 @@ def _check_targets(targets: list[WeightTarget], model: nn.Module, full_shape: Fu
             f"{type(model).__name__} has no weights to prune by these rules; it holds "
             f"{'; '.join(held) if held else 'no parameters at all'}. Name what you want with include=['pattern']"
         )
+    if doubled := [name for name, count in Counter(target.name for target in targets).items() if count > 1]:
+        raise ValueError(f"two parameters are called {doubled[0]!r} without what PEFT puts into names; exclude one")
     for target in targets:
         if not target.parameter.is_floating_point():
             raise TypeError(
-                f"parameter {target.name!r} is {target.parameter.dtype}; EMP scores floating-point weights: exclude it"
+                f"parameter {target.name!r} is {target.parameter.dtype} (quantized?); EMP scores floating-point "
+                "weights: exclude it, or load the model without quantization"
             )
         if 0 in (shape := full_shape(target.parameter)):
             raise ValueError(f"parameter {target.name!r} has no elements (shape {tuple(shape)})")

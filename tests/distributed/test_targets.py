@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 
+import peft
 import pytest
 import timm
 import torch
@@ -24,6 +25,7 @@ SETTINGS = {
     "weights-wanda-row": {"criterion": "wanda", "scope": "row", "certify": True},
     "weights-wanda-pattern": {"criterion": "wanda", "pattern": "2:4", "certify": True},
     "weights-rewire-pattern": {"mode": "rewire", "pattern": "2:4"},
+    "weights-found": {"mode": "freeze", "density": "found"},
     "heads": {"target": "heads", "beta": 0.7, "mode": "project"},
     "heads-taylor": {"target": "heads", "criterion": "taylor", "beta": 0.9, "certify": True},
     "heads-activation": {"target": "heads", "criterion": "activation", "beta": 0.7, "scope": "tensor"},
@@ -37,15 +39,28 @@ SETTINGS = {
     "features-dynamic": {"target": "features", "dynamic": True, "beta": 0.8},
     "edges": {"target": "attention_edges", "criterion": "attention_logit"},
 }
+# Of a base that no optimizer updates DeepSpeed holds no part.
+ADAPTERS = {
+    "adapters-found": {"include": ["*qkv.base_layer.weight"], "mode": "freeze", "density": "found"},
+    "adapters-heads": {"target": "heads", "beta": 0.8, "include": ["*attn"]},
+}
+TORCH_SETTINGS = SETTINGS | ADAPTERS
 TORCH_WAYS = ("ddp", "fsdp2", "fsdp1")
 ZERO_WAYS = ("zero1", "zero2", "zero3")
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 
 
-def make_model(dtype):
+def make_model(dtype, name):
     torch.manual_seed(0)
     sizes = {"img_size": 8, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 3}
-    return timm.create_model("vit_tiny_patch16_224", in_chans=1, num_classes=5, **sizes).to(dtype)
+    model = timm.create_model("vit_tiny_patch16_224", in_chans=1, num_classes=5, **sizes).to(dtype)
+    for parameter in model.parameters() if "found" in name else ():
+        parameter.data.mul_(torch.rand_like(parameter, dtype=torch.float32) < 0.6)
+    model.head.weight.data.mul_(name != "weights-found")  # a layer of zeros alone
+    if name in ADAPTERS:
+        lora = peft.LoraConfig(r=3, target_modules=["qkv", "proj"], init_lora_weights=False)
+        return peft.get_peft_model(model, lora).to(dtype)
+    return model
 
 
 def wrap(way, model):
@@ -85,9 +100,9 @@ def closing(pruner, losses):
 
 def train(rank, world_size, way, name, folder=None):
     """Train with torch's own strategies, in double precision: far from any tie."""
-    model = wrap(way, make_model(torch.float64))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    pruner = EMPPruner(model, optimizer, every_n_steps=EVERY, evidence_steps=2, **SETTINGS[name])
+    model = wrap(way, make_model(torch.float64, name))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    pruner = EMPPruner(model, optimizer, every_n_steps=EVERY, evidence_steps=2, **TORCH_SETTINGS[name])
     losses = []
     for step in range(STEPS):
         x, y = batch(step, torch.float64)
@@ -109,7 +124,7 @@ def train(rank, world_size, way, name, folder=None):
 def train_zero(deepspeed, rank, world_size, stage, name):
     from emp_callbacks.integrations.deepspeed import EMPHook
 
-    model = make_model(torch.float32)
+    model = make_model(torch.float32, name)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=torch.optim.AdamW(model.parameters(), lr=0.01),
@@ -133,7 +148,9 @@ def train_zero(deepspeed, rank, world_size, stage, name):
 
 def on_torch(rank, world_size, folder):
     with process_group(rank, world_size, folder):
-        found = {(way, name): train(rank, world_size, way, name, folder) for way in TORCH_WAYS for name in SETTINGS}
+        found = {
+            (way, name): train(rank, world_size, way, name, folder) for way in TORCH_WAYS for name in TORCH_SETTINGS
+        }
     torch.save(found, f"{folder}/rank{rank}.pt")
 
 
@@ -172,7 +189,7 @@ def alone(name):
 
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("way", TORCH_WAYS)
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", TORCH_SETTINGS)
 def test_torch_strategies_give_the_masks_of_one_process(world_size, way, name, ranks):
     expected = alone(name)
     assert any(keep < n for _, n, keep, *_ in expected["rows"]), "a mask that keeps all compares nothing"

@@ -181,7 +181,7 @@ def test_merged_adapters_are_matched_by_the_name_of_the_base():
     pruner.refresh()
     merged = net_of(1)
     pruner.mask(merged)
-    assert torch.equal(merged[0].weight == 0, ~pruner.masks["0.base_layer.weight"])
+    assert torch.equal(merged[0].weight == 0, ~pruner.masks["0.weight"])
 
 
 def test_features_are_masked_by_hooks():
