@@ -13,6 +13,15 @@ from emp_callbacks.distillation import Distillation
 _KEY = "emp_teacher"
 
 
+def check_teacher(distill: Distillation | None, pretrained: object) -> None:
+    """Raise ValueError where the teacher would be a network that nobody trained."""
+    if distill is not None and distill.teacher is None and not pretrained:
+        raise ValueError(
+            "distill without a teacher learns from the network as the fit begins, and this one begins untrained: name "
+            "a trained one, distill: {teacher: dense.ckpt}, or begin from pretrained weights"
+        )
+
+
 class DistilledTask(pl.LightningModule):
     """A task whose training loss may have a teacher's part; validation and test are of the task alone.
 
@@ -37,6 +46,11 @@ class DistilledTask(pl.LightningModule):
         """Find the teacher: of this run's beginning, also where it is resumed."""
         if self.distill is None or (self._teacher and self._held is None):
             return
+        if self.distill.teacher is None and self._held is None and self.trainer.ckpt_path is not None:
+            raise ValueError(
+                f"{self.trainer.ckpt_path} holds no teacher, so that of its run is not known: name it, "
+                "distill: {teacher: dense.ckpt}"
+            )
         teacher = self.distill.teacher_for(self.model)
         if self._held is not None:
             teacher.load_state_dict(self._held)

@@ -21,7 +21,7 @@ from torchmetrics.text import Perplexity
 from emp_callbacks.distillation import Distillation
 from emp_callbacks.extras import needs
 from emp_callbacks.study.recipe import networks  # noqa: F401  (timm then knows emp_fc2, emp_kan, ...)
-from emp_callbacks.study.recipe.distilled import DistilledTask
+from emp_callbacks.study.recipe.distilled import DistilledTask, check_teacher
 
 Batch = tuple[Tensor, Tensor]
 
@@ -66,6 +66,7 @@ class ImageClassification(DistilledTask):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["distill"])
+        check_teacher(distill, pretrained)
         self.distill = distill
         _check_optimization(optimizer, warmup_fraction, lr_restarts)
         if not timm.is_model(model):
@@ -157,6 +158,7 @@ class LanguageModel(DistilledTask):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["distill"])
+        check_teacher(distill, pretrained)
         self.distill = distill
         _check_optimization("adamw", warmup_fraction, lr_restarts)
         sizes = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "n_positions": sequence_length}

@@ -24,7 +24,9 @@ class Logged(pl.Callback):
 
 def task(distill):
     torch.manual_seed(0)
-    return ImageClassification("emp_fc2", {"img_size": 8}, lr=0.01, distill=distill)
+    module = ImageClassification("emp_fc2", {"img_size": 8}, lr=0.01)
+    module.distill = distill
+    return module
 
 
 def fit(folder, module, resume=None, density=0.1):
@@ -73,7 +75,8 @@ def test_a_teacher_from_a_checkpoint_draws_the_pruned_model_to_it(tmp_path):
 
 def test_a_language_model_learns_too(tmp_path):
     sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "sequence_length": 8, "vocab_size": 32}
-    module = LanguageModel(**sizes, distill=Distillation(temperature=1.0, weight=1.0))
+    module = LanguageModel(**sizes)
+    module.distill = Distillation(temperature=1.0, weight=1.0)
     tokens = torch.randint(0, 32, (8, 9))
     data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(tokens[:, :-1], tokens[:, 1:]), batch_size=4)
     logged = Logged()
@@ -94,3 +97,12 @@ def test_a_recipe_says_so(tmp_path):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     found = open_recipe(tmp_path / "recipe.yaml").module
     assert found.distill == Distillation(temperature=4.0, teacher="dense.ckpt")
+
+
+def test_a_teacher_that_nobody_trained_and_one_that_is_lost_are_refused(tmp_path):
+    for kind in (ImageClassification, LanguageModel):
+        with pytest.raises(ValueError, match="this one begins untrained"):
+            kind(distill=Distillation())
+    fit(tmp_path, task(None))
+    with pytest.raises(ValueError, match=r"epoch=0.ckpt holds no teacher"):
+        fit(tmp_path, task(Distillation()), resume=tmp_path / "epoch=0.ckpt")
