@@ -9,19 +9,15 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from torch import Tensor
-
 from emp_callbacks.backends.wrapped import Wrapped
 from emp_callbacks.config import EMPConfig, settled
 from emp_callbacks.distillation import Distillation
 from emp_callbacks.extras import needs
-from emp_callbacks.integrations.record import check_record, file_name, log_values, own_name
+from emp_callbacks.integrations.record import HostCallback, check_record, file_name, log_values, own_name
 from emp_callbacks.pruning.pruner import EMPPruner
 from emp_callbacks.pruning.signatures import warn_the_user
-from emp_callbacks.targets import LeftOut
 from emp_callbacks.targets.positions import positions_of
-from emp_callbacks.trajectory import PruneEvent, Trajectory, layer_table, trajectory_file
+from emp_callbacks.trajectory import PruneEvent, Trajectory, trajectory_file
 
 needs("EMPTrainerCallback", "hf", "transformers", "accelerate")
 
@@ -35,7 +31,7 @@ from emp_callbacks.integrations.huggingface_distillation import TrainerDistillat
 FOLDER = "emp"
 
 
-class EMPTrainerCallback(TrainerCallback):
+class EMPTrainerCallback(HostCallback, TrainerCallback):
     """Recompute EMP masks while a `transformers.Trainer` trains, and log the N_eff trajectory.
 
     Made by `attach`, because a Trainer's events tell neither its engine, nor the checkpoint that it resumes from. Works
@@ -119,16 +115,6 @@ class EMPTrainerCallback(TrainerCallback):
     def trajectory(self) -> Trajectory:
         """One PruneEvent per refresh and group; empty before the first training."""
         return Trajectory() if self.pruner is None else self.pruner.trajectory
-
-    @property
-    def masks(self) -> dict[str, Tensor]:
-        """Layer name -> bool mask, True = kept, see `EMPPruner.masks`; empty before the first training."""
-        return {} if self.pruner is None else self.pruner.masks
-
-    @property
-    def left_out(self) -> list[LeftOut]:
-        """Every parameter that is not pruned: its name, why not, and its size; empty before the first training."""
-        return [] if self.pruner is None else self.pruner.left_out
 
     # ---- a training -----------------------------------------------------------------------------------------------
 
@@ -232,12 +218,8 @@ class EMPTrainerCallback(TrainerCallback):
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._take_best(self.pruner, Path(state.best_model_checkpoint))
         self.pruner.finalize()
-        events = self.pruner.last_events
-        if self.summary and events and self._trainer.is_world_process_zero():
-            console = Console(markup=False, emoji=False)  # modules have any names
-            console.print(layer_table(events))
-            if told := self.pruner.left_out_line:
-                console.print(told, highlight=False)
+        if self.summary and self._trainer.is_world_process_zero():
+            self.print_summary()
 
     def _take_best(self, pruner: EMPPruner, checkpoint: Path) -> None:
         """Take the masks of the checkpoint whose weights the Trainer has just loaded."""

@@ -7,8 +7,6 @@ from dataclasses import fields
 from importlib import import_module
 from typing import Any
 
-from rich.console import Console
-from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from emp_callbacks.config import EMPConfig, check_names
@@ -19,12 +17,11 @@ from emp_callbacks.integrations.lightning_evaluation import EvaluationHooks
 from emp_callbacks.integrations.lightning_progress import epoch_length, is_last_step, steps_so_far
 from emp_callbacks.integrations.lightning_record import ElsewhereTrajectory, check_told_apart, log, publish
 from emp_callbacks.integrations.lightning_strategy import check_strategy, sharding_model
-from emp_callbacks.integrations.record import check_record, density, file_name, log_values, own_name
+from emp_callbacks.integrations.record import HostCallback, check_record, density, file_name, log_values, own_name
 from emp_callbacks.pruning.pruner import EMPPruner
 from emp_callbacks.pruning.signatures import warn_the_user
-from emp_callbacks.targets import LeftOut
 from emp_callbacks.targets.positions import positions_of
-from emp_callbacks.trajectory import PruneEvent, Trajectory, layer_table, trajectory_file
+from emp_callbacks.trajectory import PruneEvent, Trajectory, trajectory_file
 
 __all__ = ["EMPCallback", "log_values"]
 
@@ -37,7 +34,7 @@ def _callback_classes() -> tuple[type, ...]:
     return tuple(import_module(name).Callback for name in names)
 
 
-class EMPCallback(EvaluationHooks, *_callback_classes()):  # type: ignore[misc]
+class EMPCallback(HostCallback, EvaluationHooks, *_callback_classes()):  # type: ignore[misc]
     """Recompute EMP masks while a Trainer trains, and log the N_eff trajectory.
 
     A refresh tied to epochs happens after the epoch's last optimizer step and before its validation, so validation
@@ -119,16 +116,6 @@ class EMPCallback(EvaluationHooks, *_callback_classes()):  # type: ignore[misc]
     def trajectory(self) -> Trajectory:
         """One PruneEvent per refresh and group; empty before the first fit."""
         return ElsewhereTrajectory() if self.pruner is None else self.pruner.trajectory
-
-    @property
-    def masks(self) -> dict[str, Tensor]:
-        """Layer name -> bool mask, True = kept, see `EMPPruner.masks`; empty before the first fit."""
-        return {} if self.pruner is None else self.pruner.masks
-
-    @property
-    def left_out(self) -> list[LeftOut]:
-        """Every parameter that is not pruned: its name, why not, and its size; empty before the first fit."""
-        return [] if self.pruner is None else self.pruner.left_out
 
     # ---- a stage begins -------------------------------------------------------------------------------------------
 
@@ -243,12 +230,8 @@ class EMPCallback(EvaluationHooks, *_callback_classes()):  # type: ignore[misc]
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002
         assert self.pruner is not None
         self._end_fit()
-        events = self.pruner.last_events
-        if self.summary and trainer.is_global_zero and events:
-            console = Console(markup=False, emoji=False)  # modules have any names
-            console.print(layer_table(events))
-            if told := self.pruner.left_out_line:
-                console.print(told, highlight=False)
+        if self.summary and trainer.is_global_zero:
+            self.print_summary()
         if "MultiProcessing" in type(trainer.strategy.launcher).__name__ and trainer.is_global_zero:
             warn_the_user(
                 "this fit ran in processes of its own, so the callback of the main process stays empty: the rows are "

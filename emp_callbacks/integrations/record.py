@@ -6,9 +6,43 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from emp_callbacks.trajectory import PruneEvent
+from rich.console import Console
+from torch import Tensor
+
+from emp_callbacks.pruning.pruner import EMPPruner
+from emp_callbacks.targets import LeftOut
+from emp_callbacks.trajectory import PruneEvent, layer_table
 
 TRAJECTORY_FILE = "emp_trajectory.jsonl"
+
+
+class HostCallback:
+    """What a user reads of a callback, whatever host it stands in.
+
+    Attributes:
+        pruner: The EMPPruner of the current or last training; None before the first.
+    """
+
+    pruner: EMPPruner | None
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Layer name -> bool mask, True = kept, see `EMPPruner.masks`; empty before the first training."""
+        return {} if self.pruner is None else self.pruner.masks
+
+    @property
+    def left_out(self) -> list[LeftOut]:
+        """Every parameter that is not pruned: its name, why not, and its size; empty before the first training."""
+        return [] if self.pruner is None else self.pruner.left_out
+
+    def print_summary(self) -> None:
+        """Print the table of the last refresh, and what is left out."""
+        if self.pruner is None or not (events := self.pruner.last_events):
+            return
+        console = Console(markup=False, emoji=False)  # modules have any names
+        console.print(layer_table(events))
+        if told := self.pruner.left_out_line:
+            console.print(told, highlight=False)
 
 
 def check_record(trajectory_path: Any, summary: Any, name: Any) -> None:
