@@ -255,11 +255,12 @@ class EMPConfig:
         if (target, criterion) != (self.target, self.criterion):
             plain["certify"] = False  # what the new scores bound must be asked for anew
         counts: dict[str, Any] = {"density": None, "shares": "uniform"}
+        counted = "beta" in settings or settings.get("density") is not None
         plain |= counts if "beta" in settings else {}
         plain |= {"beta": 1.0} if settings.get("density") is not None else {}
         if settings.get("pattern") is not None:
             plain |= {**counts, "beta": 1.0, "min_density": 0.0, "scope": None}
-        elif self.pattern is not None and ({"beta", "density"} & settings.keys() or target != "weights"):
+        elif self.pattern is not None and (counted or target != "weights"):
             plain |= {"pattern": None, "scope": None}
         return replace(self, **{**plain, **settings})
 

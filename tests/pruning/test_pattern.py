@@ -178,6 +178,8 @@ def test_a_state_of_another_pattern_is_refused():
 def test_once_takes_a_pattern_in_place_of_a_count_and_the_other_way_round():
     ones = EMPConfig(every_n_steps=1, density=0.3, scope="row").once(pattern="2:4")
     assert (ones.pattern, ones.density, ones.scope) == ("2:4", None, "tensor")
+    kept = EMPConfig(every_n_steps=1, pattern="2:4").once(density=None)  # as a study's one-shot arm asks
+    assert (kept.pattern, kept.scope) == ("2:4", "tensor")
     back = EMPConfig(every_n_steps=1, pattern="2:4").once(beta=0.5)
     assert (back.pattern, back.beta, back.scope) == (None, 0.5, "global")
 
