@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from tests.distributed.accelerated import local, take_cpus_for_gpus
 from tests.distributed.ranks import process_group, spawn
-from tests.distributed.test_huggingface_ranks import local, take_cpus_for_gpus
 
 accelerate = pytest.importorskip("accelerate", reason="accelerate comes with emp-callbacks[hf]")
 

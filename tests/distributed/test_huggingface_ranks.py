@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 
+from tests.distributed.accelerated import local, take_cpus_for_gpus
 from tests.distributed.ranks import process_group, spawn
 
 pytest.importorskip("accelerate", reason="accelerate comes with emp-callbacks[hf]")
@@ -36,14 +37,6 @@ def arguments_of(kind, world_size):
         }  # fmt: skip
         plain |= {"deepspeed": config}
     return plain
-
-
-def take_cpus_for_gpus():
-    """Accelerate shards on accelerators only, though gloo does it as well."""
-    from accelerate.state import DistributedType, PartialState
-
-    PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
-    PartialState.set_device = lambda state: setattr(state, "device", torch.device("cpu"))
 
 
 def train(folder, kind, world_size, settings, resume=None):
@@ -86,11 +79,6 @@ def ranks(rank, world_size, folder, kind, settings):
         if rank == 0:
             with open(f"{folder}/told.json", "w") as file:
                 json.dump(whole, file)
-
-
-def local(parameter):
-    tensor = getattr(parameter, "ds_tensor", parameter.detach())
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 @pytest.mark.parametrize(
