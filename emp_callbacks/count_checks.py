@@ -6,7 +6,7 @@ from typing import Any
 
 from emp_callbacks.core.group_pattern import GroupPattern
 from emp_callbacks.criteria import make_criterion
-from emp_callbacks.setting_checks import check_choice, check_found, check_fraction, check_shares, ends
+from emp_callbacks.setting_checks import check_choice, check_fraction, check_shares, ends
 
 
 def check_counts(config: Any) -> None:
@@ -16,7 +16,7 @@ def check_counts(config: Any) -> None:
         _check_pattern(config)
     _check_shares(config)
     if isinstance(config.density, str):
-        check_found({**vars(config), "criterion": config.criterion_name})
+        _check_found(config)
     elif config.density is not None:
         _check_density(config)
 
@@ -47,15 +47,22 @@ def _check_density(config: Any) -> None:
         raise ValueError(f"min_density={config.min_density} is above density={config.density}; drop min_density")
 
 
+def _check_found(config: Any) -> None:
+    if config.density != "found":
+        raise ValueError(f"density must be a fraction in (0, 1], a Ramp or 'found', got {config.density!r}")
+    why = "density='found' keeps for good the weights that are not 0, so it needs"
+    _check_plain(config, why, mode="freeze", criterion_name="magnitude", shares="uniform")
+
+
 def _check_pattern(config: Any) -> None:
     GroupPattern.parse(config.pattern)
     why = f"pattern={config.pattern!r} says how many of each group stay, which needs"
-    _check_plain(config, why, "tensor", density=None, shares="uniform")
+    _check_plain(config, why, scope="tensor", density=None, shares="uniform")
 
 
-def _check_plain(config: Any, why: str, scope: str, **values: Any) -> None:
+def _check_plain(config: Any, why: str, **values: Any) -> None:
     """Raise ValueError unless a config for weights has these values, and none that would do nothing."""
-    needed = {"target": "weights", "scope": scope, "beta": 1.0, "min_density": 0.0, **values}
+    needed = {"target": "weights", "beta": 1.0, "min_density": 0.0, **values}
     for name, value in needed.items():
         now = getattr(config, name)
         if now != value:

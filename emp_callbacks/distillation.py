@@ -9,11 +9,14 @@ import copy
 import math
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from emp_callbacks.checkpoint.reading import read_checkpoint, state_dict_in
+from emp_callbacks.targets.names import match_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,26 +110,18 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Args:
         model: Changed.
-        path: By torch.save or safetensors, or a Hugging Face folder that holds `model.safetensors`.
+        path: What `read_checkpoint` reads: a Lightning checkpoint, a state_dict, safetensors, a Hugging Face folder.
 
     Raises:
-        FileNotFoundError: There is none.
-        ValueError: It holds the weights of another model.
+        OSError: There is none, or it cannot be read.
+        ValueError: It is damaged, or holds the weights of another model.
     """
-    file = os.path.join(path, "model.safetensors") if os.path.isdir(path) else os.fspath(path)
-    if file.endswith(".safetensors"):
-        from safetensors.torch import load_file
-
-        weights: Any = load_file(file)
-    else:
-        weights = torch.load(file, map_location="cpu", weights_only=True)
-    weights = weights.get("state_dict", weights)
+    source = os.fspath(path)
+    weights = state_dict_in(read_checkpoint(Path(path)), source)
     own = model.state_dict()
-    for prefix in ("", "model.", "module.", "net."):
-        plain = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-        held = {own[name].data_ptr() for name in own.keys() & plain.keys()}
-        if all(name in plain or value.data_ptr() in held for name, value in own.items()):  # tied ones stand once
-            model.load_state_dict({name: plain[name] for name in own.keys() & plain.keys()}, strict=False)
-            return
-    missing = sorted(own.keys() - weights.keys())
-    raise ValueError(f"{file} holds the weights of another model: it lacks {', '.join(missing[:3])}, ...")
+    found = {name: weights[theirs] for name, theirs in match_names(list(weights), list(own)).items()}
+    held = {own[name].data_ptr() for name in found}
+    missing = [name for name, value in own.items() if name not in found and value.data_ptr() not in held]
+    if missing:  # tied ones stand once
+        raise ValueError(f"{source} holds the weights of another model: it lacks {', '.join(sorted(missing)[:3])}, ...")
+    model.load_state_dict(found, strict=False)

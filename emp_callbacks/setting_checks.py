@@ -32,19 +32,6 @@ def check_fraction(name: str, value: float, *, lowest_allowed: bool) -> None:
         raise ValueError(f"{name} must be a fraction in {interval}, got {value!r}")
 
 
-def check_found(settings: Mapping[str, object]) -> None:
-    """Raise ValueError unless these settings, whose density is a string, keep for good what is not 0."""
-    if settings["density"] != "found":
-        raise ValueError(f"density must be a fraction in (0, 1], a Ramp or 'found', got {settings['density']!r}")
-    needed = {"mode": "freeze", "target": "weights", "criterion": "magnitude"}
-    for name, value in {**needed, "shares": "uniform", "beta": 1.0, "min_density": 0.0}.items():
-        if settings[name] != value:
-            raise ValueError(
-                f"density='found' keeps for good the weights that are not 0, so it needs {name}={value!r}, got "
-                f"{settings[name]!r}"
-            )
-
-
 def check_shares(shares: object) -> None:
     """Raise ValueError unless this says how layers share a density, other than "uniform"."""
     if isinstance(shares, Mapping):
