@@ -127,6 +127,7 @@ class DeepSpeedBackend(Backend):
             name=target.name,
             shape=shape,
             output_dim=target.output_dim,
+            stacked=target.stacked,
             owner=place.owner,
             view=place.view,
             positions=place.start,

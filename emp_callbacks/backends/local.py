@@ -29,6 +29,7 @@ class LocalBackend(Backend):
                 name=target.name,
                 shape=target.parameter.shape,
                 output_dim=target.output_dim,
+                stacked=target.stacked,
                 owner=target.parameter,
                 view=_whole,
                 positions=0,

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from emp_callbacks.criteria.base import Criterion
 from emp_callbacks.layer import Layer, WeightLayer
 from emp_callbacks.targets.forward_site import runs_hooks
-from emp_callbacks.targets.weights import is_conv1d
+from emp_callbacks.targets.matrices import is_conv1d
 
 
 @final

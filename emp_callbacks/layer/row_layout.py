@@ -45,10 +45,20 @@ def row_layout(span: Span, scores_n: Tensor, part: slice) -> RowLayout:
     """
     positions = span.positions_of(part)
     rows, width = span.shape[span.output_dim], math.prod(span.shape[span.output_dim + 1 :])
+    matrix = span.size // span.matrices
+    if matrix == rows * width:  # rows follow each other, also beyond the end of a matrix
+        rows, matrix = span.rows, span.size
     scores = scores_n[part]
     if not isinstance(positions, int):
-        return _scattered(scores, positions.cpu(), rows, width)
-    return RowLayout(_runs(scores, positions, rows, width))
+        return _scattered(scores, positions.cpu(), (rows, width, matrix), span.rows)
+    parts: list[RowPart] = []
+    taken = 0
+    while taken < len(scores) or not parts:
+        number, inside = divmod(positions + taken, matrix)
+        of_matrix = scores[taken : taken + matrix - inside]
+        parts += [one._replace(rows=one.rows + number * rows) for one in _runs(of_matrix, inside, rows, width)]
+        taken += len(of_matrix)
+    return RowLayout(parts)
 
 
 def _runs(scores: Tensor, start: int, rows: int, width: int) -> list[RowPart]:
@@ -75,16 +85,18 @@ def _runs(scores: Tensor, start: int, rows: int, width: int) -> list[RowPart]:
     return parts
 
 
-def _scattered(scores: Tensor, positions: Tensor, rows: int, width: int) -> RowLayout:
+def _scattered(scores: Tensor, positions: Tensor, sizes: tuple[int, int, int], total: int) -> RowLayout:
     """Sort the scores into rows of one length, those too short filled up with zeros that no column counts."""
-    row = positions // width % rows
-    column = positions // (rows * width) * width + positions % width
-    counts = torch.bincount(row, minlength=rows)
+    rows, width, matrix = sizes
+    number, inside = positions // matrix, positions % matrix
+    row = number * rows + inside // width % rows
+    column = inside // (rows * width) * width + inside % width
+    counts = torch.bincount(row, minlength=total)
     held = counts.nonzero().squeeze(1)
     longest = int(counts.max()) if len(positions) else 0
     by_row = row.argsort(stable=True)
     place = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row[by_row]]
-    order = torch.full((rows, longest), -1)
+    order = torch.full((total, longest), -1)
     order[row[by_row], place] = by_row
     order = order[held].reshape(-1)
     filled = order >= 0

@@ -18,6 +18,7 @@ class Span:
         name: Name of the layer in the user's model: a parameter, or the module whose units are the components.
         shape: Shape of all components.
         output_dim: Dimension of `shape` that counts output units: the rows of `scope="row"`.
+        stacked: Whether dimension 0 counts matrices, such as experts, each with output units of its own.
         positions: Flat index in the whole of the first component here, the others following; or the index of each,
             shape (n,), int64, where they do not follow each other.
         replicated: Whether every rank holds all components.
@@ -33,6 +34,22 @@ class Span:
     replicated: bool
     counted: slice
     is_summed: bool = False
+    stacked: bool = False
+
+    @property
+    def matrices(self) -> int:
+        """Matrices that lie in the components: 1, or where they are stacked the size of dimension 0."""
+        return self.shape[0] if self.stacked else 1
+
+    @property
+    def rows(self) -> int:
+        """Output units of all matrices."""
+        return self.matrices * self.shape[self.output_dim]
+
+    @property
+    def input_dim(self) -> int:
+        """Dimension of `shape` that counts the inputs that one output unit reads; of a vector there is none."""
+        return (3 if self.stacked else 1) - self.output_dim
 
     @property
     def size(self) -> int:
@@ -78,10 +95,19 @@ class Segment(Span):
     def length(self) -> int:
         return self.weight.numel()
 
-    def indices_along(self, dim: int) -> Tensor:
-        """Return the index along one dimension of the full parameter of each element here, flat, int64."""
-        inner, count = math.prod(self.shape[dim + 1 :]), self.length
-        at = self.positions
+    def indices_along(self, *dims: int) -> Tensor:
+        """Return the index along one dimension of the full parameter of each element here, flat, int64.
+
+        Along several, ascending, it is that of an array of these dimensions alone, read row by row.
+        """
+        at, count = self.positions, self.length
         device = self.weight.device
         flat = torch.arange(at, at + count, device=device) if isinstance(at, int) else at.to(device)
-        return (flat // inner) % self.shape[dim]
+        index = torch.zeros_like(flat)
+        for dim in dims:
+            index = index * self.shape[dim] + flat // math.prod(self.shape[dim + 1 :]) % self.shape[dim]
+        return index
+
+    def row_indices(self) -> Tensor:
+        """Return the output unit of each element here, counted over all matrices, flat, int64."""
+        return self.indices_along(*([0] if self.stacked else []), self.output_dim)

@@ -95,12 +95,12 @@ def _output_error(layer: WeightLayer, scored: Scored, pruned: Callable[[], Tenso
     ||sum of w_j x_j over the pruned j|| <= sum of |w_j| ||x_j||, x_j the j-th input over all tokens.
     """
     span, part = scored.span, scored.span.counted
-    outputs = span.shape[span.output_dim]
+    outputs = span.rows
 
     def lost() -> Parts:
         own = scored.scores.reshape(-1)[part].double().abs() * pruned().reshape(-1)[part]
         by_output = torch.zeros(outputs, dtype=torch.float64, device=own.device)
-        by_output.index_add_(0, layer.segment.indices_along(span.output_dim)[part], own)
+        by_output.index_add_(0, layer.segment.row_indices()[part], own)
         return {"bounds": by_output, **(layer.input_products() if span.replicated else {})}
 
     sums = layer.asking.sums(lost)

@@ -88,7 +88,7 @@ class GroupedLayer:
     def __init__(self, layer: Scored, pattern: GroupPattern) -> None:
         span = layer.span
         self._layer, self._pattern = layer, pattern
-        self._beside = math.prod(span.shape[2 - span.output_dim :])
+        self._beside = math.prod(span.shape[span.input_dim + 1 :])
         self._slab = pattern.size * self._beside
         self._scores = layer.scores.detach().reshape(-1)
         self._cut: Tensor = torch.zeros(0, dtype=torch.int64)  # numbers of the slabs that are cut, ascending

@@ -26,7 +26,7 @@ def decide_rows(layers: Sequence[Scored], rule: KeepRule, ranks: Ranks, step: in
     The arguments and errors are those of `decide`.
     """
     local = torch.cat([_local_row_sums(layer) for layer in layers])
-    rows = [layer.span.shape[layer.span.output_dim] for layer in layers]
+    rows = [layer.span.rows for layer in layers]
     by_row = torch.split(ranks.all_sum(local).cpu(), rows)
     sums = torch.stack([of_layer.sum(0) for of_layer in by_row])
     check_finite(torch.stack([own.sum(0) for own in torch.split(local, rows)]), sums, layers, ranks, step)
@@ -68,7 +68,7 @@ def decide_rows(layers: Sequence[Scored], rule: KeepRule, ranks: Ranks, step: in
 
 def _local_row_sums(layer: Scored) -> Tensor:
     """Return the moments of each row over what this rank counts of it, shape (G, 3)."""
-    return row_sums(_counted(layer), layer.span.shape[layer.span.output_dim])
+    return row_sums(_counted(layer), layer.span.rows)
 
 
 def _counted(layer: Scored) -> list[RowPart]:

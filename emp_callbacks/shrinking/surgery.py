@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from emp_callbacks.targets.weights import is_conv1d
+from emp_callbacks.targets.matrices import is_conv1d
 
 __all__ = ["Cut", "Surgery", "axes_of", "axis_size", "cut_of", "cuttable_modules", "is_conv1d", "perform", "snapshot"]
 

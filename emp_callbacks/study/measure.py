@@ -49,7 +49,10 @@ def _measure_weights(model: nn.Module, config: EMPConfig) -> dict[str, float]:
     moments = []
     for target in targets:
         weight = target.parameter.detach()
-        rows = weight.movedim(target.output_dim, 0).flatten(1) if by_row else weight.reshape(1, -1)
+        rows = weight.reshape(1, -1)
+        if by_row:
+            outputs = [0, target.output_dim] if target.stacked else [target.output_dim]
+            rows = weight.movedim(outputs, [*range(len(outputs))]).flatten(len(outputs)).flatten(0, -2)
         moments.append(score_moments(rows).stack())
     groups = ScoreMoments.unstack(torch.cat(moments))
     n = sum(target.parameter.numel() for target in targets)

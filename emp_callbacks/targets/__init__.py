@@ -6,12 +6,12 @@ from emp_callbacks.targets.feature_form import FeatureForm
 from emp_callbacks.targets.features import FeatureSite, feature_sites
 from emp_callbacks.targets.heads import attention_heads
 from emp_callbacks.targets.kan import kan_nodes
+from emp_callbacks.targets.matrices import NOT_A_WEIGHT
 from emp_callbacks.targets.names import canonical_name, few, match_names
 from emp_callbacks.targets.neurons import neurons
 from emp_callbacks.targets.units import MemberTarget, UnitTarget
 from emp_callbacks.targets.weights import (
     NO_MULTIPLE,
-    NOT_A_WEIGHT,
     SURPRISING,
     LeftOut,
     WeightTarget,

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from emp_callbacks.targets.adapters import adapted, adapter_paths
+from emp_callbacks.targets.matrices import is_conv1d
 from emp_callbacks.targets.names import check_patterns, known_names, matches
 from emp_callbacks.targets.units import MemberTarget, Role, UnitTarget
-from emp_callbacks.targets.weights import WeightTarget, is_conv1d
+from emp_callbacks.targets.weights import WeightTarget
 
 # Those whose output channels are rows of the weight.
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

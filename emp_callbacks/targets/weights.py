@@ -10,7 +10,10 @@ import torch
 from torch import nn
 
 from emp_callbacks.targets.adapters import adapter_parameters
+from emp_callbacks.targets.experts import routers
+from emp_callbacks.targets.matrices import A_FUNCTION, NOT_A_WEIGHT, Owned, no_matrix, outputs_of
 from emp_callbacks.targets.names import check_patterns, few, known_names, matches
+from emp_callbacks.targets.parametrised import GAIN, WeightNormed, parametrised, weight_norms
 
 
 class WeightTarget(NamedTuple):
@@ -20,11 +23,15 @@ class WeightTarget(NamedTuple):
         name: Name in the model, without what torch.compile or a wrapper added.
         parameter: The parameter itself; looked up through this object at every use, never copied.
         output_dim: Dimension that counts output units: the rows of `scope="row"`.
+        stacked: Whether dimension 0 counts matrices, such as experts, each with output units of its own.
+        normed: The weight norm whose direction it is, if it is one.
     """
 
     name: str
     parameter: nn.Parameter
     output_dim: int
+    stacked: bool = False
+    normed: WeightNormed | None = None
 
 
 class LeftOut(NamedTuple):
@@ -45,10 +52,11 @@ ADAPTER = "an adapter of PEFT"
 FROZEN = "frozen (requires_grad=False)"
 NOT_UPDATED = "no given optimizer updates it"
 NOT_FLOATING = "not a real floating-point tensor"
-NOT_A_WEIGHT = "its name does not say 'weight'"
+ROUTER = "the router of a mixture of experts"
+PARAMETRISED = "a weight is computed from it (parametrised), which a mask on it does not reach"
 NO_MULTIPLE = "its inputs are no multiple of the pattern's M"
 # Of these a user expects that they are pruned; of norms, biases and embeddings nobody does.
-SURPRISING = (FROZEN, NOT_UPDATED, NOT_FLOATING, NOT_A_WEIGHT, NO_MULTIPLE)
+SURPRISING = (FROZEN, NOT_UPDATED, NOT_FLOATING, NOT_A_WEIGHT, A_FUNCTION, PARAMETRISED, NO_MULTIPLE)
 
 Updates = Callable[[nn.Parameter], bool]
 FullShape = Callable[[nn.Parameter], torch.Size]
@@ -73,8 +81,13 @@ def prunable_weights(
 ) -> list[WeightTarget]:
     """Return the parameters that EMP scores, each once, in the model's own order.
 
-    By default: trainable floating-point parameters of two or more dimensions that an optimizer updates and whose last
-    name part contains "weight", except those of norms and embeddings, heads tied to an embedding and PEFT's adapters.
+    By default: the trainable floating-point matrices and kernels, updated by an optimizer, that inputs are multiplied
+    with. That is the weight of torch's dense, convolution, recurrent and attention layers and of classes derived from
+    them, 3-D parameters of experts (one matrix for each), the direction of a weight norm, and what the forward pass of
+    any other module multiplies its input with; where that cannot be followed, parameters of two or more dimensions that
+    their author calls a weight. Not: norms, embeddings, heads tied to an embedding, routers of experts, tables and
+    tokens that are added, weights that a layer computes from a parameter (spectral norm, weight standardisation), and
+    PEFT's adapters.
 
     Args:
         model: Any module; tied parameters and shared modules count once, under their first name.
@@ -95,11 +108,7 @@ def prunable_weights(
     for owned in owners.values():
         _check_not_pruned_by_torch(owned, include, exclude)
     reasons = _reasons(model, owners, include, exclude, full_shape, updates)
-    targets = [
-        WeightTarget(owned[0][0], parameter, _output_dim(owned[0][1]))
-        for parameter, owned in owners.items()
-        if reasons[parameter] is None
-    ]
+    targets = _targets(model, {p: owned for p, owned in owners.items() if reasons[p] is None}, full_shape)
     if not targets and ADAPTER in reasons.values():
         _refuse_adapters(model, owners, reasons)
     if not targets and NOT_UPDATED in reasons.values():
@@ -148,7 +157,7 @@ def left_out(
 
 
 def _refuse_adapters(
-    model: nn.Module, owners: Mapping[nn.Parameter, _Owned], reasons: Mapping[nn.Parameter, str | None]
+    model: nn.Module, owners: Mapping[nn.Parameter, Owned], reasons: Mapping[nn.Parameter, str | None]
 ) -> None:
     base = [owned[0][0] for parameter, owned in owners.items() if reasons[parameter] == FROZEN]
     wrapped = any("base_layer" in name for owned in owners.values() for name, _ in owned)
@@ -160,12 +169,9 @@ def _refuse_adapters(
     )
 
 
-_Owned = list[tuple[str, nn.Module]]
-
-
-def _owners(model: nn.Module) -> dict[nn.Parameter, _Owned]:
+def _owners(model: nn.Module) -> dict[nn.Parameter, Owned]:
     """Return, for each parameter, every name it has and the module that owns it under that name."""
-    owners: dict[nn.Parameter, _Owned] = {p: [] for p in model.parameters()}
+    owners: dict[nn.Parameter, Owned] = {p: [] for p in model.parameters()}
     for prefix, module in model.named_modules(remove_duplicate=False):
         for name, parameter in module.named_parameters(recurse=False):
             known = known_names(f"{prefix}.{name}" if prefix else name)
@@ -175,7 +181,7 @@ def _owners(model: nn.Module) -> dict[nn.Parameter, _Owned]:
 
 def _reasons(
     model: nn.Module,
-    owners: Mapping[nn.Parameter, _Owned],
+    owners: Mapping[nn.Parameter, Owned],
     include: Sequence[str] | None,
     exclude: Sequence[str] | None,
     full_shape: FullShape,
@@ -185,50 +191,49 @@ def _reasons(
     adapters = adapter_parameters(model)
     base = [name for parameter, owned in owners.items() if parameter not in adapters for name, _ in owned]
     for_adapters = [pattern for pattern in include or () if not matches(base, [pattern])]
+    apart = _not_for_masks(model, full_shape)
     reasons: dict[nn.Parameter, str | None] = {}
     for parameter, owned in owners.items():
-        if parameter in adapters and not matches([name for name, _ in owned], for_adapters):
+        names = [name for name, _ in owned]
+        if parameter in adapters and not matches(names, for_adapters):
             reasons[parameter] = ADAPTER
+        elif exclude and matches(names, exclude):
+            reasons[parameter] = "excluded"
+        elif include:
+            reasons[parameter] = None if matches(names, include) else "not included"
         else:
-            reasons[parameter] = _why_not(parameter, owned, include, exclude, full_shape, updates)
+            known = apart[parameter] if parameter in apart else no_matrix(parameter, owned, full_shape)
+            reasons[parameter] = known or _not_trained(parameter, updates)
     return reasons
 
 
-def _why_not(
-    parameter: nn.Parameter,
-    owned: list[tuple[str, nn.Module]],
-    include: Sequence[str] | None,
-    exclude: Sequence[str] | None,
-    full_shape: FullShape,
-    updates: Updates,
-) -> str | None:
-    """Return why a parameter is not pruned; None if it is."""
-    names, kinds = [name for name, _ in owned], [type(module).__name__ for _, module in owned]
-    if exclude and matches(names, exclude):
-        return "excluded"
-    if include:
-        return None if matches(names, include) else "not included"
-    if len(full_shape(parameter)) < 2:
-        return "a vector: bias, norm or scale"
-    if any("Embedding" in kind or "Norm" in kind for kind in kinds):
-        return "a norm or an embedding, or tied to one"
+def _not_for_masks(model: nn.Module, full_shape: FullShape) -> dict[nn.Parameter, str | None]:
+    """Return why masks are not for these parameters, whatever they look like; None of those that look otherwise."""
+    found: dict[nn.Parameter, str | None] = dict.fromkeys(routers(model, full_shape), ROUTER)
+    found |= dict.fromkeys(parametrised(model), PARAMETRISED)
+    for norm in weight_norms(model):
+        found |= {norm.gain: GAIN, norm.direction: None}
+    return found
+
+
+def _not_trained(parameter: nn.Parameter, updates: Updates) -> str | None:
+    """Return why the values of a parameter are not for us to change; None if they are."""
     if not parameter.is_floating_point():
         return NOT_FLOATING
-    if not any("weight" in name.rpartition(".")[2] for name in names):
-        return NOT_A_WEIGHT
     if not parameter.requires_grad:
         return FROZEN
     return None if updates(parameter) else NOT_UPDATED
 
 
-def _output_dim(owner: nn.Module) -> int:
-    # transformers' Conv1D and transposed convolutions store (input, output, ...).
-    return 1 if is_conv1d(owner) or "ConvTranspose" in type(owner).__name__ else 0
-
-
-def is_conv1d(module: nn.Module | None) -> bool:
-    """Return whether a module is transformers' Conv1D, a dense layer of weight (inputs, outputs), sharded or not."""
-    return any(kind.__name__ == "Conv1D" for kind in type(module).__mro__)  # fully_shard makes a class of its own
+def _targets(model: nn.Module, owners: Mapping[nn.Parameter, Owned], full_shape: FullShape) -> list[WeightTarget]:
+    normed = {norm.direction: norm for norm in weight_norms(model)}
+    targets = []
+    for parameter, owned in owners.items():
+        name, module = owned[0]
+        norm = normed.get(parameter)
+        dim, stacked = outputs_of(norm.layer if norm else module, name.rpartition(".")[2], parameter, full_shape)
+        targets.append(WeightTarget(name, parameter, dim, stacked, norm))
+    return targets
 
 
 def _check_targets(targets: list[WeightTarget], model: nn.Module, full_shape: FullShape) -> None:

@@ -8,24 +8,35 @@ from emp_callbacks.core.row_selection import RowMatrix, find_rows, row_sums, top
 from emp_callbacks.layer.row_layout import row_layout
 from emp_callbacks.layer.segment import Span
 
-SHAPES = [((5, 4), 0), ((5, 4), 1), ((3, 4, 2, 2), 0), ((3, 4, 2, 2), 1), ((6,), 0)]
+SHAPES = [
+    ((5, 4), 0, False),
+    ((5, 4), 1, False),
+    ((3, 4, 2, 2), 0, False),
+    ((3, 4, 2, 2), 1, False),
+    ((6,), 0, False),
+    ((3, 5, 4), 1, True),  # experts of (output, input)
+    ((3, 5, 4), 2, True),  # experts of (input, output)
+]
 
 
-def span_at(shape, output_dim, positions, size):
+def span_at(shape, output_dim, stacked, positions, size):
     return Span(
         name="weight",
         shape=torch.Size(shape),
         output_dim=output_dim,
+        stacked=stacked,
         positions=positions,
         replicated=False,
         counted=slice(0, size),
     )
 
 
-def rows_and_columns(shape, output_dim):
+def rows_and_columns(shape, output_dim, stacked):
     """Return row and column of every component, flat, by moving the output dimension to the front."""
-    places = torch.arange(torch.Size(shape).numel()).view(shape).movedim(output_dim, 0)
-    places = places.reshape(len(places), -1)
+    places = torch.arange(torch.Size(shape).numel()).view(shape)
+    matrices = places if stacked else places[None]
+    places = torch.stack([matrix.movedim(output_dim - stacked, 0).flatten(1) for matrix in matrices.unbind()])
+    places = places.flatten(0, 1)
     row, column = torch.empty(2, places.numel(), dtype=torch.int64)
     row[places] = torch.arange(len(places))[:, None].expand(places.shape)
     column[places] = torch.arange(places.shape[1]).expand(places.shape)
@@ -42,13 +53,13 @@ def shards(size, ranks):
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])
 @pytest.mark.parametrize("way", ["runs", "scattered"])
-@pytest.mark.parametrize(("shape", "output_dim"), SHAPES)
-def test_parts_know_the_row_and_column_of_each_score(shape, output_dim, way, ranks):
+@pytest.mark.parametrize(("shape", "output_dim", "stacked"), SHAPES)
+def test_parts_know_the_row_and_column_of_each_score(shape, output_dim, stacked, way, ranks):
     size = torch.Size(shape).numel()
-    row, column = rows_and_columns(shape, output_dim)
+    row, column = rows_and_columns(shape, output_dim, stacked)
     for positions, at in shards(size, ranks)[way]:
         scores = at.double() + 1  # each tells where it comes from; 0 fills up
-        layout = row_layout(span_at(shape, output_dim, positions, len(at)), scores, slice(0, len(at)))
+        layout = row_layout(span_at(shape, output_dim, stacked, positions, len(at)), scores, slice(0, len(at)))
         for part in layout.parts:
             held = part.scores > 0
             come_from = part.scores[held].long() - 1
@@ -60,15 +71,19 @@ def test_parts_know_the_row_and_column_of_each_score(shape, output_dim, way, ran
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("way", ["runs", "scattered"])
-@pytest.mark.parametrize(("shape", "output_dim"), SHAPES)
-def test_rows_cut_up_in_any_way_keep_what_whole_rows_keep(shape, output_dim, way, ranks):
+@pytest.mark.parametrize(("shape", "output_dim", "stacked"), SHAPES)
+def test_rows_cut_up_in_any_way_keep_what_whole_rows_keep(shape, output_dim, stacked, way, ranks):
     generator = torch.Generator().manual_seed(ranks)
     scores = (torch.randn(shape, generator=generator) * 2).round()
-    rows = scores.movedim(output_dim, 0).reshape(shape[output_dim], -1)
+    row, column = rows_and_columns(shape, output_dim, stacked)
+    rows = torch.empty(int(row.max()) + 1, int(column.max()) + 1)
+    rows[row, column] = scores.flatten()
     keep = torch.randint(1, rows.shape[1] + 1, (len(rows),), generator=generator)
-    wanted = top_rows(rows, keep).view(scores.movedim(output_dim, 0).shape).movedim(0, output_dim).flatten()
+    wanted = top_rows(rows, keep)[row, column]
     cuts = shards(scores.numel(), ranks)[way]
-    layouts = [row_layout(span_at(shape, output_dim, p, len(at)), scores.flatten()[at], slice(None)) for p, at in cuts]
+    layouts = [
+        row_layout(span_at(shape, output_dim, stacked, p, len(at)), scores.flatten()[at], slice(None)) for p, at in cuts
+    ]
     parts = [part for layout in layouts for part in layout.parts]
     moments = score_moments(rows)
     torch.testing.assert_close(row_sums(parts, len(rows)), moments.stack())

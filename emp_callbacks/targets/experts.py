@@ -1,0 +1,111 @@
+"""Mixture-of-experts layers, found by their structure: stacked parameters or lists of modules, and their router."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from emp_callbacks.targets.multiplied import uses
+
+FullShape = Callable[[nn.Parameter], torch.Size]
+
+
+class StackedExperts(NamedTuple):
+    """Experts whose matrices lie in 3-D parameters: x -> down(gate(up(x))), chosen anew for every token.
+
+    Attributes:
+        module: Holds the parameters.
+        up: First matrices, shape (E, U, H), or transposed (E, H, U): U = I, or 2 I where a gate is multiplied.
+        down: Second matrices, shape (E, H, I), or transposed (E, I, H).
+        number: E.
+        hidden: I, the hidden neurons of one expert.
+        transposed: Whether the matrices are (input, output).
+        gated: Whether two outputs of `up` are multiplied to one hidden neuron.
+        interleaved: Whether these two are neighbours along U, where they are not one half each.
+        biases: Those of `up`, shape (E, U), and of `down`, shape (E, H), where there are any.
+    """
+
+    module: nn.Module
+    up: nn.Parameter
+    down: nn.Parameter
+    number: int
+    hidden: int
+    transposed: bool
+    gated: bool
+    interleaved: bool
+    biases: tuple[nn.Parameter | None, nn.Parameter | None]
+
+
+def stacked_experts(module: nn.Module, full_shape: FullShape) -> StackedExperts | None:
+    """Return the experts that a module's own parameters are; None if they are none.
+
+    They are two 3-D parameters of equal first dimension E > 1, of which the first feeds the second: the one has H
+    inputs and I or 2 I outputs, the other I inputs and H outputs. Where the sizes fit both ways, transformers' modules
+    say whether theirs are transposed, and the forward pass of others.
+    """
+    own = {name: p for name, p in module._parameters.items() if p is not None and p.is_floating_point()}
+    shapes = {name: full_shape(p) for name, p in own.items()}
+    cubes = [name for name, shape in shapes.items() if len(shape) == 3]
+    if len(cubes) != 2 or shapes[cubes[0]][0] != shapes[cubes[1]][0] or shapes[cubes[0]][0] < 2:
+        return None
+    up, down = cubes
+    fits = [turned for turned in (False, True) if _hidden(shapes[up], shapes[down], turned) is not None]
+    if len(fits) == 2:
+        told = module.__dict__.get(
+            "is_transposed", {"linear": False, "matmul": True}.get((uses(module) or {}).get(up, ""))
+        )
+        fits = [told] if isinstance(told, bool) else []
+    if not fits:
+        return None
+    (turned,) = fits
+    hidden = _hidden(shapes[up], shapes[down], turned)
+    assert hidden is not None
+    count = shapes[up][0]
+    biases = tuple(own.get(f"{name}_bias") if shapes.get(f"{name}_bias", (0,))[0] == count else None for name in cubes)
+    return StackedExperts(
+        module=module,
+        up=own[up],
+        down=own[down],
+        number=count,
+        hidden=hidden,
+        transposed=turned,
+        gated=shapes[up][2 if turned else 1] == 2 * hidden,
+        interleaved=module.__dict__.get("is_concatenated", True) is False,
+        biases=(biases[0], biases[1]),
+    )
+
+
+def _hidden(up: torch.Size, down: torch.Size, turned: bool) -> int | None:
+    """Return I where the two fit together in this orientation."""
+    outputs, inputs = (up[2], up[1]) if turned else (up[1], up[2])
+    read, written = (down[1], down[2]) if turned else (down[2], down[1])
+    return read if inputs == written and outputs in (read, 2 * read) else None
+
+
+def routers(model: nn.Module, full_shape: FullShape) -> set[nn.Parameter]:
+    """Return the weights by which tokens are sent to experts, and by which the output of a shared expert is scaled.
+
+    A module beside the experts whose only matrix has a row for each of them, or one row.
+    """
+    found: set[nn.Parameter] = set()
+    for parent in model.modules():
+        for count, experts in _expert_groups(parent, full_shape):
+            for beside in parent.children():
+                if beside is experts:
+                    continue
+                matrices = [p for p in beside.parameters() if len(full_shape(p)) == 2]
+                if len(matrices) == 1 and full_shape(matrices[0])[0] in (1, count):
+                    found.add(matrices[0])
+    return found
+
+
+def _expert_groups(parent: nn.Module, full_shape: FullShape) -> Iterator[tuple[int, nn.Module]]:
+    """Yield the experts among the children of a module, and how many they are."""
+    for name, child in parent.named_children():
+        if (stacked := stacked_experts(child, full_shape)) is not None:
+            yield stacked.number, child
+        elif isinstance(child, nn.ModuleList) and "expert" in name and len(child) > 1:
+            yield len(child), child  # that they are alternatives, and not one after another, nothing but the name says
