@@ -16,4 +16,4 @@ class Magnitude(Criterion):
     zero_scores_zero = True
 
     def score(self, layer: WeightLayer) -> Tensor:
-        return layer.weight  # EMP takes |.| itself: no copy of the model
+        return layer.effective  # EMP takes |.| itself: no copy of the model

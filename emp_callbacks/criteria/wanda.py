@@ -32,7 +32,8 @@ class Wanda(Criterion):
 
     def score(self, layer: WeightLayer) -> Tensor:
         norms = self.evidence(layer)
-        return layer.weight * norms if layer.weight.element_size() > 4 else layer.weight.float() * norms.float()
+        weight = layer.effective
+        return weight * norms if weight.element_size() > 4 else weight.float() * norms.float()
 
 
 def is_observable(module: nn.Module) -> bool:

@@ -19,6 +19,7 @@ class Span:
         shape: Shape of all components.
         output_dim: Dimension of `shape` that counts output units: the rows of `scope="row"`.
         stacked: Whether dimension 0 counts matrices, such as experts, each with output units of its own.
+        never_empty: Dimension whose slices each keep a component in any case, -1: the whole layer does; None: of none.
         positions: Flat index in the whole of the first component here, the others following; or the index of each,
             shape (n,), int64, where they do not follow each other.
         replicated: Whether every rank holds all components.
@@ -35,6 +36,7 @@ class Span:
     counted: slice
     is_summed: bool = False
     stacked: bool = False
+    never_empty: int | None = None
 
     @property
     def matrices(self) -> int:

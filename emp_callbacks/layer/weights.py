@@ -11,9 +11,10 @@ from torch import Tensor
 from emp_callbacks.core.kernels.tables import to_device
 from emp_callbacks.layer.base import Batches, Layer, PerWeight, check_gathered, no_gradient
 from emp_callbacks.layer.masked_weight import MaskedWeight
-from emp_callbacks.layer.observers import InputSquares
+from emp_callbacks.layer.observers import InputSquares, Observer
 from emp_callbacks.layer.segment import Segment, Span
 from emp_callbacks.layer.shared_sums import Parts, Ranks
+from emp_callbacks.targets.parametrised import WeightNormed
 
 
 @final
@@ -24,14 +25,18 @@ class WeightLayer(Layer):
         segment: This rank's part of the parameter.
         ranks: The job's processes.
         inputs: Observer of the inputs that the weights multiply, for criteria that ask for it.
+        normed: The weight norm whose direction the parameter is.
     """
 
-    def __init__(self, segment: Segment, ranks: Ranks, inputs: InputSquares | None = None) -> None:
+    def __init__(
+        self, segment: Segment, ranks: Ranks, inputs: Observer | None = None, normed: WeightNormed | None = None
+    ) -> None:
         super().__init__(ranks)
         self.segment = segment
         self.weights = [MaskedWeight(segment)]
         self.inputs = inputs
         self.sites = [inputs] if inputs is not None else []
+        self.normed = normed
         self._sum: Tensor | None = None
 
     @property
@@ -42,6 +47,11 @@ class WeightLayer(Layer):
     def weight(self) -> Tensor:
         """The values outside autograd, dense while scores are taken; the full parameter's shape, a shard flat."""
         return self.segment.weight
+
+    @property
+    def effective(self) -> Tensor:
+        """What inputs are multiplied with: `weight`, or what a weight norm makes of it."""
+        return self.weight if self.normed is None else self.weight * self.normed.factor()
 
     @property
     def mask(self) -> Tensor | None:
@@ -83,7 +93,7 @@ class WeightLayer(Layer):
 
         Shape (groups, inputs, inputs), float64.
         """
-        if self.inputs is None or self.inputs.patch is None:
+        if not isinstance(self.inputs, InputSquares) or self.inputs.patch is None:
             return {}
         return {"products": self.inputs.statistics()["products"]}
 
@@ -102,9 +112,11 @@ class WeightLayer(Layer):
     def _spread(self, norms: Tensor) -> Tensor:
         """Return for each weight the norm of its input, layout of `weight`."""
         segment = self.segment
+        if segment.stacked:  # each matrix has inputs of its own
+            return norms[segment.indices_along(0, segment.input_dim)].view(self.weight.shape)
+        index = segment.indices_along(segment.input_dim)
         if segment.output_dim == 1:  # (input, output)
-            return norms[segment.indices_along(0)].view(self.weight.shape)
-        index = segment.indices_along(1)
+            return norms[index].view(self.weight.shape)
         if norms.numel() != segment.shape[1]:  # grouped convolution: its rows read different channels
             per_group = segment.shape[0] // (norms.numel() // segment.shape[1])
             index = index + segment.indices_along(0) // per_group * segment.shape[1]

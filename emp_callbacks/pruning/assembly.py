@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from emp_callbacks.criteria.attention import EDGE_SCORES
 from emp_callbacks.criteria.wanda import is_observable
 from emp_callbacks.layer import FeatureLayer, Layer, Member, UnitLayer, WeightLayer
 from emp_callbacks.layer.masked_weight import MaskedWeight
-from emp_callbacks.layer.observers import ActivationSizes, InputSquares, can_unfold
+from emp_callbacks.layer.observers import ActivationSizes, InputSquares, Observer, can_unfold
 from emp_callbacks.layer.segment import Segment
 from emp_callbacks.targets import (
     NO_MULTIPLE,
@@ -170,8 +171,27 @@ def _weight_layers(config: EMPConfig, criterion: Criterion, backend: Backend) ->
     targets = _weight_targets(config, backend)
     observed = criterion.needs == "inputs"
     inputs = _input_observers(backend, targets, config.certify) if observed else [None] * len(targets)
-    segments = backend.segments(targets)
-    return [WeightLayer(segment, backend, observer) for segment, observer in zip(segments, inputs, strict=True)]
+    parts = zip(targets, backend.segments(targets), inputs, strict=True)
+    return [_weight_layer(target, segment, observer, config, backend) for target, segment, observer in parts]
+
+
+def _weight_layer(
+    target: WeightTarget, segment: Segment, inputs: Observer | None, config: EMPConfig, backend: Backend
+) -> WeightLayer:
+    if target.normed is None:
+        return WeightLayer(segment, backend, inputs)
+    by_row = config.scope == "row" or config.pattern is not None
+    hindrance = (
+        "is sharded" * (not segment.replicated)
+        or "is not for mode='rewire'" * (config.mode == "rewire")
+        or "has no norm for each output, as this scope needs" * (by_row and target.normed.dim != target.output_dim)
+    )
+    if hindrance:
+        raise ValueError(
+            f"{target.name!r} is the direction of a weight norm, of which no slice may lose all weights, and it "
+            f"{hindrance}: exclude it, or take the norm off (torch.nn.utils.parametrize.remove_parametrizations)"
+        )
+    return WeightLayer(replace(segment, never_empty=target.normed.dim), backend, inputs, target.normed)
 
 
 def _weight_targets(config: EMPConfig, backend: Backend) -> list[WeightTarget]:
@@ -206,6 +226,9 @@ def _input_observers(backend: Backend, targets: Sequence[WeightTarget], products
     for name, module in backend.module.named_modules():
         if is_observable(module):
             owners.setdefault(id(module.weight), (canonical_name(f"{name}.")[:-1], module))
+    for target in targets:
+        if target.normed is not None and is_observable(target.normed.layer):
+            owners[id(target.parameter)] = (target.name, target.normed.layer)
     observers: list[InputSquares | None] = []
     for target in targets:
         if id(target.parameter) not in owners:

@@ -22,6 +22,7 @@ from emp_callbacks.core.row_selection import top_rows
 from emp_callbacks.core.search import Search, search_of
 from emp_callbacks.core.threshold import AllSum, ScoredPart, Threshold, local_sum
 from emp_callbacks.layer import Ranks
+from emp_callbacks.layer.segment import Span
 from emp_callbacks.pruning.groups import Cut, Decision, KeepRule, LayerSums, Scored, check_finite, sums_of_layers
 from emp_callbacks.pruning.pattern_decision import decide_pattern
 from emp_callbacks.pruning.row_decision import decide_rows
@@ -130,16 +131,20 @@ def _decision(
     members, keep, lowest, note = pool.members, wanted.kept, threshold.value, ""
     short = _short(pool, threshold, rule)
     if short:
-        least = {i: min(rule.min_units, pool.layers[i].span.size) for i in members}
-        keep = max(keep, sum(least.values()))
-        best = {i: _best_units(pool.layers[i], count) for i, count in least.items()}
+        best = {i: _stays_anyway(pool.layers[i], rule) for i in members}
+        keep = max(keep, sum(gather_rows([count_true(mask) for mask in best.values()]).tolist()))
         lifted = {i: scores.masked_fill(best[i], torch.inf) for i, scores in pool.scores.items()}
         pool = pool._replace(scores=lifted)
         threshold = _threshold(pool, keep, ranks)
         kept = [pool.layers[i].scores.abs().masked_fill(~pool.mask(i, threshold), torch.inf) for i in members]
         lowest = float(gather_rows([scores.min() for scores in kept]).min())
         names = ", ".join(pool.layers[i].span.name for i in short)
-        note = f"kept so that no layer falls below min_units={rule.min_units}: {names}"
+        least = (
+            f"no layer falls below min_units={rule.min_units}"
+            if rule.min_units
+            else "no slice of a weight norm is empty"
+        )
+        note = f"kept so that {least}: {names}"
     digest = zlib.crc32(f"{keep} {threshold.key} {threshold.last_tie}".encode())
     chosen = partial(pool.mask, threshold=threshold)
     cut = None if short else partial(pool.cut, threshold=threshold)
@@ -203,13 +208,28 @@ def _threshold(pool: _Pool, keep: int, ranks: Ranks) -> Threshold:
 def _short(pool: _Pool, threshold: Threshold, rule: KeepRule) -> list[int]:
     """Return the layers that would keep fewer of their units than the rule says they do in any case."""
     if not rule.min_units or len(pool.members) == 1:
-        return []
+        guarded = [i for i in pool.members if pool.layers[i].span.never_empty is not None]
+        kept = {i: _slices(pool.layers[i].span, pool.mask(i, threshold)) for i in guarded}
+        return [i for i, rows in kept.items() if not bool(rows.any(1).all())]
     counts = gather_rows([count_true(pool.mask(i, threshold)) for i in pool.members]).tolist()
     least = [min(rule.min_units, pool.layers[i].span.size) for i in pool.members]
     return [i for i, count, own in zip(pool.members, counts, least, strict=True) if count < own]
 
 
-def _best_units(layer: Scored, count: int) -> Tensor:
-    """Return the mask of the best few units of one layer, which every rank holds whole."""
-    keep = torch.tensor([count])
-    return top_rows(layer.scores.reshape(1, -1), keep).view(layer.scores.shape)
+def _stays_anyway(layer: Scored, rule: KeepRule) -> Tensor:
+    """Return the mask of what one layer, which every rank holds whole, keeps whatever the others have."""
+    mask = torch.zeros_like(layer.scores, dtype=torch.bool)
+    if layer.span.never_empty is not None:
+        best = _slices(layer.span, layer.scores.abs()).argmax(1)
+        places = _slices(layer.span, torch.arange(mask.numel(), device=mask.device).view(mask.shape))
+        mask.view(-1)[places.gather(1, best[:, None])] = True
+    elif rule.min_units:
+        count = torch.tensor([min(rule.min_units, layer.span.size)])
+        mask = top_rows(layer.scores.reshape(1, -1), count).view(mask.shape)
+    return mask
+
+
+def _slices(span: Span, values: Tensor) -> Tensor:
+    """Return the slices of a layer that is held whole of which none may be empty, shape (slices, -1)."""
+    assert span.never_empty is not None
+    return values.reshape(1, -1) if span.never_empty < 0 else values.movedim(span.never_empty, 0).flatten(1)

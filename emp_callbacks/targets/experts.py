@@ -38,6 +38,10 @@ class StackedExperts(NamedTuple):
     interleaved: bool
     biases: tuple[nn.Parameter | None, nn.Parameter | None]
 
+    def holds(self, parameter: nn.Parameter) -> bool:
+        """Return whether a parameter is one of the two stacks of matrices."""
+        return parameter is self.up or parameter is self.down
+
 
 def stacked_experts(module: nn.Module, full_shape: FullShape) -> StackedExperts | None:
     """Return the experts that a module's own parameters are; None if they are none.

@@ -48,7 +48,7 @@ def _no_matrix_of(module: nn.Module, name: str, parameter: nn.Parameter, full_sh
     if isinstance(module, nn.MultiheadAttention):
         return None
     if (experts := stacked_experts(module, full_shape)) is not None:
-        return None if parameter in (experts.up, experts.down) else VECTOR
+        return None if experts.holds(parameter) else VECTOR
     use = (uses(module) or {}).get(name)
     if use is None:  # the pass cannot be followed: nothing is left but what its author calls it
         return None if "weight" in name else NOT_A_WEIGHT
@@ -71,7 +71,7 @@ def outputs_of(module: nn.Module, name: str, parameter: nn.Parameter, full_shape
         parameter: The matrix.
         full_shape: Gives the shape that a parameter has in the unsharded model.
     """
-    if (experts := stacked_experts(module, full_shape)) is not None and parameter in (experts.up, experts.down):
+    if (experts := stacked_experts(module, full_shape)) is not None and experts.holds(parameter):
         return (2 if experts.transposed else 1), True
     if is_conv1d(module) or isinstance(module, _ConvTransposeNd):
         return 1, False

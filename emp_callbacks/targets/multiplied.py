@@ -11,9 +11,9 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
-Use = Literal["linear", "matmul", "conv", "conv_transpose", "other"]
+Use = Literal["linear", "matmul", "conv", "conv_transpose", "reshaped", "other"]
 """Of a parameter: the input is multiplied with it as (..., outputs, inputs), as (..., inputs, outputs), as a kernel
-(outputs, inputs, ...) or (inputs, outputs, ...); or it is used in another way."""
+(outputs, inputs, ...) or (inputs, outputs, ...), or with its elements in another shape; or what it is for differs."""
 
 _SECOND_ARGUMENT: dict[Any, Use] = {
     functional.linear: "linear",
@@ -26,6 +26,12 @@ _PRODUCTS = (torch.matmul, operator.matmul, torch.mm, torch.bmm, "matmul", "mm",
 _SUM_AND_PRODUCT = (torch.addmm, torch.baddbmm, "addmm", "baddbmm")
 # These leave every element what it is, and where it is.
 _SAME = ("to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous", "detach")
+_RESHAPED = (
+    *("view", "reshape", "flatten", "squeeze", "unsqueeze", "permute", "chunk", "expand", "view_as", "reshape_as"),
+    *(torch.reshape, torch.flatten, torch.squeeze, torch.unsqueeze, torch.permute, torch.chunk),
+)
+_SCALED = (operator.mul, operator.truediv, torch.mul, torch.div, "mul", "div")
+_ASKED = ("shape", "dtype", "device", "ndim", "size", "dim", "numel")
 _TURNED = (torch.t, torch.transpose, "t", "transpose", "T", "mT")
 
 _known: WeakKeyDictionary[nn.Module, dict[str, Use] | None] = WeakKeyDictionary()
@@ -74,16 +80,24 @@ def _use(node: fx.Node, *, turned: bool) -> Use:
 
 
 def _use_by(user: fx.Node, node: fx.Node, turned: bool) -> Use | None:
+    """Return how one operation uses a parameter, or what follows it; None where it only asks for its shape."""
+    what = user.args[1] if user.target is getattr else user.target
+    if what in _ASKED:
+        return None
+    if what in _TURNED:
+        return _use(user, turned=not turned)
+    if what in _RESHAPED:
+        return "other" if _use(user, turned=turned) == "other" else "reshaped"
+    if what in _SAME or _takes_matrix(user, node) or _scales(user, node):
+        return _use(user, turned=turned)
+    return _multiplied_by(user, node, turned)
+
+
+def _multiplied_by(user: fx.Node, node: fx.Node, turned: bool) -> Use:
     target, args = user.target, user.args
-    if target is getattr or user.op == "call_method" or target in _TURNED:
-        name = args[1] if target is getattr else target
-        if name in _SAME:
-            return _use(user, turned=turned)
-        if name in ("shape", "dtype", "device", "size", "dim"):
-            return None
-        if name in _TURNED:
-            return _use(user, turned=not turned)
-    if target in _SECOND_ARGUMENT and _second(user) is node:
+    if target is torch.einsum and node in args:
+        return "reshaped"
+    if target in _SECOND_ARGUMENT and user.kwargs.get("weight", args[1] if len(args) > 1 else None) is node:
         use = _SECOND_ARGUMENT[target]
         return use if not turned else "matmul" if use == "linear" else "other"
     first = target in _PRODUCTS and args[:1] == (node,)
@@ -91,5 +105,14 @@ def _use_by(user: fx.Node, node: fx.Node, turned: bool) -> Use | None:
     return "other" if first == second else "linear" if first != turned else "matmul"
 
 
-def _second(user: fx.Node) -> object:
-    return user.kwargs.get("weight", user.args[1] if len(user.args) > 1 else None)
+def _takes_matrix(user: fx.Node, node: fx.Node) -> bool:
+    return user.target is operator.getitem and user.args[0] is node
+
+
+def _scales(user: fx.Node, node: fx.Node) -> bool:
+    return user.target in _SCALED and user.args[0] is node and all(map(_is_constant, user.all_input_nodes))
+
+
+def _is_constant(node: fx.Node) -> bool:
+    """Return whether a value depends on parameters alone, not on the input."""
+    return node.op == "get_attr" or (bool(node.all_input_nodes) and all(map(_is_constant, node.all_input_nodes)))

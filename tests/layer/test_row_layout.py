@@ -35,8 +35,8 @@ def rows_and_columns(shape, output_dim, stacked):
     """Return row and column of every component, flat, by moving the output dimension to the front."""
     places = torch.arange(torch.Size(shape).numel()).view(shape)
     matrices = places if stacked else places[None]
-    places = torch.stack([matrix.movedim(output_dim - stacked, 0).flatten(1) for matrix in matrices.unbind()])
-    places = places.flatten(0, 1)
+    places = torch.stack([matrix.movedim(output_dim - stacked, 0) for matrix in matrices.unbind()])
+    places = places.reshape(places.shape[0] * places.shape[1], -1)
     row, column = torch.empty(2, places.numel(), dtype=torch.int64)
     row[places] = torch.arange(len(places))[:, None].expand(places.shape)
     column[places] = torch.arange(places.shape[1]).expand(places.shape)
