@@ -20,7 +20,7 @@ from emp_callbacks.targets.positions import PositionsSource, function_for
 TARGETS = tuple(DEFAULT_CRITERIA)
 SCOPES = ("global", "tensor", "row")
 # Norms and activations of different layers are no common currency: narrow layers would be emptied.
-_DEFAULT_SCOPES = {"neurons": "tensor", "kan_nodes": "tensor", "features": "tensor"}
+_DEFAULT_SCOPES = {"neurons": "tensor", "experts": "tensor", "kan_nodes": "tensor", "features": "tensor"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,17 +33,19 @@ class EMPConfig:
         start: First epoch (or step) that ends in a refresh, counted from 1; default: `every_n_...`.
         stop: Last epoch (or step) that may end in a refresh; default: none. The last mask then stays.
         target: What is pruned together: "weights", "heads" (of attention), "neurons" (rows of Linear layers, channels
-            of convolutions), "kan_nodes"; or in the forward pass "features" (of activations), "attention_edges".
+            of convolutions), "experts" (of mixtures), "kan_nodes"; or in the forward pass "features" (of activations),
+            "attention_edges".
         criterion: How components are scored; default: the target's first. Weights: "magnitude", "taylor", "saliency",
-            "wanda". Heads: "weight_norm", "taylor", "saliency", "activation". Neurons: the same and "bn_scale". KAN
-            nodes: "spline", "weight_norm", "taylor", "saliency". Features: "activation", "taylor", "saliency".
-            Attention edges: "attention_weight", "attention_logit". All but edges: "random" (fixed random scores, a
-            control). Or a function of your own, in a recipe as "module.function": see `Criterion.score`.
+            "wanda". Heads: "weight_norm", "taylor", "saliency", "activation". Neurons: the same and "bn_scale".
+            Experts: "reap", "weight_norm", "taylor", "saliency". KAN nodes: "spline", "weight_norm", "taylor",
+            "saliency". Features: "activation", "taylor", "saliency". Attention edges: "attention_weight",
+            "attention_logit". All but edges: "random" (fixed random scores, a control). Or a function of your own, in
+            a recipe as "module.function": see `Criterion.score`.
         evidence_steps: Criteria that read gradients, inputs or activations gather them in this many optimizer steps
             before each refresh, >= 1; in the epoch before it if `every_n_epochs` counts.
         scope: Where scores compete: "global" (all layers together), "tensor" (within a layer), or "row" (within an
-            output unit; weights only). Default: "global" for weights and heads, "tensor" for neurons, nodes and
-            features. Attention edges and dynamic features compete within a query row or a sample.
+            output unit; weights only). Default: "global" for weights and heads, "tensor" for neurons, experts,
+            nodes and features. Attention edges and dynamic features compete within a query row or a sample.
         beta: Factor on N_eff, > 0, or a Ramp from one value to another. 1 keeps N_eff components.
         mode: What a mask means between refreshes: "feedback" (dense weights keep training behind it),
             "project" (zeroed at the refresh, may grow back), "freeze" (zero for good), "rewire" (zero; at each refresh

@@ -6,6 +6,7 @@ from emp_callbacks.criteria.base import Criterion, ScoreFunction, UserCriterion
 from emp_callbacks.criteria.bn_scale import BnScale
 from emp_callbacks.criteria.magnitude import Magnitude
 from emp_callbacks.criteria.random import Random
+from emp_callbacks.criteria.reap import Reap
 from emp_callbacks.criteria.saliency import Saliency
 from emp_callbacks.criteria.spline import Spline
 from emp_callbacks.criteria.taylor import Taylor
@@ -21,6 +22,7 @@ CRITERIA: dict[str, type[Criterion]] = {
     "wanda": Wanda,
     "activation": Activation,
     "bn_scale": BnScale,
+    "reap": Reap,
     "spline": Spline,
     "attention_weight": AttentionWeight,
     "attention_logit": AttentionLogit,
@@ -31,6 +33,7 @@ DEFAULT_CRITERIA = {
     "weights": "magnitude",
     "heads": "weight_norm",
     "neurons": "weight_norm",
+    "experts": "reap",
     "kan_nodes": "spline",
     "features": "activation",
     "attention_edges": "attention_weight",

@@ -13,7 +13,8 @@ class Activation(Criterion):
     """Mean absolute activation over the gathered samples, tokens and pixels.
 
     Of a head: its output, before the output projection. Of a neuron or channel: what its layer (its batch norm, if
-    one follows) puts out. Of a feature: itself, before its mask; with `center="mean"` its standard deviation.
+    one follows) puts out; of an expert's neuron 0 for a token that the expert does not see. Of a feature: itself,
+    before its mask; with `center="mean"` its standard deviation.
     """
 
     targets = ("heads", "neurons", "features")

@@ -79,7 +79,7 @@ class UserCriterion(Criterion):
         ValueError: `function.signed` is neither.
     """
 
-    targets = ("weights", "heads", "neurons", "kan_nodes")
+    targets = ("weights", "heads", "neurons", "experts", "kan_nodes")
 
     def __init__(self, function: ScoreFunction) -> None:
         self._function = function

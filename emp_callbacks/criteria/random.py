@@ -27,7 +27,7 @@ class Random(Criterion):
     seed: int
     draw: int = 0
 
-    targets = ("weights", "heads", "neurons", "features", "kan_nodes")
+    targets = ("weights", "heads", "neurons", "experts", "features", "kan_nodes")
 
     def __init__(self, seed: int | None = None) -> None:
         self.seed = torch.initial_seed() if seed is None else seed

@@ -16,7 +16,7 @@ class Saliency(Criterion):
     averaged over samples and positions.
     """
 
-    targets = ("weights", "heads", "neurons", "features", "kan_nodes")
+    targets = ("weights", "heads", "neurons", "experts", "features", "kan_nodes")
     needs = "gradients"
 
     def of_batch(self, weight: Tensor, gradient: Tensor) -> Tensor:  # noqa: ARG002

@@ -18,7 +18,7 @@ class Taylor(Criterion):
     ranks. For a feature |sum over a sample's positions of a * dL/da|, averaged over samples.
     """
 
-    targets = ("weights", "heads", "neurons", "features", "kan_nodes")
+    targets = ("weights", "heads", "neurons", "experts", "features", "kan_nodes")
     needs = "gradients"
     zero_scores_zero = True
     certificate = "loss_change"

@@ -14,10 +14,11 @@ class WeightNorm(Criterion):
     """Frobenius norm of the weights of a unit (Li et al., arXiv:1608.08710).
 
     Of a head: its query, key and value rows and its output-projection columns. Of a neuron or channel: its row or
-    kernel, without bias. Of a KAN node: the spline coefficients of its incoming and outgoing edges.
+    kernel, without bias. Of an expert: its matrices. Of a KAN node: the spline coefficients of its incoming and
+    outgoing edges.
     """
 
-    targets = ("heads", "neurons", "kan_nodes")
+    targets = ("heads", "neurons", "experts", "kan_nodes")
 
     def score(self, layer: UnitLayer) -> Tensor:
         return layer.unit_sums(

@@ -220,7 +220,7 @@ def _training_batches(recipe: RecipeParts | None, count: int) -> list[Any]:
 
 def _kept(pruner: EMPPruner, model: FinishedModel) -> dict[str, Tensor]:
     """Return the kept units of the inner model."""
-    if pruner.config.target not in ("heads", "neurons"):
+    if pruner.config.target not in ("heads", "neurons", "experts"):
         return pruned_units(model.inner)
     return {name.removeprefix(model.prefix): mask for name, mask in pruner.masks.items()}
 

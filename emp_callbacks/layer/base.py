@@ -143,13 +143,13 @@ class Layer(ABC):
     def release(self) -> None:
         """Forget what gradients said; `sites` are reset by whoever attached them."""
 
-    def _observed(self, observer: Observer, unseen: str) -> tuple[Tensor, float]:
-        """Return an observer's sums and how many values went into each, over all ranks. Collective."""
+    def _observed(self, observer: Observer, unseen: str) -> tuple[Tensor, Tensor]:
+        """Return an observer's sums and how many values went into each, float64, over all ranks. Collective."""
         sums = self.asking.sums(lambda: seen_by(observer))
-        if not bool(sums["count"] > 0):
+        if not bool(sums["count"].any()):
             what = f"nothing passed {observer.name!r} while {unseen} were gathered"
             raise nothing_passed(self.name, sums, what)
-        return sums["total"], float(sums["count"])
+        return sums["total"], sums["count"]
 
 
 def seen_by(site: ForwardSite, *, called: bool = True) -> Parts:

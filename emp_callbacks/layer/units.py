@@ -12,7 +12,7 @@ from torch import Tensor
 from emp_callbacks.core.kernels.tables import to_device
 from emp_callbacks.layer.base import Batches, Layer, PerWeight, check_gathered, no_gradient
 from emp_callbacks.layer.masked_weight import MaskedWeight
-from emp_callbacks.layer.observers import ActivationSizes
+from emp_callbacks.layer.observers import Observer
 from emp_callbacks.layer.segment import Segment, Span
 from emp_callbacks.layer.shared_sums import Parts, Ranks
 
@@ -22,11 +22,11 @@ class Member:
     """This rank's part of a parameter that has slices in the units of a layer; see `targets.units.MemberTarget`."""
 
     segment: Segment
-    dim: int
+    dims: tuple[int, ...]
     unit_of: Tensor
     masked: bool
     scored: bool
-    role: Literal["weight", "bias", "scale", "shift", "input", "output", "adapter"]
+    role: Literal["weight", "bias", "scale", "shift", "input", "output", "adapter", "router"]
     _unit_there: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def sums(self, values: Tensor, units: int, rank: int) -> Tensor:
@@ -41,11 +41,11 @@ class Member:
         unit_of = self._unit_on(values.device, units)
         if not self.segment.replicated:
             part = self.segment.counted
-            along = self.segment.indices_along(self.dim)[part]
+            along = self.segment.indices_along(*self.dims)[part]
             total.index_add_(0, unit_of[along], values.reshape(-1)[part].double())
         elif rank == 0:
-            others = [dim for dim in range(values.ndim) if dim != self.dim]
-            slices = values.sum(others, dtype=torch.float64) if others else values.double()
+            others = [dim for dim in range(values.ndim) if dim not in self.dims]
+            slices = (values.sum(others, dtype=torch.float64) if others else values.double()).reshape(-1)
             total.index_add_(0, unit_of, slices)
         return total[:units]
 
@@ -57,7 +57,7 @@ class Member:
 
     def sizes(self, units: int) -> Tensor:
         """Return how many weights of the full parameter each unit has, shape (units,), float64."""
-        per_slice = self.segment.size // self.segment.shape[self.dim]
+        per_slice = self.segment.size // len(self.unit_of)
         return per_slice * torch.bincount(self.unit_of[self.unit_of >= 0], minlength=units).double()
 
     def mask(self, kept: Tensor) -> Tensor:
@@ -67,8 +67,8 @@ class Member:
         along = and_none[self._unit_on(weight.device, len(kept))]
         mask = torch.empty_like(weight, dtype=torch.bool)
         if weight.shape != self.segment.shape:
-            return mask.copy_(along[self.segment.indices_along(self.dim)])
-        return mask.copy_(along.view([-1 if dim == self.dim else 1 for dim in range(weight.ndim)]))
+            return mask.copy_(along[self.segment.indices_along(*self.dims)])
+        return mask.copy_(along.view([size if dim in self.dims else 1 for dim, size in enumerate(weight.shape)]))
 
 
 Chosen = Callable[[Member], bool]
@@ -88,13 +88,20 @@ class UnitLayer(Layer):
         members: This rank's parts of the parameters.
         ranks: The job's processes.
         activations: Observer of the units' activations, for criteria that ask for it.
+        least: Units that stay in any case.
     """
 
     def __init__(
-        self, name: str, units: int, members: Sequence[Member], ranks: Ranks, activations: ActivationSizes | None = None
+        self,
+        name: str,
+        units: int,
+        members: Sequence[Member],
+        ranks: Ranks,
+        activations: Observer | None = None,
+        least: int = 1,
     ) -> None:
         super().__init__(ranks)
-        self.units, self.members = units, list(members)
+        self.units, self.members, self.least = units, list(members), least
         self.activations = activations
         self.sites = [activations] if activations is not None else []
         self._masking = [member for member in self.members if member.masked]
@@ -163,7 +170,7 @@ class UnitLayer(Layer):
         """Return mean over batches of |sum of per_weight over what pruning the unit zeroes|, or the mean |a|."""
         if self.activations is not None:
             sizes, count = self._observed(self.activations, "activations")
-            return sizes / count
+            return sizes / count.clamp(min=1.0)  # 0 of an expert that no token reached
         sizes = self._sums(batches)[0]
         if not bool(sizes.any()):
             raise no_gradient(self.name)

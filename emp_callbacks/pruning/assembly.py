@@ -17,6 +17,7 @@ from emp_callbacks.criteria import Criterion
 from emp_callbacks.criteria.attention import EDGE_SCORES
 from emp_callbacks.criteria.wanda import is_observable
 from emp_callbacks.layer import FeatureLayer, Layer, Member, UnitLayer, WeightLayer
+from emp_callbacks.layer.expert_activity import ExpertActivity, Shown, can_be_watched
 from emp_callbacks.layer.masked_weight import MaskedWeight
 from emp_callbacks.layer.observers import ActivationSizes, InputSquares, Observer, can_unfold
 from emp_callbacks.layer.segment import Segment
@@ -32,6 +33,7 @@ from emp_callbacks.targets import (
     prunable_weights,
 )
 from emp_callbacks.targets.attention_edges import EdgeSite, edge_sites
+from emp_callbacks.targets.experts import stacked_experts
 from emp_callbacks.targets.features import FeatureSite, feature_sites
 from emp_callbacks.targets.forward_site import CountRule
 from emp_callbacks.targets.names import matches
@@ -220,8 +222,9 @@ def _weight_targets(config: EMPConfig, backend: Backend) -> list[WeightTarget]:
     return fit
 
 
-def _input_observers(backend: Backend, targets: Sequence[WeightTarget], products: bool) -> list[InputSquares | None]:
+def _input_observers(backend: Backend, targets: Sequence[WeightTarget], products: bool) -> list[Observer | None]:
     """Return for each parameter an observer of what it multiplies; None where no module shows that."""
+    of_experts = _expert_observers(backend)
     owners: dict[int, tuple[str, nn.Module]] = {}
     for name, module in backend.module.named_modules():
         if is_observable(module):
@@ -229,16 +232,28 @@ def _input_observers(backend: Backend, targets: Sequence[WeightTarget], products
     for target in targets:
         if target.normed is not None and is_observable(target.normed.layer):
             owners[id(target.parameter)] = (target.name, target.normed.layer)
-    observers: list[InputSquares | None] = []
+    observers: list[Observer | None] = []
     for target in targets:
         if id(target.parameter) not in owners:
-            observers.append(None)
+            observers.append(of_experts.get(id(target.parameter)))
             continue
         name, module = owners[id(target.parameter)]
         shape, groups = backend.full_shape(target.parameter), getattr(module, "groups", 1)
         patch = (groups, math.prod(shape) // shape[target.output_dim]) if products and can_unfold(module) else None
         observers.append(InputSquares(name, module, shape[1 - target.output_dim] * groups, patch))
     return observers
+
+
+def _expert_observers(backend: Backend) -> dict[int, Observer]:
+    """Return what watches the inputs of each stack of experts' matrices, by the id of the parameter."""
+    found: dict[int, Observer] = {}
+    for name, module in backend.module.named_modules():
+        stacked = stacked_experts(module, backend.full_shape)
+        if stacked is not None and can_be_watched(stacked):
+            own = canonical_name(f"{name}.")[:-1]
+            found.setdefault(id(stacked.up), ExpertActivity(f"{own}.{stacked.names[0]}", stacked, "inputs"))
+            found.setdefault(id(stacked.down), ExpertActivity(f"{own}.{stacked.names[1]}", stacked, "hidden_squares"))
+    return found
 
 
 def _feature_layers(config: EMPConfig, backend: Backend) -> list[Layer]:
@@ -277,7 +292,7 @@ def _unit_layer(target: UnitTarget, segments: dict[int, Segment], criterion: Cri
     members = [
         Member(
             segment=segments[id(m.weight.parameter)],
-            dim=m.dim,
+            dims=m.dims,
             unit_of=m.unit_of,
             masked=m.masked,
             scored=m.scored,
@@ -285,11 +300,18 @@ def _unit_layer(target: UnitTarget, segments: dict[int, Segment], criterion: Cri
         )
         for m in target.members
     ]
-    observer = None
-    if criterion.needs == "activations" and target.observed is not None:
-        module, side = target.observed
-        observer = ActivationSizes(target.name, module, target.units, side)
-    return UnitLayer(target.name, target.units, members, backend, observer)
+    observer = _unit_observer(target) if criterion.needs == "activations" else None
+    return UnitLayer(target.name, target.units, members, backend, observer, target.least)
+
+
+def _unit_observer(target: UnitTarget) -> Observer | None:
+    if target.experts is not None:
+        shown: Shown = "outputs" if target.units == target.experts.number else "hidden"
+        return ExpertActivity(target.name, target.experts, shown) if can_be_watched(target.experts) else None
+    if target.observed is None:
+        return None
+    module, side = target.observed
+    return ActivationSizes(target.name, module, target.units, side)
 
 
 def _check_masked_once(targets: Sequence[UnitTarget]) -> None:

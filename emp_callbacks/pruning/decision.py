@@ -139,12 +139,7 @@ def _decision(
         kept = [pool.layers[i].scores.abs().masked_fill(~pool.mask(i, threshold), torch.inf) for i in members]
         lowest = float(gather_rows([scores.min() for scores in kept]).min())
         names = ", ".join(pool.layers[i].span.name for i in short)
-        least = (
-            f"no layer falls below min_units={rule.min_units}"
-            if rule.min_units
-            else "no slice of a weight norm is empty"
-        )
-        note = f"kept so that {least}: {names}"
+        note = f"kept so that {_guard(rule)}: {names}"
     digest = zlib.crc32(f"{keep} {threshold.key} {threshold.last_tie}".encode())
     chosen = partial(pool.mask, threshold=threshold)
     cut = None if short else partial(pool.cut, threshold=threshold)
@@ -205,14 +200,21 @@ def _threshold(pool: _Pool, keep: int, ranks: Ranks) -> Threshold:
     return threshold
 
 
+def _guard(rule: KeepRule) -> str:
+    if rule.floors:
+        return "each layer has as many experts as a token is sent to"
+    return f"no layer falls below min_units={rule.min_units}" if rule.min_units else "no slice of a norm is empty"
+
+
 def _short(pool: _Pool, threshold: Threshold, rule: KeepRule) -> list[int]:
     """Return the layers that would keep fewer of their units than the rule says they do in any case."""
-    if not rule.min_units or len(pool.members) == 1:
+    if not (rule.min_units or rule.floors) or len(pool.members) == 1:
         guarded = [i for i in pool.members if pool.layers[i].span.never_empty is not None]
         kept = {i: _slices(pool.layers[i].span, pool.mask(i, threshold)) for i in guarded}
         return [i for i, rows in kept.items() if not bool(rows.any(1).all())]
     counts = gather_rows([count_true(pool.mask(i, threshold)) for i in pool.members]).tolist()
-    least = [min(rule.min_units, pool.layers[i].span.size) for i in pool.members]
+    spans = [pool.layers[i].span for i in pool.members]
+    least = [min(rule.floor(span.name), span.size) for span in spans]
     return [i for i, count, own in zip(pool.members, counts, least, strict=True) if count < own]
 
 
@@ -223,8 +225,8 @@ def _stays_anyway(layer: Scored, rule: KeepRule) -> Tensor:
         best = _slices(layer.span, layer.scores.abs()).argmax(1)
         places = _slices(layer.span, torch.arange(mask.numel(), device=mask.device).view(mask.shape))
         mask.view(-1)[places.gather(1, best[:, None])] = True
-    elif rule.min_units:
-        count = torch.tensor([min(rule.min_units, layer.span.size)])
+    elif rule.floor(layer.span.name):
+        count = torch.tensor([min(rule.floor(layer.span.name), layer.span.size)])
         mask = top_rows(layer.scores.reshape(1, -1), count).view(mask.shape)
     return mask
 

@@ -45,24 +45,33 @@ class KeepRule:
         density: Fixed fraction instead.
         min_density: Fraction of a group that stays in any case.
         min_units: Components of each layer that stay in any case, where layers compete with each other.
+        least: Components of a group that stay in any case.
         tolerance: Added to beta * N_eff before the floor, in components.
         densities: Fixed fraction of single groups, by name, in place of `density`.
         pattern: N of every M instead, each M a group of its own.
         found: Whether all stay that are not 0, and nothing else counts.
+        floors: Components of single layers that stay in any case, by name.
     """
 
     beta: float = 1.0
     density: float | None = None
     min_density: float = 0.0
     min_units: int = 0
+    least: int = 1
     tolerance: float = 0.0
     densities: Mapping[str, float] = field(default_factory=dict)
     pattern: GroupPattern | None = None
     found: bool = False
+    floors: Mapping[str, int] = field(default_factory=dict)
 
     def of_group(self, name: str) -> KeepRule:
         """Return the rule of one group."""
-        return replace(self, density=self.densities[name]) if name in self.densities else self
+        density = self.densities.get(name, self.density)
+        return replace(self, density=density, least=self.floors.get(name, self.least))
+
+    def floor(self, name: str) -> int:
+        """Return how many components of a layer stay in any case, where layers compete with each other."""
+        return max(self.min_units, self.floors.get(name, 0))
 
     def share(self, fraction: Tensor) -> Tensor:
         """Return about which fraction of a group stays, whose N_eff is a `fraction` of its size."""
@@ -78,7 +87,7 @@ class KeepRule:
         if self.found:
             return nonzero.long()
         wanted, beta = (n_eff, self.beta) if self.density is None else (torch.full_like(n_eff, size), self.density)
-        least = max(1, math.ceil(self.min_density * size * (1 - 1e-12)))
+        least = max(self.least, math.ceil(self.min_density * size * (1 - 1e-12)))
         wanted = wanted + (self.tolerance / beta if beta else 0.0)  # a layer may have a share of 0
         return keep_counts(wanted, nonzero, beta, least).masked_fill(nonzero == 0, size)
 

@@ -19,7 +19,7 @@ from emp_callbacks.core.shares import erk_factor, layer_densities
 from emp_callbacks.criteria import make_criterion
 from emp_callbacks.criteria.random import Random
 from emp_callbacks.criteria.saliency import Saliency
-from emp_callbacks.layer import FeatureLayer, Layer, MissingEvidence
+from emp_callbacks.layer import FeatureLayer, Layer, MissingEvidence, UnitLayer
 from emp_callbacks.layer.mask_mode import MaskMode
 from emp_callbacks.pruning.accounting import with_note
 from emp_callbacks.pruning.assembly import (
@@ -303,7 +303,10 @@ class Refresher:
             rule = replace(rule, densities=_shared(density, config.shares, self.layers))
         # Of weights there are so many that neither guard matters.
         few = config.target != "weights"
-        return replace(rule, min_units=config.min_units, tolerance=config.tolerance) if few else rule
+        if not few:
+            return rule
+        floors = {layer.name: layer.least for layer in self.layers if isinstance(layer, UnitLayer) and layer.least > 1}
+        return replace(rule, min_units=config.min_units, tolerance=config.tolerance, floors=floors)
 
     def _regrowth_at(self, position: int, step: int) -> Regrowth | None:
         """Return what "rewire" replaces now; None in other modes, and before there is a mask."""

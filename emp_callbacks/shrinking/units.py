@@ -61,7 +61,8 @@ def _alive(target: UnitTarget) -> Tensor:
     alive = torch.zeros(target.units, dtype=torch.bool)
     for member in target.members:
         if member.masked:
-            slices = member.weight.parameter.detach().movedim(member.dim, 0)
+            along = [*range(len(member.dims))]
+            slices = member.weight.parameter.detach().movedim(member.dims, along).flatten(0, along[-1])
             live = (slices.reshape(len(slices), -1) != 0).any(1).cpu() & (member.unit_of >= 0)
             alive[member.unit_of[live]] = True
     return alive

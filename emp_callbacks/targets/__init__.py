@@ -2,6 +2,7 @@
 
 from emp_callbacks.targets.adapters import adapted_weights
 from emp_callbacks.targets.attention_edges import EdgeSite, edge_sites
+from emp_callbacks.targets.expert_units import experts
 from emp_callbacks.targets.feature_form import FeatureForm
 from emp_callbacks.targets.features import FeatureSite, feature_sites
 from emp_callbacks.targets.heads import attention_heads
@@ -20,7 +21,7 @@ from emp_callbacks.targets.weights import (
     prunable_weights,
 )
 
-UNIT_TARGETS = {"heads": attention_heads, "neurons": neurons, "kan_nodes": kan_nodes}
+UNIT_TARGETS = {"heads": attention_heads, "neurons": neurons, "experts": experts, "kan_nodes": kan_nodes}
 
 __all__ = [
     "NOT_A_WEIGHT",

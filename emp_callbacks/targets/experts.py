@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from emp_callbacks.targets.multiplied import uses
+from emp_callbacks.targets.wrappers import inner, innermost
 
 FullShape = Callable[[nn.Parameter], torch.Size]
 
@@ -18,10 +19,12 @@ class StackedExperts(NamedTuple):
 
     Attributes:
         module: Holds the parameters.
+        names: Of the two stacks in it, the first and the second.
         up: First matrices, shape (E, U, H), or transposed (E, H, U): U = I, or 2 I where a gate is multiplied.
         down: Second matrices, shape (E, H, I), or transposed (E, I, H).
         number: E.
         hidden: I, the hidden neurons of one expert.
+        width: H, the features of a token.
         transposed: Whether the matrices are (input, output).
         gated: Whether two outputs of `up` are multiplied to one hidden neuron.
         interleaved: Whether these two are neighbours along U, where they are not one half each.
@@ -29,10 +32,12 @@ class StackedExperts(NamedTuple):
     """
 
     module: nn.Module
+    names: tuple[str, str]
     up: nn.Parameter
     down: nn.Parameter
     number: int
     hidden: int
+    width: int
     transposed: bool
     gated: bool
     interleaved: bool
@@ -71,10 +76,12 @@ def stacked_experts(module: nn.Module, full_shape: FullShape) -> StackedExperts 
     biases = tuple(own.get(f"{name}_bias") if shapes.get(f"{name}_bias", (0,))[0] == count else None for name in cubes)
     return StackedExperts(
         module=module,
+        names=(up, down),
         up=own[up],
         down=own[down],
         number=count,
         hidden=hidden,
+        width=shapes[up][1 if turned else 2],
         transposed=turned,
         gated=shapes[up][2 if turned else 1] == 2 * hidden,
         interleaved=module.__dict__.get("is_concatenated", True) is False,
@@ -89,27 +96,56 @@ def _hidden(up: torch.Size, down: torch.Size, turned: bool) -> int | None:
     return read if inputs == written and outputs in (read, 2 * read) else None
 
 
-def routers(model: nn.Module, full_shape: FullShape) -> set[nn.Parameter]:
-    """Return the weights by which tokens are sent to experts, and by which the output of a shared expert is scaled.
+class ExpertGroup(NamedTuple):
+    """The experts of one layer, of which a router chooses some for each token.
 
-    A module beside the experts whose only matrix has a row for each of them, or one row.
+    Attributes:
+        module: Holds the experts.
+        number: E.
+        stacked: Their parameters where these are stacked; None where each expert is a module of its own.
+        routers: The modules beside them whose only matrix has a row for each expert.
+        shared_gates: The modules beside them whose only matrix has one row: they scale what a shared expert puts out.
+        top_k: How many experts a token is sent to, as the router or the layer says; 1 where neither does.
     """
-    found: set[nn.Parameter] = set()
-    for parent in model.modules():
-        for count, experts in _expert_groups(parent, full_shape):
-            for beside in parent.children():
-                if beside is experts:
-                    continue
-                matrices = [p for p in beside.parameters() if len(full_shape(p)) == 2]
-                if len(matrices) == 1 and full_shape(matrices[0])[0] in (1, count):
-                    found.add(matrices[0])
-    return found
+
+    module: nn.Module
+    number: int
+    stacked: StackedExperts | None
+    routers: tuple[nn.Module, ...]
+    shared_gates: tuple[nn.Module, ...]
+    top_k: int
 
 
-def _expert_groups(parent: nn.Module, full_shape: FullShape) -> Iterator[tuple[int, nn.Module]]:
-    """Yield the experts among the children of a module, and how many they are."""
-    for name, child in parent.named_children():
-        if (stacked := stacked_experts(child, full_shape)) is not None:
-            yield stacked.number, child
-        elif isinstance(child, nn.ModuleList) and "expert" in name and len(child) > 1:
-            yield len(child), child  # that they are alternatives, and not one after another, nothing but the name says
+def expert_groups(model: nn.Module, full_shape: FullShape) -> Iterator[ExpertGroup]:
+    """Yield the mixture-of-experts layers of a model."""
+    for parent in (module for module in model.modules() if inner(module) is None):
+        for name, given in parent.named_children():
+            child = innermost(given)
+            stacked = stacked_experts(child, full_shape)
+            # That modules in a list are alternatives, and not one after another, nothing but the name says.
+            alternatives = isinstance(child, nn.ModuleList) and "expert" in name and len(child) > 1
+            if stacked is not None:
+                yield _group(parent, child, stacked.number, stacked, full_shape)
+            elif alternatives:
+                yield _group(parent, child, len(list(child.children())), None, full_shape)
+
+
+def _group(
+    parent: nn.Module, experts: nn.Module, number: int, stacked: StackedExperts | None, full_shape: FullShape
+) -> ExpertGroup:
+    beside: dict[int, list[nn.Module]] = {}
+    for module in map(innermost, parent.children()):
+        matrices = [p for p in module.parameters() if len(full_shape(p)) == 2]
+        if module is not experts and len(matrices) == 1:
+            beside.setdefault(full_shape(matrices[0])[0], []).append(module)
+    routers = tuple(beside.get(number, ()))
+    told = (getattr(module, name, None) for module in (*routers, parent) for name in ("top_k", "num_experts_per_tok"))
+    top_k = next((count for count in told if isinstance(count, int)), 1)
+    return ExpertGroup(experts, number, stacked, routers, tuple(beside.get(1, ())), top_k)
+
+
+def routers(model: nn.Module, full_shape: FullShape) -> set[nn.Parameter]:
+    """Return the weights by which tokens are sent to experts, and those that scale a shared expert."""
+    groups = expert_groups(model, full_shape)
+    gates = {module for group in groups for module in (*group.routers, *group.shared_gates)}
+    return {p for module in gates for p in module.parameters() if len(full_shape(p)) > 1}

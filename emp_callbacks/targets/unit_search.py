@@ -13,17 +13,10 @@ from emp_callbacks.targets.matrices import is_conv1d
 from emp_callbacks.targets.names import check_patterns, known_names, matches
 from emp_callbacks.targets.units import MemberTarget, Role, UnitTarget
 from emp_callbacks.targets.weights import WeightTarget
+from emp_callbacks.targets.wrappers import inner, innermost
 
 # Those whose output channels are rows of the weight.
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_WRAPPED = (
-    "_orig_mod",
-    "_fsdp_wrapped_module",
-    "_checkpoint_wrapped_module",
-    "_forward_module",
-    "_original_module",
-    "base_layer",
-)
 
 
 class UnitSearch:
@@ -44,8 +37,8 @@ class UnitSearch:
         paths = adapter_paths(model)
         for name, module in model.named_modules(remove_duplicate=False):
             if (base := adapted(module)) is not None:
-                self._adapters.setdefault(_innermost(base), []).append(module)
-            elif name not in paths and _inner(module) is None:
+                self._adapters.setdefault(innermost(base), []).append(module)
+            elif name not in paths and inner(module) is None:
                 # With its dot, a wrapper's name is found at the end of the path too.
                 self._names.setdefault(module, []).extend(one[:-1] for one in known_names(f"{name}."))
         for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -74,7 +67,7 @@ class UnitSearch:
     def member(
         self,
         parameter: nn.Parameter,
-        dim: int,
+        dims: int | tuple[int, ...],
         unit_of: Tensor,
         role: Role,
         *,
@@ -83,8 +76,9 @@ class UnitSearch:
         output_dim: int = 0,
     ) -> MemberTarget:
         """Return the member that a parameter is, under the name that the user's model gives it."""
+        along = (dims,) if isinstance(dims, int) else dims
         return MemberTarget(
-            WeightTarget(self.name(parameter), parameter, output_dim), dim, unit_of, masked, scored, role
+            WeightTarget(self.name(parameter), parameter, output_dim), along, unit_of, masked, scored, role
         )
 
     def adapters_of(self, layer: nn.Module) -> list[nn.Module]:
@@ -162,7 +156,7 @@ def child(module: nn.Module, path: str) -> nn.Module | None:
     found: nn.Module | None = module
     for part in path.split("."):
         found = found._modules.get(part) if found is not None else None
-        found = found and _innermost(found)
+        found = found and innermost(found)
     return found
 
 
@@ -213,18 +207,6 @@ def units_dim(layer: nn.Module) -> int:
 def blocks(size: int, units: int) -> Tensor:
     """Return the unit of each of `size` indices where units are equal blocks of neighbours, int64, shape (size,)."""
     return torch.arange(size, device="cpu") // (size // units)
-
-
-def _inner(module: nn.Module) -> nn.Module | None:
-    """Return the module that a wrapper holds; None if this is none."""
-    wrapped = (module._modules[name] for name in _WRAPPED if name in module._modules)
-    return next(wrapped, None) or adapted(module)
-
-
-def _innermost(module: nn.Module) -> nn.Module:
-    while (inner := _inner(module)) is not None:
-        module = inner
-    return module
 
 
 def _has_weight(module: nn.Module | None) -> bool:

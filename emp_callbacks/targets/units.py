@@ -6,9 +6,10 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
+from emp_callbacks.targets.experts import StackedExperts
 from emp_callbacks.targets.weights import WeightTarget
 
-Role = Literal["weight", "bias", "scale", "shift", "input", "output", "adapter"]
+Role = Literal["weight", "bias", "scale", "shift", "input", "output", "adapter", "router"]
 
 
 class MemberTarget(NamedTuple):
@@ -16,17 +17,18 @@ class MemberTarget(NamedTuple):
 
     Attributes:
         weight: The parameter.
-        dim: Its dimension along which the units lie.
-        unit_of: Unit of each index along `dim`, int64, shape (size of `dim`,); -1 where it belongs to none.
+        dims: Its dimensions along which the units lie, ascending: one, or of stacked experts two.
+        unit_of: Unit of each index along `dims`, int64, flat, shape (product of their sizes,); -1 where it belongs to
+            none.
         masked: Whether pruning a unit zeroes its slices here. What is not masked is only scored.
         scored: Whether criteria that read weights read this parameter.
         role: What the parameter is to the units: "weight", "bias", "scale" (batch norm's gamma), "shift" (its beta),
             "input" (weights that lead into the unit), "output" (weights that read it), "adapter" (of PEFT, beside one
-            of these).
+            of these), "router" (what sends tokens to an expert).
     """
 
     weight: WeightTarget
-    dim: int
+    dims: tuple[int, ...]
     unit_of: Tensor
     masked: bool
     scored: bool
@@ -43,9 +45,13 @@ class UnitTarget(NamedTuple):
         observed: Module at which the units' activations pass by, and whether as its "input" or "output"; None where
             no module shows them. Units lie along the last dimension of what passes a Linear or transformers' Conv1D
             and along dimension 1 of what passes a convolution or batch norm, as equal blocks of neighbours.
+        experts: The experts that the units are, or whose hidden neurons they are; they are observed instead.
+        least: Units that stay in any case.
     """
 
     name: str
     units: int
     members: tuple[MemberTarget, ...]
     observed: tuple[nn.Module, Literal["input", "output"]] | None
+    experts: StackedExperts | None = None
+    least: int = 1
