@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from emp_callbacks.checkpoint.safe_unpickling import load_inert
+from emp_callbacks.targets.experts import routers, stacked_experts
 from emp_callbacks.targets.names import canonical_name
+from emp_callbacks.targets.weights import own_shape
 
 __all__ = [
     "TIED_KEY",
@@ -209,16 +211,31 @@ def scored_weights(state: Mapping[str, Tensor], runs: Iterable[Mapping[str, Any]
 
 def prunable_by_name(state: Mapping[str, Tensor]) -> list[str]:
     """Return the canonical names of what training would score, as far as names and shapes can tell."""
+    tree = as_module(state)
     tied = {value.data_ptr() for name, value in state.items() if _EMBEDDING.fullmatch(_owner(name))}
+    apart = {parameter.data_ptr() for parameter in routers(tree, own_shape)}
+    stacks = [stacked for module in tree.modules() if (stacked := stacked_experts(module, own_shape)) is not None]
+    experts = {parameter.data_ptr() for stacked in stacks for parameter in (stacked.up, stacked.down)}
     return [
         canonical_name(name)
         for name, value in state.items()
         if value.is_floating_point()
         and value.dim() >= 2
-        and "weight" in name.rpartition(".")[2]
+        and (_is_weight(name, state) or value.data_ptr() in experts)
         and not _NORM.fullmatch(_owner(name))
-        and value.data_ptr() not in tied
+        and value.data_ptr() not in tied | apart
     ]
+
+
+def _is_weight(name: str, state: Mapping[str, Tensor]) -> bool:
+    """Return whether a tensor is called a weight, and is not what weight or spectral norm computes one from."""
+    owner, _, last = name.rpartition(".")
+    if owner.endswith(".parametrizations.weight"):
+        beside = state.get(f"{owner}.original0")
+        return last == "original1" and beside is not None and beside.dim() == state[name].dim()  # weight norm's
+    if f"{owner}.weight_u" in state or (last == "weight_g" and f"{owner}.weight_v" in state):
+        return False
+    return "weight" in last
 
 
 def _owner(name: str) -> str:

@@ -19,9 +19,9 @@ from emp_callbacks.checkpoint.reading import (
     state_dict_in,
 )
 from emp_callbacks.core.packing import unpack_bits
-from emp_callbacks.extras import needs
 from emp_callbacks.finished.example_call import Example, image_example, model_example, recorded_example
-from emp_callbacks.finished.inspection import load_model
+from emp_callbacks.finished.inspection import LoadedModel, load_model
+from emp_callbacks.finished.transformers_folder import built_from, can_be_built
 from emp_callbacks.targets.names import canonical_name
 
 if TYPE_CHECKING:
@@ -94,9 +94,12 @@ def open_model(
         return FinishedModel(
             module=loaded.module.eval(), prefix="", example=image_example(size), notes=tuple(loaded.notes)
         )
-    if needs_modules and recipe is None and (Path(source) / "config.json").is_file():
-        module = _from_transformers(source).eval()
-        return FinishedModel(module=module, prefix="", example=image_example(input_size) or model_example(module))
+    if recipe is None and (Path(source) / "config.json").is_file() and (needs_modules or can_be_built(source)):
+        loaded = LoadedModel(built_from(source), None, []) if needs_modules else load_model(source)
+        if loaded.include is None:
+            module = loaded.module.eval()
+            example = image_example(input_size) or model_example(module)
+            return FinishedModel(module=module, prefix="", example=example, notes=tuple(loaded.notes))
     state, runs, notes = _read(source, pretrained)
     if recipe is not None:
         _load_into(recipe.module.eval(), state, source)
@@ -175,26 +178,3 @@ def _prefix(names: Iterable[str], given: str | None, *, lightning: bool) -> str:
     first = {name.split(".")[0] for name in names if "." in name}
     common = len(first) == 1 and all("." in name for name in names)
     return f"{first.pop()}." if common and (lightning or first == {"module"}) else ""
-
-
-def _from_transformers(folder: str) -> nn.Module:
-    import json
-
-    needs(f"building the model of {folder}", "hf", "transformers")
-    import transformers
-
-    if not list(Path(folder).glob("*.safetensors")):
-        raise FileNotFoundError(f"{folder} holds config.json and no *.safetensors; name a folder with weights")
-    config = Path(folder) / "config.json"
-    try:
-        told = json.loads(config.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{config} is no JSON ({error}); copy the folder again") from error
-    names = told.get("architectures") if isinstance(told, dict) else None
-    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else "AutoModel"
-    architecture = getattr(transformers, name, transformers.AutoModel)
-    try:
-        model: nn.Module = architecture.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"transformers could not load {folder}: {error}") from error
-    return model

@@ -22,6 +22,7 @@ from emp_callbacks.checkpoint.reading import (
     state_dict_in,
 )
 from emp_callbacks.extras import needs
+from emp_callbacks.finished.transformers_folder import built_from, can_be_built
 from emp_callbacks.pruning.pruner import EMPPruner
 from emp_callbacks.targets.names import canonical_name
 from emp_callbacks.trajectory import PruneEvent
@@ -34,7 +35,7 @@ class WeightReport:
     """What EMP finds in one tensor, or in all of them together.
 
     Attributes:
-        name: Parameter name, or "total".
+        name: Parameter name, or "all".
         shape: Shape of the tensor; empty for the total.
         n: Components.
         density: Share of components that are not zero now, in [0, 1].
@@ -74,7 +75,7 @@ def inspect_model(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
 ) -> list[WeightReport]:
-    """Return one row per scored tensor and a last row "total"; nothing is changed.
+    """Return one row per scored tensor and a last row "all"; nothing is changed.
 
     Args:
         module: Any module.
@@ -92,7 +93,7 @@ def inspect_model(
         >>> layer = nn.Linear(4, 1, bias=False)
         >>> _ = layer.weight.data.copy_(torch.tensor([[3.0, 1.0, 0.0, 0.0]]))
         >>> [(row.name, row.n_eff, row.keep, row.density) for row in inspect_model(layer)]
-        [('weight', 1.6, 1, 0.5), ('total', 1.6, 1, 0.5)]
+        [('weight', 1.6, 1, 0.5), ('all', 1.6, 1, 0.5)]
     """
     pruner = EMPPruner(module, observe_only=True, beta=beta, scope=scope, include=include, exclude=exclude)
     events = pruner.refresh()
@@ -114,11 +115,16 @@ def load_model(source: str, *, pretrained: bool = False) -> LoadedModel:
         return _load_timm(source.removeprefix("timm:"), pretrained)
     if pretrained:
         raise ValueError(f"--pretrained goes with timm:NAME; {source} already holds its weights")
+    note = "no modules in the file: embeddings and norms were told apart by their names"
+    if can_be_built(source):
+        try:
+            return LoadedModel(built_from(source), None, [])
+        except ValueError as error:
+            note = f"{error}: embeddings and norms were told apart by their names"
     checkpoint = read_checkpoint(Path(source))
     state = state_dict_in(checkpoint, source)
     if scored := scored_weights(state, callback_states(checkpoint)):
         return LoadedModel(as_module(state), [glob.escape(name) for name in scored], [])
-    note = "no modules in the file: embeddings and norms were told apart by their names"
     names = prunable_by_name(state)
     if not names:
         raise ValueError(f"{source} holds no weight matrices by name; choose some with --include 'PATTERN'")
@@ -132,7 +138,7 @@ def report_table(rows: Iterable[WeightReport], title: str) -> Table:
     for heading in ("shape", "N", "non-zero", "N_eff", "N_eff/N", "keep", "mass kept", "mass bound", "tight"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        if row.name == "total":
+        if row.name == "all":
             table.add_section()
         table.add_row(
             row.name,
@@ -177,7 +183,7 @@ def _total(rows: Sequence[WeightReport], events: Sequence[PruneEvent], weights: 
     kept = sum(row.preserved_mass * mass[row.name] for row in rows)
     pooled = len(events) == 1
     return WeightReport(
-        name="total",
+        name="all",
         shape=(),
         n=n,
         density=sum(row.density * row.n for row in rows) / n,

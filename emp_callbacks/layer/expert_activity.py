@@ -103,7 +103,8 @@ class ExpertActivity(Observer):
         outputs = self._through(1, expert, hidden)
         if getattr(module, "has_post_expert_norm", False):
             outputs = module.post_expert_norm(outputs)
-        return (outputs.float().norm(dim=1) * factors.float()).sum(dtype=torch.float64)
+        weighted: Tensor = outputs.float().norm(dim=1) * factors.float()
+        return weighted.sum(dtype=torch.float64)
 
     def _through(self, which: int, expert: int, values: Tensor) -> Tensor:
         # Looked up by name: sharded models put whole parameters in the place of their shards for the forward pass.

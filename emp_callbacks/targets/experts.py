@@ -123,11 +123,12 @@ def expert_groups(model: nn.Module, full_shape: FullShape) -> Iterator[ExpertGro
             child = innermost(given)
             stacked = stacked_experts(child, full_shape)
             # That modules in a list are alternatives, and not one after another, nothing but the name says.
-            alternatives = isinstance(child, nn.ModuleList) and "expert" in name and len(child) > 1
+            listed = [str(index) for index in range(len(child._modules))]
+            alternatives = "expert" in name and len(listed) > 1 and [*child._modules] == listed
             if stacked is not None:
                 yield _group(parent, child, stacked.number, stacked, full_shape)
             elif alternatives:
-                yield _group(parent, child, len(list(child.children())), None, full_shape)
+                yield _group(parent, child, len(listed), None, full_shape)
 
 
 def _group(

@@ -33,8 +33,8 @@ def rows_of(path, **settings):
 
 def test_global_scope_by_hand(checkpoint):
     rows = rows_of(checkpoint)
-    assert list(rows) == ["first.weight", "second.weight", "total"]
-    total = rows["total"]
+    assert list(rows) == ["first.weight", "second.weight", "all"]
+    total = rows["all"]
     assert (total.n, total.keep) == (7, 4)
     assert total.n_eff == pytest.approx(100 / 22)
     assert total.n_eff_fraction == pytest.approx(100 / 22 / 7)
@@ -49,8 +49,8 @@ def test_tensor_scope_by_hand(checkpoint):
     assert rows["first.weight"].keep == 2  # floor(3.2) = 3, but only two are not zero
     assert rows["first.weight"].preserved_mass == 1.0
     assert rows["second.weight"].keep == 3
-    assert rows["total"].n_eff == pytest.approx(4.6)
-    assert rows["total"].mass_bound is None
+    assert rows["all"].n_eff == pytest.approx(4.6)
+    assert rows["all"].mass_bound is None
 
 
 def test_row_scope_by_hand(checkpoint):
@@ -79,7 +79,7 @@ def test_tied_weights_count_once_and_heads_tied_to_embeddings_not_at_all(tmp_pat
     shared, tied = torch.randn(3, 3), torch.randn(4, 3)
     state = {"a.weight": shared, "b.weight": shared, "embed_tokens.weight": tied, "lm_head.weight": tied}
     torch.save(state, tmp_path / "tied.pt")
-    assert list(rows_of(tmp_path / "tied.pt")) == ["a.weight", "total"]
+    assert list(rows_of(tmp_path / "tied.pt")) == ["a.weight", "all"]
 
 
 def test_ties_in_a_file_that_emp_wrote_are_ties_again(tmp_path):
@@ -87,9 +87,9 @@ def test_ties_in_a_file_that_emp_wrote_are_ties_again(tmp_path):
     state = {"embed_tokens.weight": tied, "a.weight": torch.randn(3, 3), "lm_head.weight": tied.clone()}
     file = tmp_path / "exported.safetensors"
     save_file(state, file)
-    assert list(rows_of(file)) == ["a.weight", "lm_head.weight", "total"]
+    assert list(rows_of(file)) == ["a.weight", "lm_head.weight", "all"]
     save_file(state, file, {"emp_tied": json.dumps({"lm_head.weight": "embed_tokens.weight"})})
-    assert list(rows_of(file)) == ["a.weight", "total"]
+    assert list(rows_of(file)) == ["a.weight", "all"]
     loaded = load_model(str(file)).module
     assert loaded.lm_head.weight is loaded.embed_tokens.weight
 
@@ -107,7 +107,7 @@ def test_several_callbacks_name_the_weights_of_all(tmp_path):
 def test_patch_embeddings_are_convolutions_and_odd_names_work(tmp_path):
     state = {"patch_embed.proj.weight": torch.randn(2, 1, 2, 2), "type.weight": torch.randn(2, 2)}
     torch.save({"state_dict": state}, tmp_path / "odd.ckpt")
-    assert list(rows_of(tmp_path / "odd.ckpt")) == ["patch_embed.proj.weight", "type.weight", "total"]
+    assert list(rows_of(tmp_path / "odd.ckpt")) == ["patch_embed.proj.weight", "type.weight", "all"]
 
 
 def test_callback_state_names_the_weights(tmp_path):
@@ -129,7 +129,7 @@ def test_safetensors_file_folder_and_shards(tmp_path):
         save_file({name: STATE[name] for name in held}, sharded / file)
     index = {"weight_map": {name: file for file, held in parts.items() for name in held}}
     (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert rows_of(sharded)["total"] == expected["total"]
+    assert rows_of(sharded)["all"] == expected["all"]
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
@@ -171,5 +171,5 @@ def test_the_table_and_the_json_file(checkpoint, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "told apart by their names" in shown
     written = json.loads(file.read_text())
-    assert [row["name"] for row in written["tensors"]] == ["first.weight", "total"]
+    assert [row["name"] for row in written["tensors"]] == ["first.weight", "all"]
     assert written["tensors"][0]["n_eff"] == 1.6
