@@ -3,7 +3,8 @@ import timm
 import torch
 from torch import nn
 
-from emp_callbacks.targets import prunable_weights
+from emp_callbacks.targets import left_out, prunable_weights
+from emp_callbacks.targets.weights import A_FUNCTION, PARAMETRISED
 
 
 def names(model: nn.Module, **patterns) -> list[str]:
@@ -75,12 +76,94 @@ def test_only_floating_point_parameters():
         names(model, include=["*"])
 
 
+class Own(nn.Module):
+    """Multiplies, convolves, adds and scales with parameters of its own, whatever they are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Parameter(torch.ones(3, 2))
+        self.second = nn.Parameter(torch.ones(2, 3))
+        self.stack = nn.Parameter(torch.ones(4, 2, 3))
+        self.kernel = nn.Parameter(torch.ones(3, 2, 5))
+        self.table_of_weights = nn.Parameter(torch.ones(2, 2))
+        self.weight = nn.Parameter(torch.ones(2, 2))
+        self.spline = nn.Parameter(torch.ones(3, 2, 1))
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        self.last = x = (x + self.table_of_weights) * self.weight
+        y = nn.functional.linear(x, self.first) + x @ self.second + nn.functional.linear(x, self.spline.view(3, -1))
+        return y, torch.bmm(x, self.stack.to(x.dtype)), nn.functional.conv1d(x, self.kernel)
+
+
 def test_output_dimension_of_each_layer_kind():
     from transformers.pytorch_utils import Conv1D
 
-    model = nn.ModuleList([nn.Linear(2, 3), nn.Conv2d(2, 3, 1), nn.ConvTranspose2d(2, 3, 1), Conv1D(3, 2)])
-    for target in prunable_weights(model):
-        assert target.parameter.shape[target.output_dim] == 3
+    kinds = [nn.Linear(2, 3), nn.Conv2d(2, 3, 1), nn.ConvTranspose2d(2, 3, 1), Conv1D(3, 2), Own()]
+    found = prunable_weights(nn.ModuleList(kinds))
+    assert [target.parameter.shape[target.output_dim] for target in found] == [3] * len(found)
+    assert [target.name for target in found if target.stacked] == ["4.stack"]
+
+
+def test_what_a_module_multiplies_with_is_a_weight_whatever_it_is_called():
+    model = Own()
+    assert names(model) == ["first", "second", "stack", "kernel", "spline"]
+    assert model.calls == 0, "the forward pass is read, not run"
+    assert not hasattr(model, "last")
+
+
+class NormedLinear(nn.Linear):
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs)
+        self.norm = nn.LayerNorm(outputs)
+
+    def forward(self, x):
+        return self.norm(super().forward(x))
+
+
+class Conv1D(nn.Conv1d):
+    pass
+
+
+class Embedding(nn.Conv2d):
+    pass
+
+
+class Quiet(nn.Linear):
+    """A layer whose pass cannot be followed."""
+
+    def forward(self, x):
+        return super().forward(x) if x.sum() > 0 else x
+
+
+def test_class_names_say_nothing():
+    model = nn.ModuleList([NormedLinear(2, 3), Conv1D(2, 3, 1), Embedding(2, 3, 1), Quiet(2, 3)])
+    assert [(t.name, t.output_dim) for t in prunable_weights(model)] == [(f"{i}.weight", 0) for i in range(4)]
+
+
+def test_weights_that_a_layer_computes_are_left_out_and_told():
+    from timm.layers import ScaledStdConv2d
+
+    parametrizations = nn.utils.parametrizations
+    model = nn.ModuleList(
+        [
+            nn.Linear(2, 2),
+            parametrizations.spectral_norm(nn.Linear(2, 2)),
+            nn.utils.spectral_norm(nn.Linear(2, 2)),
+            parametrizations.orthogonal(nn.Linear(2, 2)),
+            ScaledStdConv2d(2, 2, 1),
+        ]
+    )
+    assert names(model) == ["0.weight"]
+    reasons = {one.name: one.reason for one in left_out(model) if "vector" not in one.reason}
+    assert reasons == {
+        "1.parametrizations.weight.original": PARAMETRISED,
+        "2.weight_orig": PARAMETRISED,
+        "3.parametrizations.weight.original": PARAMETRISED,
+        "4.weight": A_FUNCTION,
+    }
+    assert names(model, include=["1.*original", "4.weight"]) == ["1.parametrizations.weight.original", "4.weight"]
 
 
 @pytest.mark.compiler
