@@ -209,7 +209,7 @@ def _weight_targets(config: EMPConfig, backend: Backend) -> list[WeightTarget]:
     fit = []
     for target in targets:
         shape = backend.full_shape(target.parameter)
-        inputs = shape[1 - target.output_dim] if len(shape) > 1 else 1
+        inputs = shape[target.input_dim] if len(shape) > 1 else 1
         if inputs % size == 0:
             fit.append(target)
         elif config.include:

@@ -33,6 +33,11 @@ class WeightTarget(NamedTuple):
     stacked: bool = False
     normed: WeightNormed | None = None
 
+    @property
+    def input_dim(self) -> int:
+        """Dimension that counts the inputs of one output unit; of a vector there is none."""
+        return (3 if self.stacked else 1) - self.output_dim
+
 
 class LeftOut(NamedTuple):
     """One parameter that is not pruned.

@@ -15,6 +15,7 @@ from emp_callbacks import EMPPruner
 from tests.distributed.ranks import process_group, spawn
 from tests.distributed.sharded_net import full_masks
 from tests.distributed.zero_ranks import deepspeed_ranks
+from tests.targets.mixtures import Classifier
 
 STEPS, EVERY, ROWS = 7, 3, 12
 SETTINGS = {
@@ -37,6 +38,10 @@ SETTINGS = {
     "features-mean": {"target": "features", "beta": 0.8, "center": "mean", "mode": "freeze"},
     "features-taylor": {"target": "features", "criterion": "taylor"},
     "features-dynamic": {"target": "features", "dynamic": True, "beta": 0.8},
+    "experts": {"target": "experts", "density": 0.6, "mode": "freeze"},
+    "experts-global": {"target": "experts", "criterion": "taylor", "scope": "global", "beta": 0.8},
+    "experts-wanda-row": {"criterion": "wanda", "scope": "row", "include": ["*experts*"]},
+    "experts-pattern": {"pattern": "1:2", "include": ["*experts*"]},
     "edges": {"target": "attention_edges", "criterion": "attention_logit"},
 }
 # Of a base that no optimizer updates DeepSpeed holds no part.
@@ -52,6 +57,8 @@ HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 
 def make_model(dtype, name):
     torch.manual_seed(0)
+    if name.startswith("experts"):
+        return Classifier().to(dtype)
     sizes = {"img_size": 8, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 3}
     model = timm.create_model("vit_tiny_patch16_224", in_chans=1, num_classes=5, **sizes).to(dtype)
     for parameter in model.parameters() if "found" in name else ():
