@@ -55,15 +55,21 @@ class ExpertActivity(Observer):
             sums["count"] = torch.zeros(self.size, dtype=torch.float64)
         return sums
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in super().__getstate__().items() if key != "_uncompiled"}
+
     def _register(self) -> list[RemovableHandle]:
+        # Here and not as a decorator: it imports the compiler. Compiled code calls what chooses experts one by one as
+        # it is.
+        self._uncompiled = torch.compiler.disable(self._look)  # type: ignore[no-untyped-call]
         return [self.module.register_forward_pre_hook(self._hook, with_kwargs=True)]
 
     def _hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG002
         if self._gathers:
             self._refuse_recording(steady=False)
-            self._look([*args, *kwargs.values()][:_ARGUMENTS])
+            look = self.__dict__.get("_uncompiled", self._look)
+            look([*args, *kwargs.values()][:_ARGUMENTS])
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _look(self, given: list[Any]) -> None:
         if not in_backward():

@@ -343,9 +343,8 @@ def _check_named(shares: str | Mapping[str, float], layers: Sequence[Layer]) -> 
 def _shared(density: float, shares: str | Mapping[str, float], layers: Sequence[Layer]) -> dict[str, float]:
     """Return the density of each layer, by name; of layers that came later than the shares, none."""
     named = [layer for layer in layers if not isinstance(shares, Mapping) or layer.name in shares]
-    shapes = [layer.span.shape for layer in named]
-    factors = (
-        [shares[n.name] for n in named] if isinstance(shares, Mapping) else [erk_factor(shape) for shape in shapes]
-    )
-    sizes = [shape.numel() for shape in shapes]
-    return dict(zip([layer.name for layer in named], layer_densities(sizes, factors, density), strict=True))
+    spans = [layer.span for layer in named]
+    of_shape = [erk_factor(span.shape[int(span.stacked) :]) for span in spans]  # of experts: of one matrix
+    factors = [shares[span.name] for span in spans] if isinstance(shares, Mapping) else of_shape
+    sizes = [span.size for span in spans]
+    return dict(zip([span.name for span in spans], layer_densities(sizes, factors, density), strict=True))

@@ -71,14 +71,14 @@ def _never_chosen(router: nn.Module, gone: Tensor) -> Iterator[None]:
     """Give these experts the logit -inf, and no bonus, for the block."""
     bonuses = [b for b in router.buffers(recurse=False) if b.shape == gone.shape and b.is_floating_point()]
     before = [bonus.clone() for bonus in bonuses]
-    modes: list[_Logits] = []
+    modes: list[ExitStack] = []
 
     def enter(module: nn.Module, args: Any) -> None:  # noqa: ARG001
-        modes.append(_Logits(gone))
-        modes[-1].__enter__()
+        modes.append(ExitStack())
+        modes[-1].enter_context(_Logits(gone))
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001
-        modes.pop().__exit__(None, None, None)
+        modes.pop().close()
 
     handles = [router.register_forward_pre_hook(enter), router.register_forward_hook(leave, always_call=True)]
     try:

@@ -22,6 +22,7 @@ class ShrunkLayer(NamedTuple):
     units: int
     pruned: int
     removed: int
+    reason: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -315,6 +315,7 @@ def test_all_pairs_are_tested_here():
     here = {("weights", c) for c in ("magnitude", "taylor", "saliency", "wanda", "random")}
     here |= {("heads", c) for c in ("weight_norm", "taylor", "saliency", "activation", "random")}
     here |= {("neurons", c) for c in ("weight_norm", "taylor", "saliency", "activation", "bn_scale", "random")}
+    here |= {("experts", c) for c in ("reap", "weight_norm", "taylor", "saliency", "random")}  # targets/test_experts
     here |= {("kan_nodes", c) for c in ("spline", "weight_norm", "taylor", "saliency", "random")}
     here |= {("features", c) for c in ("activation", "taylor", "saliency", "random")}
     here |= {("attention_edges", c) for c in ("attention_weight", "attention_logit")}  # targets/test_attention_edges
