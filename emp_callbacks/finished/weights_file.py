@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,10 +141,22 @@ def report_lines(report: ExportReport) -> list[str]:
     elif report.shrunk:
         (before, after), (flops_before, flops_after) = report.shrunk.parameters, report.shrunk.flops
         lines.append(f"parameters: {before:,} -> {after:,} ({after / before:.1%})")
+        lines += _stayed(report.shrunk)
         lines.append(f"FLOPs of the example: {flops_before:,} -> {flops_after:,} ({flops_after / flops_before:.1%})")
         lines.append(f"largest difference of the outputs on it: {report.shrunk.difference:.1e} of the largest output")
         lines.append("load it with emp_callbacks.load_shrunk(model, file) into the dense architecture")
     return lines + [f"note: {note}" for note in report.notes]
+
+
+def _stayed(shrunk: ShrinkReport) -> list[str]:
+    """Return what is to be said of pruned units that were not removed."""
+    lines = []
+    if not any(layer.removed for layer in shrunk.layers):
+        why = Counter(layer.reason for layer in shrunk.layers).most_common(1)[0][0]
+        lines.append(f"nothing could be removed; most often since {why}")
+    if shrunk.brought_back:
+        lines.append(f"kept as zeros for equal sizes (--uniform): {shrunk.brought_back:,} units that could have gone")
+    return lines
 
 
 def shrink_table(shrunk: ShrinkReport) -> Table:
@@ -153,8 +166,12 @@ def shrink_table(shrunk: ShrinkReport) -> Table:
     for column, heading in enumerate(("units", "pruned", "removed", "had to stay"), start=1):
         total = sum(_counts(layer)[column - 1] for layer in shrunk.layers)
         table.add_column(heading, justify="right", footer=f"{total:,}")
+    reasons = any(layer.reason for layer in shrunk.layers)
+    if reasons:
+        table.add_column("why", overflow="fold")
     for layer in shrunk.layers:
-        table.add_row(layer.name, *(f"{count:,}" for count in _counts(layer)))
+        row = [layer.name, *(f"{count:,}" for count in _counts(layer))]
+        table.add_row(*row, *([layer.reason or ""] if reasons else []))
     return table
 
 

@@ -89,10 +89,10 @@ def channel_links(
         if given and isinstance(given[0], Tensor) and given[0].requires_grad:
             inputs.append((module, given[0].clone()))  # what follows may write into it
 
-    def replace(module: nn.Module, given: tuple[Any, ...], output: Any) -> Any:
+    def replace(module: nn.Module, _: tuple[Any, ...], output: Any) -> Any:
         if not isinstance(output, Tensor) or not output.is_floating_point():
             return output
-        leaf = _random(output, drawn).requires_grad_()
+        leaf = (0.1 * _random(output, drawn)).requires_grad_()  # small: a ReLU6 saturates
         leaves[leaf] = module
         return leaf.clone()  # the model may write into it
 
@@ -127,7 +127,7 @@ def _values(model: nn.Module, passing: Collection[nn.Module], drawn: torch.Gener
                 if module in passing:
                     shared[tensor] = _passed(name, tensor, drawn)
                 elif isinstance(tensor, nn.Parameter) and tensor.dim() < 2:
-                    shared[tensor] = _random(tensor, drawn).requires_grad_()
+                    shared[tensor] = (0.1 * _random(tensor, drawn)).requires_grad_()
                 else:
                     shared[tensor] = tensor.detach().clone().requires_grad_()
             values[f"{prefix}.{name}" if prefix else name] = shared[tensor]
@@ -137,7 +137,9 @@ def _values(model: nn.Module, passing: Collection[nn.Module], drawn: torch.Gener
 def _passed(name: str, tensor: Tensor, drawn: torch.Generator) -> Tensor:
     if name == "running_mean":
         return torch.zeros_like(tensor)
-    return torch.ones_like(tensor) if name == "running_var" else _random(tensor, drawn)
+    if name == "running_var" or (name == "weight" and tensor.dim() == 1):
+        return torch.ones_like(tensor)
+    return 0.1 * _random(tensor, drawn)
 
 
 def _random(like: Tensor, drawn: torch.Generator) -> Tensor:
@@ -194,9 +196,7 @@ def _read(
     read.held.update({held[tensor]: torch.ones(x.shape[dim], dtype=torch.bool) for tensor in large})
     followed = [tensor for tensor in found if tensor not in read.held and not any(tensor is t for t in large)]
     dims = [None if tensor in held else channel_dim(leaves[tensor], tensor) for tensor in followed]
-    for tensor, (outputs, inputs, mixed) in zip(
-        followed, _links(x, dim, followed, dims, drawn), strict=True
-    ):
+    for tensor, (outputs, inputs, mixed) in zip(followed, _links(x, dim, followed, dims, drawn), strict=True):
         if tensor in held:
             reaches = torch.zeros(x.shape[dim], dtype=torch.bool)
             reaches[inputs] = True

@@ -149,7 +149,9 @@ class _Plans:
     def _told(self, layer: ShrunkLayer) -> ShrunkLayer:
         """Return the row of a layer with all of its pruned units, those too that are not zero."""
         alive = int(self._alive[layer.name].sum())
-        reasons = ([f"{alive} of its units are {_NOT_ZERO}"] if alive else []) + ([layer.reason] if layer.reason else [])
+        reasons = ([f"{alive} of its units are {_NOT_ZERO}"] if alive else []) + (
+            [layer.reason] if layer.reason else []
+        )
         pruned = int(self._layers[layer.name][1].sum())
         return layer._replace(pruned=pruned, reason="; ".join(reasons) or None)
 

@@ -32,14 +32,14 @@ __all__ = [
 
 
 class Cut(NamedTuple):
-    """What is left of one axis of a module: `kept`, increasing indices below `of`, its size in the dense model."""
+    """What is left of one axis of a module: `kept`, indices below `of`, its size in the dense model, in their order."""
 
     of: int
     kept: list[int]
 
 
 Surgery = dict[str, dict[str, Cut]]
-"""Module name -> axis ("outputs", "inputs", or "heads" of an attention module) -> what is left of it."""
+"""Module name -> axis ("outputs", "inputs", "groups" of a convolution, "heads" of an attention) -> what is left."""
 
 
 class Axis(NamedTuple):
@@ -117,10 +117,11 @@ def _inputs_are_apart(module: nn.Module) -> bool:
     inputs = torch.ones(1, *_least_input(module), dtype=weight.dtype, device=weight.device)
     inputs[:, 0 if transposed else slice(None, None, weight.shape[1])] = 0
     other[(0,) if transposed else (slice(None), 0)] += 1
-    before = type(module).forward(module, inputs)  # past hooks
+    forward: Callable[..., Tensor] = type(module).forward  # past hooks
+    before = forward(module, inputs)
     module._parameters["weight"] = nn.Parameter(other, requires_grad=False)
     try:
-        return torch.equal(type(module).forward(module, inputs), before)
+        return torch.equal(forward(module, inputs), before)
     finally:
         module._parameters["weight"] = weight
 
@@ -177,6 +178,8 @@ def why_whole(module: nn.Module) -> str:
         return "its weight is parametrised"
     if "outputs" in axes_of(module) and mixes(module) and not _inputs_are_apart(module):
         return "its weights are standardised over all of its inputs"
+    if groups_of(module) > 1 and axes_of(module):
+        return f"its {groups_of(module)} groups need equal counts, and its channels are also elsewhere"
     if axes_of(module):
         return "its weight is tied to another's"
     if isinstance(module, _ConvTransposeNd):
@@ -239,35 +242,26 @@ def _cut(name: str, module: nn.Module, axis: str, cut: Cut) -> None:
 
 
 def _cut_groups(name: str, module: nn.Module, axes: dict[str, Cut]) -> None:
-    """Cut a grouped convolution: as many inputs and as many outputs of each group that is left."""
-    groups = groups_of(module)
-    left = {}
-    for axis in ("outputs", "inputs"):
-        size = axis_size(module, axis)
-        cut = axes.get(axis, Cut(size, list(range(size))))
-        if cut.of != size:
-            raise ValueError(f"{name!r} has no {axis} of size {cut.of} to cut; start from the dense architecture")
-        by_group = torch.zeros(size, dtype=torch.bool)
-        by_group[cut.kept] = True
-        left[axis] = by_group.reshape(groups, -1)
-    alive = left["outputs"].any(1) & left["inputs"].any(1)
-    if any(len(set(rows[alive].sum(1).tolist())) > 1 or rows[~alive].any() for rows in left.values()):
-        raise ValueError(f"{name!r} has {groups} groups, which need equal counts of inputs and of outputs")
-    kept_inputs = [rows.nonzero().flatten() for rows in left["inputs"]]
-    outputs_per_group = left["outputs"].shape[1]
-    kept_outputs = left["outputs"].flatten().nonzero().flatten().to(module.weight.device)
-    dims = axes_of(module)["outputs"].dims
-    for tensor in dims:
+    """Cut a grouped convolution; between channels of groups that were apart, its new weights are zero."""
+    sizes = {"groups": groups_of(module), **{axis: axis_size(module, axis) for axis in axes_of(module)}}
+    cuts = {axis: axes.get(axis, Cut(size, list(range(size)))) for axis, size in sizes.items()}
+    if any(cut.of != sizes[axis] for axis, cut in cuts.items()):
+        raise ValueError(f"{name!r} has other groups, inputs or outputs; start from the dense architecture")
+    groups = len(cuts["groups"].kept)
+    weight = module._parameters["weight"].detach()  # type: ignore[union-attr]
+    inputs = torch.tensor(cuts["inputs"].kept, device=weight.device).reshape(groups, -1)
+    outputs = torch.tensor(cuts["outputs"].kept, device=weight.device)
+    per_group = sizes["outputs"] // sizes["groups"], sizes["inputs"] // sizes["groups"]
+    read = inputs.repeat_interleave(len(outputs) // groups, 0)  # of each output
+    same = (outputs // per_group[0])[:, None] == read // per_group[1]
+    left = weight[outputs[:, None], read % per_group[1]]
+    left = left * same.reshape(*same.shape, *[1] * (weight.dim() - 2)).to(left)
+    for tensor in axes_of(module)["outputs"].dims:
         value = getattr(module, tensor, None)
-        if value is None:
-            continue
-        cut_value = value.detach()[kept_outputs]
-        if tensor == "weight":
-            rows = [kept_inputs[int(output) // outputs_per_group].to(value.device) for output in kept_outputs]
-            cut_value = torch.stack([row.index_select(0, own) for row, own in zip(cut_value, rows, strict=True)])
-        setattr(module, tensor, nn.Parameter(cut_value, value.requires_grad))
-    sizes = {"groups": int(alive.sum()), "out_channels": len(kept_outputs), "in_channels": int(left["inputs"].sum())}
-    vars(module).update(sizes)
+        if value is not None:
+            new = left if tensor == "weight" else value.detach()[outputs]
+            setattr(module, tensor, nn.Parameter(new, value.requires_grad))
+    vars(module).update(groups=groups, out_channels=len(outputs), in_channels=inputs.numel())
 
 
 def _set_heads(attention: nn.Module, cut: Cut) -> None:
