@@ -313,7 +313,7 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--uniform",
         action="store_true",
-        help="with --shrink: as many heads or neurons in each layer of a kind, so that the model's own library loads it",
+        help="with --shrink: equal counts in all layers of a kind, so that the model's own library can load it",
     )
     parser.add_argument("--prefix", help="start of the names to leave out; '' for none (default: 'model.' or the like)")
     parser.add_argument("--pretrained", action="store_true", help="load timm's weights (needs a network)")

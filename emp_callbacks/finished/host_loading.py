@@ -86,21 +86,15 @@ def _transformers(model: nn.Module, shrunk: ShrinkReport) -> HostLoading | None:
 
 def _changes(config: Any, heads: set[_Size], neurons: set[_Size]) -> Iterator[tuple[str, Any]]:
     """Yield fields of a configuration with other values that may state the sizes that are left."""
-    told = config.to_dict()
-    for field, value in told.items():
-        if field == "head_dim" or isinstance(value, bool):
-            continue
-        if isinstance(value, int) and "head" in field:
-            for size in heads:
-                if value % size.of == 0:
-                    yield field, value // size.of * size.left
-        elif isinstance(value, int) and value in {size.of for size in neurons}:
-            yield field, next(size.left for size in neurons if size.of == value)
-        elif field == "n_inner" and value is None and len(neurons) == 1:
-            yield field, next(iter(neurons)).left
-        elif field == "mlp_ratio" and len(neurons) == 1:
-            (size,) = neurons
-            yield field, value * size.left / size.of
+    for field, value in config.to_dict().items():
+        counts_heads = isinstance(value, int) and "head" in field and field != "head_dim"
+        for size in heads if counts_heads else neurons:
+            if counts_heads and value % size.of == 0:
+                yield field, value // size.of * size.left
+            elif not counts_heads and (value == size.of or (field == "n_inner" and value is None)):
+                yield field, size.left
+            elif field == "mlp_ratio":
+                yield field, value * size.left / size.of
 
 
 def _changed(dense: Any, changes: tuple[tuple[str, Any], ...]) -> Any:

@@ -69,7 +69,8 @@ def write_weights(
     """
     out = Path(out)
     host = host_loading(model.inner, shrunk) if shrunk else None
-    folder = host is not None and host.config is not None and not out.suffix
+    config = host.config if host and not out.suffix else None
+    folder = config is not None
     path = out / "model.safetensors" if folder else out
     loaded_by = _loaded_by(host, out, folder=folder) if shrunk else None
     state = model.tensors()
@@ -81,7 +82,7 @@ def write_weights(
     try:
         if folder:
             partial.mkdir()
-            _write_configuration(model.inner, host, partial)
+            _write_configuration(model.inner, config, partial)
         write_tensors(_apart(state), partial / path.name if folder else partial, metadata)
         os.replace(partial, out)
     finally:
@@ -111,10 +112,10 @@ def _loaded_by(host: HostLoading | None, out: Path, *, folder: bool) -> str:
     return f"emp_callbacks.load_shrunk(model, {str(out)!r}), into the dense architecture"
 
 
-def _write_configuration(model: Any, host: HostLoading, folder: Path) -> None:
+def _write_configuration(model: Any, config: Any, folder: Path) -> None:
     """Write what `from_pretrained` reads beside the weights."""
-    host.config.architectures = [type(model).__name__]
-    host.config.save_pretrained(folder)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
 

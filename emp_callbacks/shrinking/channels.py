@@ -2,96 +2,289 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
 
+import torch
 from torch import Tensor, nn
 
-from emp_callbacks.shrinking.channel_plan import ChannelPlan
-from emp_callbacks.shrinking.links import channel_links
-from emp_callbacks.shrinking.regroup import Axis, alike
-from emp_callbacks.shrinking.report import ShrunkLayer
-from emp_callbacks.shrinking.surgery import (
-    Surgery,
-    groups_of,
-    mixes,
-    passes,
-)
-from emp_callbacks.shrinking.zero_inputs import zero_inputs
-from emp_callbacks.targets.units import UnitTarget
+from emp_callbacks.shrinking.channel_facts import ChannelFacts
+from emp_callbacks.shrinking.links import Read
+from emp_callbacks.shrinking.regroup import Axis, Packing, packed
+from emp_callbacks.shrinking.report import FOR_EQUAL_SIZES, ShrunkLayer
+from emp_callbacks.shrinking.surgery import Cut, Surgery, axes_of, axis_size, cut_of, groups_of, why_whole
 
-__all__ = ["ChannelCuts"]
+__all__ = ["cut_channels"]
+
+_GIVEN_OUT = "the model gives its output out"
+_UNREAD = "no layer that can be cut reads it"
+_LAST = "a layer keeps one unit"
 
 
-class ChannelCuts:
-    """Which channels of a model can go, for any choice of its pruned layers.
+def cut_channels(
+    facts: ChannelFacts, names: Sequence[str], surgery: Surgery, most: Mapping[str, int] | None = None
+) -> list[ShrunkLayer]:
+    """Add to `surgery` what the pruned units of some layers take with them, and return what becomes of each layer.
 
     An output of a layer goes if all that reads it goes; an input goes if it is zero whatever the weights and every
     output that reaches it goes, one of a pruned unit among them. What does not hold is taken back until all holds.
 
     Args:
-        model: The masked model, in evaluation mode.
-        layers: Each layer with its pruned units, bool, shape (units,).
-        cuttable: Modules that can be cut.
-        run: Calls the model on the example, with other parameters if given `parameters`.
+        facts: What is known of the model's channels.
+        names: The layers.
+        surgery: Is changed.
+        most: Layer -> how many of its units may go at most.
+    """
+    search = _Search(facts, names, most or {})
+    search.settle()
+    for module, axis, cut in search.cuts():
+        surgery.setdefault(facts.names[module], {})[axis] = cut
+    return [search.report(name) for name in names]
+
+
+class _Search:
+    """The channels that go, for some of the layers.
+
+    Attributes:
+        going: Layer -> bool, shape (outputs,).
+        causes: Layer -> why outputs of pruned units stay, with their number.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: Sequence[tuple[UnitTarget, Tensor]],
-        cuttable: set[nn.Module],
-        run: Callable[..., Any],
-    ) -> None:
-        self.names = {module: name for name, module in model.named_modules()}
-        self.cuttable = cuttable
-        self.pruned = {target.name: pruned for target, pruned in layers}
-        self.rows = {target.name: _rows(model, target) for target, _ in layers}
-        owners = {module for rows in self.rows.values() for module in rows}
-        self.passing = {module for module in cuttable if passes(module) and module not in owners}
-        mixing = [m for m in model.modules() if (mixes(m) and m not in self.passing)]
-        self.zeros = zero_inputs(model, run)
-        self.links = channel_links(model, run, mixing, self.passing, owners)
-        self.grouped = self._packable()
+    def __init__(self, facts: ChannelFacts, names: Sequence[str], most: Mapping[str, int]) -> None:
+        self.of, self.names, self.most = facts, names, most
+        self.causes: dict[nn.Module, Counter[str]] = {}
+        self.pruned = {
+            module: (unit_of >= 0) & facts.pruned[name][unit_of]
+            for name in names
+            for module, unit_of in facts.rows[name].items()
+        }
+        self.going = {module: gone.clone() for module, gone in self.pruned.items()}
+        self.read = {module: torch.zeros_like(gone) for module, gone in self.pruned.items()}
+        others = {module for rows in facts.rows.values() for module in rows}
+        for read in facts.links.reads:
+            for layer, mixed in read.mixed.items():
+                # What only serves pruned channels, such as their rows in an excitation, goes with them.
+                free = layer in facts.cuttable and layer not in others
+                self.going.setdefault(layer, torch.full_like(mixed, free))
+                reached = self.read.setdefault(layer, torch.zeros_like(mixed))
+                if read.module not in facts.passing:
+                    reached |= mixed
+                    reached[read.sources[layer][0]] = True
+        self.packings: dict[nn.Module, Packing] = {}
+        self.reads: dict[nn.Module, list[Read]] = {}
+        for read in facts.links.reads:
+            self.reads.setdefault(read.module, []).append(read)
 
-    def plan(self, names: Sequence[str], surgery: Surgery, most: Mapping[str, int] | None = None) -> list[ShrunkLayer]:
-        """Add to `surgery` what the pruned units of some layers take with them, and return what becomes of each.
+    def settle(self) -> None:
+        """Take back what cannot go until all of the rest can."""
+        for module in self.going:
+            if module not in self.of.cuttable or "outputs" not in axes_of(module) or self._unpacked(module):
+                self._stay(module, True, f"{self.of.label(module)} cannot be cut: {why_whole(module)}")
+        for layer, hit in self.of.links.given_out.items():
+            self._stay(layer, hit, _GIVEN_OUT)
+        for layer, read in self.read.items():
+            self._stay(layer, ~read, _UNREAD)
+        left = -1
+        while left != (left := self._left()):
+            self._take_back()
+            for module in self.of.grouped:
+                self._pack(module)
 
-        Args:
-            names: The layers.
-            surgery: Is changed.
-            most: Layer -> how many of its units may go at most.
-        """
-        plan = ChannelPlan(self, names, most or {})
-        plan.settle()
-        for module, axis, cut in plan.cuts():
-            surgery.setdefault(self.names[module], {})[axis] = cut
-        return [plan.report(name) for name in names]
+    def _left(self) -> int:
+        return sum(int(gone.sum()) for gone in self.going.values())
 
-    def _packable(self) -> dict[nn.Module, tuple[set[Axis], set[Axis]]]:
-        """Return grouped convolutions whose channels can be put into another order, with all axes that have them."""
-        convolutions = {m for m in self.cuttable if groups_of(m) > 1 and m not in self.passing}
-        packable = {}
-        for module in convolutions:
-            inputs = alike(self.links.reads, (module, "inputs"), self.passing)
-            outputs = alike(self.links.reads, (module, "outputs"), self.passing)
-            if inputs and outputs and all(_only(module, axes, convolutions) for axes in (inputs, outputs)):
-                packable[module] = inputs, outputs
-        return packable
+    def _take_back(self) -> None:
+        left = -1
+        while left != (left := self._left()):
+            for module in self.reads:
+                self._input(module)
+            for name in self.names:
+                self._whole_units(name)
 
-    def label(self, module: nn.Module) -> str:
-        return f"{self.names[module]!r} ({type(module).__name__})"
+    def _stay(self, layer: nn.Module, which: Tensor | bool, cause: str) -> None:
+        if layer not in self.going:
+            return
+        back = self.going[layer] & which
+        if back.any():
+            self.going[layer] = self.going[layer] & ~back
+            counted = int((back & self.pruned[layer]).sum()) if layer in self.pruned else 0
+            self.causes.setdefault(layer, Counter())[cause] += counted
+
+    # ---- what reads channels ---------------------------------------------------------------------------------------
+
+    def _kept(self, module: nn.Module) -> Tensor:
+        """Return which inputs of a module cannot go, whatever its groups."""
+        reads = self.reads[module]
+        kept = torch.zeros(reads[0].inputs, dtype=torch.bool)
+        if len(reads) < self.of.links.calls[module] or self._whole(module):
+            return ~kept
+        if module not in self.of.passing:
+            kept |= ~self.of.zeros[module]
+        for read in reads:
+            kept |= self._held_in(read) | self._alive(read) | ~self._reached(read)
+        return kept
+
+    def _whole(self, module: nn.Module) -> bool:
+        if module in self.of.passing:
+            return False
+        return module not in self.of.cuttable or "inputs" not in axes_of(module) or self._unpacked(module)
+
+    def _unpacked(self, module: nn.Module) -> bool:
+        """Return whether a grouped convolution has channels that cannot be put into another order."""
+        return module not in self.of.passing and groups_of(module) > 1 and module not in self.of.grouped
+
+    def _held_in(self, read: Read) -> Tensor:
+        held = torch.zeros(read.inputs, dtype=torch.bool)
+        for reached in read.held.values():
+            held |= reached
+        return held
+
+    def _alive(self, read: Read) -> Tensor:
+        """Return which inputs an output that stays reaches; bool, shape (inputs,)."""
+        alive = torch.zeros(read.inputs, dtype=torch.bool)
+        for layer, (outputs, inputs) in read.sources.items():
+            alive[inputs[~self.going[layer][outputs]]] = True
+        return alive | any(bool(mixed.any()) for mixed in read.mixed.values())
+
+    def _reached(self, read: Read) -> Tensor:
+        """Return which inputs an output of a pruned unit reaches; of what passes channels, any output."""
+        reached = torch.zeros(read.inputs, dtype=torch.bool)
+        for layer, (outputs, inputs) in read.sources.items():
+            if read.module in self.of.passing:
+                reached[inputs] = True
+            elif layer in self.pruned:
+                reached[inputs[self.pruned[layer][outputs]]] = True
+        return reached
+
+    def _input(self, module: nn.Module) -> None:
+        """Take back the outputs that reach an input which stays."""
+        kept = self._kept(module)
+        for read in self.reads[module]:
+            for layer, mixed in read.mixed.items():
+                if (mixed & self.going[layer]).any():
+                    self._stay(layer, mixed, self._why_mixed(read))
+            for layer, (outputs, inputs) in read.sources.items():
+                if not (self.going[layer][outputs] & kept[inputs]).any():
+                    continue
+                for which, cause in self._why_kept(module, read, layer):
+                    hit = torch.zeros_like(self.going[layer])
+                    hit[outputs[(which & kept)[inputs]]] = True
+                    self._stay(layer, hit, cause)
+
+    def _why_kept(self, module: nn.Module, read: Read, layer: nn.Module) -> Iterator[tuple[Tensor, str]]:
+        """Yield which inputs stay, and why, said of a layer that reaches them: the first that holds counts."""
+        label, everything = self.of.label(module), torch.ones(read.inputs, dtype=torch.bool)
+        for name, reached in read.held.items():
+            yield reached, self._passed(name)
+        if self._whole(module):
+            yield everything, f"{label} reads it: {why_whole(module)}"
+        for other, (outputs, inputs) in read.sources.items():
+            alive = torch.zeros(read.inputs, dtype=torch.bool)
+            alive[inputs[~self.going[other][outputs]]] = True
+            if other is not layer:
+                yield alive, f"joined with {self.of.label(other)}, which keeps these channels"
+        if module in self.of.zeros:
+            yield (
+                ~self.of.zeros[module],
+                f"its zeros are other values where {label} reads them{self._behind(read, layer)}",
+            )
+        yield everything, f"{label} reads it together with channels that stay"
+
+    def _behind(self, read: Read, layer: nn.Module) -> str:
+        """Return what a layer's outputs pass last on their way."""
+        before = takewhile(lambda other: other is not read, self.of.links.reads)
+        passed = [other.module for other in before if other.module in self.of.passing and layer in other.sources]
+        return f", behind {self.of.label(passed[-1])}" if passed else ""
+
+    def _why_mixed(self, read: Read) -> str:
+        if read.held:
+            return self._passed(next(iter(read.held)))
+        return f"its channels are mixed before {self.of.label(read.module)} reads them"
+
+    def _passed(self, parameter: str) -> str:
+        owner = parameter.rpartition(".")[0]
+        kind = next(type(module).__name__ for module, name in self.of.names.items() if name == owner)
+        return f"its output passes {owner!r} ({kind}), which needs all of its channels"
+
+    # ---- groups and units ------------------------------------------------------------------------------------------
+
+    def _pack(self, module: nn.Module) -> None:
+        """Choose new groups of a convolution, and take back the channels that fill them up."""
+        if module not in self.reads or module not in self.going:
+            return
+        groups, alike = groups_of(module), self.of.grouped[module]
+        alive = self._kept(module), ~self.going[module]
+        old = self.packings.get(module)
+        if all(bool(kept.all()) for kept in alive) or (old and _as_packed(old, alive)):
+            return
+        inputs, outputs = (
+            sum(_weights(other) / axis_size(other, axis) for other, axis in axes if other is not module)
+            for axes in alike
+        )
+        per_pair = _weights(module) * groups / (len(alive[0]) * len(alive[1]))
+
+        def cost(count: int, ins: int, outs: int) -> float:
+            return ins * outs / count * per_pair + ins * inputs + outs * outputs
+
+        packing = packed(alive[0].reshape(groups, -1), alive[1].reshape(groups, -1), cost)
+        self.packings[module] = packing
+        for axes, left in zip(alike, (packing.inputs, packing.outputs), strict=True):
+            for layer, _ in axes:
+                filling = torch.zeros(axis_size(layer, "outputs"), dtype=torch.bool)
+                if layer in self.going and (layer, "outputs") in axes:
+                    filling[left] = True
+                    self._stay(layer, filling, f"the groups of {self.of.label(module)} need equal counts")
+
+    def _whole_units(self, name: str) -> None:
+        """Take back units of which a part stays, a layer's last unit, and what is more than may go."""
+        rows = self.of.rows[name]
+        gone = self._gone_units(name)
+        if gone.all():
+            self._keep(rows, torch.arange(len(gone)) == 0, _LAST)
+        if name in self.most and (excess := gone & (gone.cumsum(0) > self.most[name])).any():
+            self._keep(rows, excess, FOR_EQUAL_SIZES)
+        self._keep(rows, ~self._gone_units(name), "a part of its unit stays")
+
+    def _gone_units(self, name: str) -> Tensor:
+        gone = self.of.pruned[name].clone()
+        for module, unit_of in self.of.rows[name].items():
+            gone[unit_of[(unit_of >= 0) & ~self.going[module]]] = False
+        return gone
+
+    def _keep(self, rows: Mapping[nn.Module, Tensor], units: Tensor, cause: str) -> None:
+        for module, unit_of in rows.items():
+            self._stay(module, (unit_of < 0) | units[unit_of], cause)
+
+    # ---- the result ------------------------------------------------------------------------------------------------
+
+    def cuts(self) -> Iterator[tuple[nn.Module, str, Cut]]:
+        """Yield modules with the axis along which they are cut, and what is left of it."""
+        order: dict[Axis, list[int]] = {}
+        for module, packing in self.packings.items():
+            inputs, outputs = self.of.grouped[module]
+            order |= dict.fromkeys(inputs, packing.inputs) | dict.fromkeys(outputs, packing.outputs)
+            yield module, "groups", Cut(groups_of(module), list(range(packing.groups)))
+        gone: dict[Axis, Tensor] = {(layer, "outputs"): going for layer, going in self.going.items()}
+        for module in self.reads:
+            gone[module, "outputs" if module in self.of.passing else "inputs"] = ~self._kept(module)
+        for axis, lost in gone.items():
+            if lost.any() or axis in order:
+                yield *axis, Cut(len(lost), order[axis]) if axis in order else cut_of(~lost)
+
+    def report(self, name: str) -> ShrunkLayer:
+        pruned, gone = self.of.pruned[name], self._gone_units(name)
+        causes: Counter[str] = Counter()
+        for module in self.of.rows[name]:
+            causes += self.causes.get(module, Counter())
+        reason = "; ".join(cause for cause, _ in causes.most_common(2)) if int(gone.sum()) < int(pruned.sum()) else None
+        return ShrunkLayer(name, len(pruned), int(pruned.sum()), int(gone.sum()), reason)
 
 
-def _only(module: nn.Module, axes: set[Axis], grouped: set[nn.Module]) -> bool:
-    """Return whether a grouped convolution is the only one on these axes, and not on both sides."""
-    return [other for other, _ in axes if other in grouped] == [module]
+def _weights(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters(recurse=False))
 
 
-def _rows(model: nn.Module, target: UnitTarget) -> dict[nn.Module, Tensor]:
-    """Return the unit of each output of the target's layers; int64, shape (outputs,)."""
-    return {
-        model.get_submodule(member.weight.name.rpartition(".")[0]): member.unit_of
-        for member in target.members
-        if member.role == "weight"
-    }
+def _as_packed(packing: Packing, alive: tuple[Tensor, Tensor]) -> bool:
+    left = packing.inputs, packing.outputs
+    return all(sorted(own) == kept.nonzero().flatten().tolist() for own, kept in zip(left, alive, strict=True))

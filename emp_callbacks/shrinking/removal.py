@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from emp_callbacks.shrinking.channels import ChannelCuts
+from emp_callbacks.shrinking.channel_facts import ChannelFacts
+from emp_callbacks.shrinking.channels import cut_channels
 from emp_callbacks.shrinking.equal_sizes import equal_counts
 from emp_callbacks.shrinking.example_run import evaluating, measured, outputs
 from emp_callbacks.shrinking.heads import cut_heads
@@ -118,7 +119,7 @@ class _Plans:
             for name, (target, pruned) in self._layers.items()
             if name not in self._heads
         ]
-        self._channels = ChannelCuts(model, channels, self._cuttable, run) if channels else None
+        self._channels = ChannelFacts(model, channels, self._cuttable, run) if channels else None
 
     def cut(self, names: Sequence[str], most: Mapping[str, int] | None = None) -> Planned:
         """Return the cuts of some of the layers, of each at most so many units."""
@@ -130,7 +131,7 @@ class _Plans:
                 layers[name] = self._cut_heads(name, most, surgery)
         channels = [name for name in names if name not in self._heads]
         if channels and self._channels is not None:
-            layers |= {layer.name: layer for layer in self._channels.plan(channels, surgery, most)}
+            layers |= {layer.name: layer for layer in cut_channels(self._channels, channels, surgery, most)}
         return Planned(surgery, {name: self._told(layers[name]) for name in names})
 
     def left_out(self, name: str, reason: str) -> ShrunkLayer:
