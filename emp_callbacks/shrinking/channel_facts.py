@@ -62,21 +62,23 @@ class ChannelFacts:
     def _packable(self) -> dict[nn.Module, tuple[set[Axis], set[Axis]]]:
         """Return grouped convolutions whose channels can be put into another order, with all axes that have them."""
         convolutions = {m for m in self.cuttable if groups_of(m) > 1 and m not in self.passing}
+        readers = {read.module for read in self.links.reads}
+        read = {layer for read in self.links.reads for layer in read.mixed}
         packable = {}
-        for module in convolutions:
+        for module in convolutions & readers & read:  # else it is not known what else has its channels
             inputs = alike(self.links.reads, (module, "inputs"), self.passing)
             outputs = alike(self.links.reads, (module, "outputs"), self.passing)
-            if inputs and outputs and all(_only(module, axes, convolutions) for axes in (inputs, outputs)):
+            if inputs and outputs and all(self._free(module, axes, convolutions) for axes in (inputs, outputs)):
                 packable[module] = inputs, outputs
         return packable
 
+    def _free(self, module: nn.Module, axes: set[Axis], grouped: set[nn.Module]) -> bool:
+        """Return whether a grouped convolution is the only one on these axes, which the model does not give out."""
+        alone = [other for other, _ in axes if other in grouped] == [module]
+        return alone and not any(other in self.links.given_out for other, _ in axes)
+
     def label(self, module: nn.Module) -> str:
         return f"{self.names[module]!r} ({type(module).__name__})"
-
-
-def _only(module: nn.Module, axes: set[Axis], grouped: set[nn.Module]) -> bool:
-    """Return whether a grouped convolution is the only one on these axes, and not on both sides."""
-    return [other for other, _ in axes if other in grouped] == [module]
 
 
 def _rows(model: nn.Module, target: UnitTarget) -> dict[nn.Module, Tensor]:

@@ -48,6 +48,8 @@ class _Search:
 
     Attributes:
         going: Layer -> bool, shape (outputs,).
+        packings: Grouped convolution -> its new groups.
+        filled: Grouped convolution -> bool, shape (inputs,): inputs that are alive or fill its groups up.
         causes: Layer -> why outputs of pruned units stay, with their number.
     """
 
@@ -72,6 +74,7 @@ class _Search:
                     reached |= mixed
                     reached[read.sources[layer][0]] = True
         self.packings: dict[nn.Module, Packing] = {}
+        self.filled: dict[nn.Module, Tensor] = {}
         self.reads: dict[nn.Module, list[Read]] = {}
         for read in facts.links.reads:
             self.reads.setdefault(read.module, []).append(read)
@@ -79,17 +82,17 @@ class _Search:
     def settle(self) -> None:
         """Take back what cannot go until all of the rest can."""
         for module in self.going:
-            if module not in self.of.cuttable or "outputs" not in axes_of(module) or self._unpacked(module):
+            if module not in self.of.cuttable or "outputs" not in axes_of(module):
                 self._stay(module, True, f"{self.of.label(module)} cannot be cut: {why_whole(module)}")
         for layer, hit in self.of.links.given_out.items():
             self._stay(layer, hit, _GIVEN_OUT)
         for layer, read in self.read.items():
             self._stay(layer, ~read, _UNREAD)
-        left = -1
-        while left != (left := self._left()):
+        grouped = [m for m in {**self.going, **self.reads} if groups_of(m) > 1]
+        grouped = [m for m in grouped if m in self.of.cuttable and m not in self.of.passing]
+        self._take_back()
+        while [module for module in grouped if self._pack(module)]:
             self._take_back()
-            for module in self.of.grouped:
-                self._pack(module)
 
     def _left(self) -> int:
         return sum(int(gone.sum()) for gone in self.going.values())
@@ -120,7 +123,7 @@ class _Search:
         if len(reads) < self.of.links.calls[module] or self._whole(module):
             return ~kept
         if module not in self.of.passing:
-            kept |= ~self.of.zeros[module]
+            kept |= ~self.of.zeros[module] | self.filled.get(module, torch.tensor(False))
         for read in reads:
             kept |= self._held_in(read) | self._alive(read) | ~self._reached(read)
         return kept
@@ -128,11 +131,7 @@ class _Search:
     def _whole(self, module: nn.Module) -> bool:
         if module in self.of.passing:
             return False
-        return module not in self.of.cuttable or "inputs" not in axes_of(module) or self._unpacked(module)
-
-    def _unpacked(self, module: nn.Module) -> bool:
-        """Return whether a grouped convolution has channels that cannot be put into another order."""
-        return module not in self.of.passing and groups_of(module) > 1 and module not in self.of.grouped
+        return module not in self.of.cuttable or "inputs" not in axes_of(module)
 
     def _held_in(self, read: Read) -> Tensor:
         held = torch.zeros(read.inputs, dtype=torch.bool)
@@ -184,11 +183,11 @@ class _Search:
             alive[inputs[~self.going[other][outputs]]] = True
             if other is not layer:
                 yield alive, f"joined with {self.of.label(other)}, which keeps these channels"
+        if module in self.filled:
+            yield self.filled[module], self._uneven(module)
         if module in self.of.zeros:
-            yield (
-                ~self.of.zeros[module],
-                f"its zeros are other values where {label} reads them{self._behind(read, layer)}",
-            )
+            behind = self._behind(read, layer)
+            yield ~self.of.zeros[module], f"its zeros are other values where {label} reads them{behind}"
         yield everything, f"{label} reads it together with channels that stay"
 
     def _behind(self, read: Read, layer: nn.Module) -> str:
@@ -209,32 +208,35 @@ class _Search:
 
     # ---- groups and units ------------------------------------------------------------------------------------------
 
-    def _pack(self, module: nn.Module) -> None:
-        """Choose new groups of a convolution, and take back the channels that fill them up."""
-        if module not in self.reads or module not in self.going:
-            return
-        groups, alike = groups_of(module), self.of.grouped[module]
-        alive = self._kept(module), ~self.going[module]
-        old = self.packings.get(module)
-        if all(bool(kept.all()) for kept in alive) or (old and _as_packed(old, alive)):
-            return
-        inputs, outputs = (
+    def _pack(self, module: nn.Module) -> bool:
+        """Choose new groups of a convolution, take back the outputs that fill them up, and return whether any did."""
+        groups, inputs = groups_of(module), axis_size(module, "inputs")
+        kept = self._kept(module) if module in self.reads else torch.ones(inputs, dtype=torch.bool)
+        alive = kept, ~self.going.get(module, torch.zeros(axis_size(module, "outputs"), dtype=torch.bool))
+        if all(bool(side.all()) for side in alive):
+            self.packings.pop(module, None)
+            return False
+        if (old := self.packings.get(module)) and _as_packed(old, alive):
+            return False
+        own_inputs, own_outputs = (
             sum(_weights(other) / axis_size(other, axis) for other, axis in axes if other is not module)
-            for axes in alike
+            for axes in self.of.grouped.get(module, ((), ()))
         )
-        per_pair = _weights(module) * groups / (len(alive[0]) * len(alive[1]))
 
         def cost(count: int, ins: int, outs: int) -> float:
-            return ins * outs / count * per_pair + ins * inputs + outs * outputs
+            pairs = ins * outs * groups / (count * inputs * len(alive[1]))
+            return pairs * _weights(module) + ins * own_inputs + outs * own_outputs
 
-        packing = packed(alive[0].reshape(groups, -1), alive[1].reshape(groups, -1), cost)
+        by_group = [side.reshape(groups, -1) for side in alive]
+        packing = packed(by_group[0], by_group[1], cost, join=module in self.of.grouped)
         self.packings[module] = packing
-        for axes, left in zip(alike, (packing.inputs, packing.outputs), strict=True):
-            for layer, _ in axes:
-                filling = torch.zeros(axis_size(layer, "outputs"), dtype=torch.bool)
-                if layer in self.going and (layer, "outputs") in axes:
-                    filling[left] = True
-                    self._stay(layer, filling, f"the groups of {self.of.label(module)} need equal counts")
+        self.filled[module] = kept.index_fill(0, torch.tensor(packing.inputs), True)
+        filling = torch.zeros_like(alive[1]).index_fill(0, torch.tensor(packing.outputs), True)
+        self._stay(module, filling, self._uneven(module))
+        return True
+
+    def _uneven(self, module: nn.Module) -> str:
+        return f"the {groups_of(module)} groups of {self.of.label(module)} need equal counts"
 
     def _whole_units(self, name: str) -> None:
         """Take back units of which a part stays, a layer's last unit, and what is more than may go."""
@@ -262,7 +264,7 @@ class _Search:
         """Yield modules with the axis along which they are cut, and what is left of it."""
         order: dict[Axis, list[int]] = {}
         for module, packing in self.packings.items():
-            inputs, outputs = self.of.grouped[module]
+            inputs, outputs = self.of.grouped.get(module, ((), ()))
             order |= dict.fromkeys(inputs, packing.inputs) | dict.fromkeys(outputs, packing.outputs)
             yield module, "groups", Cut(groups_of(module), list(range(packing.groups)))
         gone: dict[Axis, Tensor] = {(layer, "outputs"): going for layer, going in self.going.items()}

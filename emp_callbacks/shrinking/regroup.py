@@ -31,7 +31,7 @@ class Packing(NamedTuple):
     outputs: list[int]
 
 
-def packed(inputs: Tensor, outputs: Tensor, cost: Callable[[int, int, int], float]) -> Packing:
+def packed(inputs: Tensor, outputs: Tensor, cost: Callable[[int, int, int], float], *, join: bool) -> Packing:
     """Return the cheapest way to give all groups of a convolution as many live inputs and as many live outputs.
 
     Pruned channels are spread unevenly over the groups. Several groups are joined into one, a lively with a sparse one
@@ -41,11 +41,15 @@ def packed(inputs: Tensor, outputs: Tensor, cost: Callable[[int, int, int], floa
         inputs: Which inputs are alive; bool, shape (groups, inputs of each).
         outputs: Which outputs are; bool, shape (groups, outputs of each).
         cost: Parameters that are left with so many groups, inputs and outputs (of all groups together).
+        join: Whether groups may be joined, which changes the order of the channels; else only what all groups have
+            too much goes, and groups that are pruned as a whole.
     """
     sizes = torch.stack([inputs.sum(1), outputs.sum(1)], 1)
     lively = sizes.amax(1).argsort(descending=True, stable=True)[: max(1, int((sizes.amax(1) > 0).sum()))].tolist()
     ways: list[tuple[float, list[list[int]], list[int]]] = []
-    for count in sorted({-(-len(lively) // joined) for joined in range(1, len(lively) + 1)}, reverse=True):
+    for count in sorted(
+        {-(-len(lively) // joined) for joined in range(1, len(lively) + 1 if join else 2)}, reverse=True
+    ):
         groups = _spread(lively, sizes, count)
         most = torch.stack([sizes[members].sum(0) for members in groups]).amax(0).clamp(min=1).tolist()
         fewest = min(map(len, groups))

@@ -178,8 +178,6 @@ def why_whole(module: nn.Module) -> str:
         return "its weight is parametrised"
     if "outputs" in axes_of(module) and mixes(module) and not _inputs_are_apart(module):
         return "its weights are standardised over all of its inputs"
-    if groups_of(module) > 1 and axes_of(module):
-        return f"its {groups_of(module)} groups need equal counts, and its channels are also elsewhere"
     if axes_of(module):
         return "its weight is tied to another's"
     if isinstance(module, _ConvTransposeNd):
