@@ -120,6 +120,7 @@ def prune(words: list[str]) -> None:
             loss_tolerance=tolerance,
             on_tried=on_tried,
             shrink_units=options.shrink,
+            uniform=_uniform(options),
             overwrite=options.overwrite,
         )
     if report.budget:
@@ -158,8 +159,20 @@ def export(words: list[str]) -> None:
     options = export_parser().parse_args(words)
     from emp_callbacks.finished.export import export
 
-    report = export(_source(options), options.out, shrink_units=options.shrink, overwrite=options.overwrite)
+    report = export(
+        _source(options),
+        options.out,
+        shrink_units=options.shrink,
+        uniform=_uniform(options),
+        overwrite=options.overwrite,
+    )
     _print_export(report)
+
+
+def _uniform(options: argparse.Namespace) -> bool:
+    if options.uniform and not options.shrink:
+        raise ValueError("--uniform says what --shrink leaves; give both")
+    return bool(options.uniform)
 
 
 def _source(options: argparse.Namespace) -> Source:

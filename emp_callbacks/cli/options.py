@@ -283,7 +283,8 @@ examples:
 
 The names fit your own module: of a Lightning checkpoint the first part that all names share ("model.") is left out.
   model.load_state_dict(safetensors.torch.load_file("model.safetensors"))
-  emp_callbacks.load_shrunk(model, "small.safetensors")""",
+  emp_callbacks.load_shrunk(model, "small.safetensors")
+With --shrink --uniform the library of the model itself can load it; the command prints how.""",
     )
     _add_source(parser)
     return parser
@@ -295,13 +296,24 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
         metavar="CHECKPOINT|timm:NAME",
         help="Lightning .ckpt, state dict (.pt, .pth, .safetensors), Hugging Face folder, or a timm model",
     )
-    parser.add_argument("--out", required=True, metavar="FILE", help="safetensors file to write")
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="FILE",
+        help="safetensors file to write; without a suffix, a folder with config.json for a shrunk transformers model "
+        "whose configuration can state its sizes",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
     parser.add_argument("-c", "--config", metavar="RECIPE", help="recipe that builds the model (and its data)")
     parser.add_argument(
         "--shrink",
         action="store_true",
-        help="remove pruned heads, neurons and channels (needs torch-pruning); KAN nodes stay, as zeros",
+        help="remove pruned heads, neurons and channels; KAN nodes stay, as zeros",
+    )
+    parser.add_argument(
+        "--uniform",
+        action="store_true",
+        help="with --shrink: equal counts in all layers of a kind, so that the model's own library can load it",
     )
     parser.add_argument("--prefix", help="start of the names to leave out; '' for none (default: 'model.' or the like)")
     parser.add_argument("--pretrained", action="store_true", help="load timm's weights (needs a network)")

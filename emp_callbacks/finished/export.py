@@ -58,7 +58,12 @@ class Source(NamedTuple):
 
 
 def export(
-    source: Source, out: str | os.PathLike[str], *, shrink_units: bool = False, overwrite: bool = False
+    source: Source,
+    out: str | os.PathLike[str],
+    *,
+    shrink_units: bool = False,
+    uniform: bool = False,
+    overwrite: bool = False,
 ) -> ExportReport:
     """Write the masked weights of a finished model as plain safetensors, by the names of the user's own model.
 
@@ -66,6 +71,7 @@ def export(
         source: The model.
         out: The file; written as a whole or not at all.
         shrink_units: Whether heads, neurons and channels that are zero are removed; `load_shrunk` reads such a file.
+        uniform: Whether all layers of a kind keep as many, see `shrink`.
         overwrite: Whether an existing file may be replaced.
 
     Raises:
@@ -81,7 +87,7 @@ def export(
     shrunk = None
     if shrink_units:
         _check_modules(model, source.name, "--shrink")
-        shrunk = _shrunk(model, pruned_units(model.inner))
+        shrunk = _shrunk(model, pruned_units(model.inner), uniform=uniform)
     return write_weights(model, out, _described(model.runs), shrunk)
 
 
@@ -94,6 +100,7 @@ def prune(
     loss_tolerance: float | None = None,
     on_tried: Callable[[Tried], None] | None = None,
     shrink_units: bool = False,
+    uniform: bool = False,
     overwrite: bool = False,
 ) -> tuple[EMPPruner, ExportReport]:
     """Prune a finished model once by EMP and write its weights, as `export` does.
@@ -108,6 +115,7 @@ def prune(
             see `smallest_budget`; what was tried is in the report and in the file's metadata ("budget_search").
         on_tried: Called after each budget that is measured for that.
         shrink_units: Whether pruned heads, neurons and channels are removed.
+        uniform: Whether all layers of a kind keep as many, see `shrink`.
         overwrite: Whether an existing file may be replaced.
 
     Returns:
@@ -145,7 +153,7 @@ def prune(
         show_batches(pruner, recipe.module, shown, gradients=needs == "gradients")
     pruner.refresh()
     pruner.finalize()
-    shrunk = _shrunk(model, _kept(pruner, model)) if shrink_units else None
+    shrunk = _shrunk(model, _kept(pruner, model), uniform=uniform) if shrink_units else None
     described = _described([_run_of(pruner)]) | ({"budget_search": json.dumps(found.record())} if found else {})
     report = write_weights(model, out, described, shrunk)
     return pruner, replace(report, budget=found, notes=(*report.notes, *notes))
@@ -225,10 +233,10 @@ def _kept(pruner: EMPPruner, model: FinishedModel) -> dict[str, Tensor]:
     return {name.removeprefix(model.prefix): mask for name, mask in pruner.masks.items()}
 
 
-def _shrunk(model: FinishedModel, kept: Mapping[str, Tensor]) -> ShrinkReport:
+def _shrunk(model: FinishedModel, kept: Mapping[str, Tensor], *, uniform: bool) -> ShrinkReport:
     if model.example is None:
         raise ValueError("no example input is known to compare the shrunk model on; give --input-size, such as 3 32 32")
-    return shrink(model.inner, kept, model.example.args, model.example.kwargs)
+    return shrink(model.inner, kept, model.example.args, model.example.kwargs, uniform=uniform)
 
 
 def _run_of(pruner: EMPPruner) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ from emp_callbacks.checkpoint.reading import TIED_KEY
 from emp_callbacks.checkpoint.tensor_file import write_tensors
 from emp_callbacks.cost.budget_search import BudgetSearch
 from emp_callbacks.finished.finished_model import FinishedModel
+from emp_callbacks.finished.host_loading import HostLoading, host_loading
 from emp_callbacks.shrinking import ShrinkReport
 
 __all__ = ["ExportReport", "check_free", "report_lines", "shrink_table", "write_weights"]
@@ -37,6 +40,7 @@ class ExportReport:
         shrunk: What was removed, if asked for.
         notes: What a reader must know.
         budget: How beta was found, if it was looked for.
+        loaded_by: How a shrunk model is loaded, in Python.
     """
 
     path: Path
@@ -49,6 +53,7 @@ class ExportReport:
     shrunk: ShrinkReport | None
     notes: tuple[str, ...]
     budget: BudgetSearch | None = None
+    loaded_by: str | None = None
 
 
 def write_weights(
@@ -58,16 +63,31 @@ def write_weights(
 
     Safetensors holds no shared memory: a tied tensor is written under each of its names, so that the file loads with
     a plain `load_state_dict`. The metadata name the ties, and `emp` reads such tensors as one again.
+
+    A shrunk transformers model is written as a folder with its configuration where `out` has no suffix and the
+    configuration can state its sizes.
     """
-    path = Path(out)
+    out = Path(out)
+    host = host_loading(model.inner, shrunk) if shrunk else None
+    config = host.config if host and not out.suffix else None
+    folder = config is not None
+    path = out / "model.safetensors" if folder else out
+    loaded_by = _loaded_by(host, out, folder=folder) if shrunk else None
     state = model.tensors()
     tied = _ties(state)
     metadata = {**metadata, **(shrunk.metadata() if shrunk else {}), TIED_KEY: json.dumps(tied)}
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    if loaded_by:
+        metadata["loaded_by"] = loaded_by
+    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
     try:
-        write_tensors(_apart(state), partial, metadata)
-        os.replace(partial, path)
+        if folder:
+            partial.mkdir()
+            _write_configuration(model.inner, config, partial)
+        write_tensors(_apart(state), partial / path.name if folder else partial, metadata)
+        os.replace(partial, out)
     finally:
+        if folder:
+            shutil.rmtree(partial, ignore_errors=True)
         partial.unlink(missing_ok=True)
     matrices = [value for value in state.values() if value.dim() >= 2]
     return ExportReport(
@@ -80,7 +100,24 @@ def write_weights(
         tied=tied,
         shrunk=shrunk,
         notes=(*model.notes, *_left_out(model, len(state))),
+        loaded_by=loaded_by,
     )
+
+
+def _loaded_by(host: HostLoading | None, out: Path, *, folder: bool) -> str:
+    if folder and host is not None:
+        return host.call.replace("FOLDER", str(out))
+    if host is not None and host.config is None:
+        return f"{host.call}; model.load_state_dict(safetensors.torch.load_file({str(out)!r}))"
+    return f"emp_callbacks.load_shrunk(model, {str(out)!r}), into the dense architecture"
+
+
+def _write_configuration(model: Any, config: Any, folder: Path) -> None:
+    """Write what `from_pretrained` reads beside the weights."""
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(folder)
 
 
 def check_free(out: str | os.PathLike[str], overwrite: bool) -> None:
@@ -140,10 +177,22 @@ def report_lines(report: ExportReport) -> list[str]:
     elif report.shrunk:
         (before, after), (flops_before, flops_after) = report.shrunk.parameters, report.shrunk.flops
         lines.append(f"parameters: {before:,} -> {after:,} ({after / before:.1%})")
+        lines += _stayed(report.shrunk)
         lines.append(f"FLOPs of the example: {flops_before:,} -> {flops_after:,} ({flops_after / flops_before:.1%})")
         lines.append(f"largest difference of the outputs on it: {report.shrunk.difference:.1e} of the largest output")
-        lines.append("load it with emp_callbacks.load_shrunk(model, file) into the dense architecture")
+        lines.append(f"load it with {report.loaded_by}")
     return lines + [f"note: {note}" for note in report.notes]
+
+
+def _stayed(shrunk: ShrinkReport) -> list[str]:
+    """Return what is to be said of pruned units that were not removed."""
+    lines = []
+    if not any(layer.removed for layer in shrunk.layers):
+        why = Counter(layer.reason for layer in shrunk.layers).most_common(1)[0][0]
+        lines.append(f"nothing could be removed; most often since {why}")
+    if shrunk.brought_back:
+        lines.append(f"kept as zeros for equal sizes (--uniform): {shrunk.brought_back:,} units that could have gone")
+    return lines
 
 
 def shrink_table(shrunk: ShrinkReport) -> Table:
@@ -153,8 +202,12 @@ def shrink_table(shrunk: ShrinkReport) -> Table:
     for column, heading in enumerate(("units", "pruned", "removed", "had to stay"), start=1):
         total = sum(_counts(layer)[column - 1] for layer in shrunk.layers)
         table.add_column(heading, justify="right", footer=f"{total:,}")
+    reasons = any(layer.reason for layer in shrunk.layers)
+    if reasons:
+        table.add_column("why", overflow="fold")
     for layer in shrunk.layers:
-        table.add_row(layer.name, *(f"{count:,}" for count in _counts(layer)))
+        row = [layer.name, *(f"{count:,}" for count in _counts(layer))]
+        table.add_row(*row, *([layer.reason or ""] if reasons else []))
     return table
 
 

@@ -8,15 +8,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from emp_callbacks.shrinking.channel_facts import ChannelFacts
 from emp_callbacks.shrinking.channels import cut_channels
-from emp_callbacks.shrinking.example_run import difference, evaluating, measured, outputs
+from emp_callbacks.shrinking.equal_sizes import equal_counts
+from emp_callbacks.shrinking.example_run import evaluating, measured, outputs
 from emp_callbacks.shrinking.heads import cut_heads
-from emp_callbacks.shrinking.report import ShrinkReport, ShrunkLayer
-from emp_callbacks.shrinking.surgery import Surgery, cuttable_modules, perform, snapshot
-from emp_callbacks.shrinking.units import unit_layer
+from emp_callbacks.shrinking.report import FOR_EQUAL_SIZES, ShrinkReport, ShrunkLayer
+from emp_callbacks.shrinking.surgery import Surgery, cuttable_modules, perform
+from emp_callbacks.shrinking.trial import Planned, largest_fit
+from emp_callbacks.shrinking.units import alive_units, unit_layer
 from emp_callbacks.targets import adapted_weights
+from emp_callbacks.targets.units import UnitTarget
 
 __all__ = ["shrink"]
+
+_NOT_ZERO = "not zero in this model (apply the masks first)"
 
 
 def shrink(
@@ -24,10 +30,13 @@ def shrink(
     kept: Mapping[str, Tensor],
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
+    *,
+    uniform: bool = False,
 ) -> ShrinkReport:
     """Remove pruned heads, neurons and channels from a masked model, in place, with all that depends on them.
 
-    The parameters become new, smaller ones: an optimizer has to be made anew.
+    The parameters become new, smaller ones: an optimizer has to be made anew. What cannot go stays, as zeros; the
+    report says why.
 
     Args:
         model: A plain model whose pruned units are zero, as a pruner leaves them; not sharded.
@@ -35,17 +44,17 @@ def shrink(
         args: Positional arguments of an example call, on the model's device; the outputs before and after are
             compared on it.
         kwargs: Keyword arguments of the example call.
+        uniform: Leave as many heads in every attention of a kind, and as many hidden neurons in every MLP, as the one
+            with most needs, so that the model's own configuration can say the sizes. Less is removed.
 
     Returns:
         What was removed and what had to stay, parameter counts and FLOPs, and the largest difference.
 
     Raises:
-        ImportError: Neurons are to be removed and torch-pruning is not installed.
         ValueError: `kept` names no such layer, or has another number of units.
-        NotImplementedError: Heads of an attention that cannot have fewer of them, adapters of PEFT, or the shrunk model
-            does not run; the model is as it was.
-        ArithmeticError: The outputs changed by more than 1e-4 (relative; 8 units of rounding in half precision): the
-            model was not masked, or its zeros become something else on their way. The model is as it was.
+        NotImplementedError: The model has adapters of PEFT.
+        ArithmeticError: Heads in `kept` are not zero, or the model gives other outputs each time. The model is as it
+            was.
 
     Example:
         >>> import torch
@@ -58,64 +67,111 @@ def shrink(
         >>> model[2].in_features
         2
     """
-    run = partial(outputs, model, tuple(args), dict(kwargs or {}))
-    with evaluating(model):
-        before, flops_before = measured(run)
-        parameters_before = _parameter_count(model)
-        surgery, layers = _plan(model, kept, run)
-        undo = snapshot(model, surgery)
-        try:
-            perform(model, surgery)
-            after, flops_after = _run_shrunk(run)
-            worst = difference(before, after)
-        except Exception:
-            undo()
-            raise
-    return ShrinkReport(
-        layers=tuple(layers),
-        surgery=surgery,
-        parameters=(parameters_before, _parameter_count(model)),
-        flops=(flops_before, flops_after),
-        difference=worst,
-    )
-
-
-def _plan(model: nn.Module, kept: Mapping[str, Tensor], run: Callable[..., Any]) -> tuple[Surgery, list[ShrunkLayer]]:
-    """Return what to cut off every module, and what that means for each layer in `kept` with pruned units."""
     if adapted_weights(model):
         raise NotImplementedError(
             "a model with adapters of PEFT cannot be shrunk: merge them first, model = model.merge_and_unload(), and "
             "mask what comes of it, pruner.mask(model)"
         )
-    surgery: Surgery = {}
-    layers, channels = [], []
-    cuttable = cuttable_modules(model)
-    for name, mask in kept.items():
-        if mask.all():
-            continue
-        target, pruned = unit_layer(model, name), ~mask.cpu()
-        if len(pruned) != target.units:
-            raise ValueError(
-                f"the mask of {name!r} is for {len(pruned)} units, the layer has {target.units}; "
-                "pass its own pruner.masks"
-            )
-        if any(member.role == "output" for member in target.members):
-            layers.append(cut_heads(model, target, pruned, cuttable, surgery))
-        else:
-            channels.append((target, pruned))
-    if channels:
-        layers += cut_channels(model, channels, cuttable, run, surgery)
-    return surgery, layers
+    run = partial(outputs, model, tuple(args), dict(kwargs or {}))
+    with evaluating(model):
+        before, flops_before = measured(run)
+        parameters_before = _parameter_count(model)
+        plans = _Plans(model, kept, run)
+        fit, errors = largest_fit(model, plans.names, plans.cut, run, before)
+        gone = sum(layer.removed for layer in fit.layers.values())
+        if uniform:
+            names = [name for name in plans.names if name not in errors]
+            most = equal_counts(model, partial(plans.cut, names))
+            fit, more = largest_fit(model, names, partial(plans.cut, most=most), run, before)
+            errors |= more
+        perform(model, fit.surgery)
+    layers = {name: fit.layers.get(name) or plans.left_out(name, errors[name]) for name in plans.names}
+    return ShrinkReport(
+        layers=tuple(layers.values()),
+        surgery=fit.surgery,
+        parameters=(parameters_before, _parameter_count(model)),
+        flops=(flops_before, fit.flops),
+        difference=fit.difference,
+        brought_back=gone - sum(layer.removed for layer in layers.values()),
+    )
 
 
-def _run_shrunk(run: Callable[[], list[Tensor]]) -> tuple[list[Tensor], int]:
-    try:
-        return measured(run)
-    except Exception as error:
-        raise NotImplementedError(
-            f"the shrunk model does not run ({' '.join(str(error).split())[:300]}); "
-            "leave the layers concerned out with exclude, or export without --shrink"
-        ) from error
+class _Plans:
+    """What to cut off every module, for any choice of the layers with pruned units.
+
+    Heads, and neurons and channels, each have their own rule; both add to one surgery.
+
+    Attributes:
+        names: The layers that have pruned units.
+    """
+
+    def __init__(self, model: nn.Module, kept: Mapping[str, Tensor], run: Callable[..., Any]) -> None:
+        self._model, self._cuttable = model, cuttable_modules(model)
+        self._layers: dict[str, tuple[UnitTarget, Tensor]] = {}
+        for name, mask in kept.items():
+            if not mask.all():
+                self._layers[name] = unit_layer(model, name), ~mask.cpu()
+        self.names = list(self._layers)
+        self._alive = {name: _alive(target, pruned) for name, (target, pruned) in self._layers.items()}
+        self._heads = {name for name, (target, _) in self._layers.items() if _is_attention(target)}
+        channels = [
+            (target, pruned & ~self._alive[name])
+            for name, (target, pruned) in self._layers.items()
+            if name not in self._heads
+        ]
+        self._channels = ChannelFacts(model, channels, self._cuttable, run) if channels else None
+
+    def cut(self, names: Sequence[str], most: Mapping[str, int] | None = None) -> Planned:
+        """Return the cuts of some of the layers, of each at most so many units."""
+        surgery: Surgery = {}
+        most = most or {}
+        layers: dict[str, ShrunkLayer] = {}
+        for name in names:
+            if name in self._heads:
+                layers[name] = self._cut_heads(name, most, surgery)
+        channels = [name for name in names if name not in self._heads]
+        if channels and self._channels is not None:
+            layers |= {layer.name: layer for layer in cut_channels(self._channels, channels, surgery, most)}
+        return Planned(surgery, {name: self._told(layers[name]) for name in names})
+
+    def left_out(self, name: str, reason: str) -> ShrunkLayer:
+        """Return the row of a layer that cannot be cut."""
+        _, pruned = self._layers[name]
+        return ShrunkLayer(name, len(pruned), int(pruned.sum()), 0, reason)
+
+    def _cut_heads(self, name: str, most: Mapping[str, int], surgery: Surgery) -> ShrunkLayer:
+        target, pruned = self._layers[name]
+        going = pruned & (pruned.cumsum(0) <= most.get(name, len(pruned)))
+        layer = cut_heads(self._model, target, going, self._cuttable, surgery)
+        if int(going.sum()) < int(pruned.sum()):
+            layer = layer._replace(reason=layer.reason or FOR_EQUAL_SIZES)
+        return layer
+
+    def _told(self, layer: ShrunkLayer) -> ShrunkLayer:
+        """Return the row of a layer with all of its pruned units, those too that are not zero."""
+        alive = int(self._alive[layer.name].sum())
+        reasons = ([f"{alive} of its units are {_NOT_ZERO}"] if alive else []) + (
+            [layer.reason] if layer.reason else []
+        )
+        pruned = int(self._layers[layer.name][1].sum())
+        return layer._replace(pruned=pruned, reason="; ".join(reasons) or None)
+
+
+def _alive(target: UnitTarget, pruned: Tensor) -> Tensor:
+    """Return which pruned units are not zero in the model; bool, shape (units,)."""
+    if len(pruned) != target.units:
+        raise ValueError(
+            f"the mask of {target.name!r} is for {len(pruned)} units, the layer has {target.units}; "
+            "pass its own pruner.masks"
+        )
+    alive = pruned & alive_units(target)
+    if alive.any() and _is_attention(target):
+        raise ArithmeticError(f"{int(alive.sum())} heads of {target.name!r} in `kept` are {_NOT_ZERO}")
+    return alive
+
+
+def _is_attention(target: UnitTarget) -> bool:
+    return any(member.role == "output" for member in target.members)
 
 
 def _parameter_count(model: nn.Module) -> int:

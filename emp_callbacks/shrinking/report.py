@@ -8,14 +8,17 @@ from typing import NamedTuple
 from emp_callbacks.shrinking.shrunk_file import surgery_metadata
 from emp_callbacks.shrinking.surgery import Surgery
 
-__all__ = ["ShrinkReport", "ShrunkLayer"]
+__all__ = ["FOR_EQUAL_SIZES", "ShrinkReport", "ShrunkLayer"]
+
+FOR_EQUAL_SIZES = "kept as zeros, for equal sizes"  # a reason
 
 
 class ShrunkLayer(NamedTuple):
     """One layer with pruned units; those that are pruned but not removed had to stay.
 
     A unit stays where what reads it is not zero without it: another layer is added to it that keeps the unit, or its
-    zero becomes another value on the way (sigmoid, layer norm). A layer's last unit stays, too.
+    zero becomes another value on the way (sigmoid, layer norm). A layer's last unit stays, too. `reason` says in
+    plain words why units stayed; None where all went.
     """
 
     name: str
@@ -35,6 +38,7 @@ class ShrinkReport:
         parameters: Number of parameters before and after; tied ones count once.
         flops: Floating-point operations of the example before and after, as torch's FlopCounterMode counts them.
         difference: Largest |difference| of the outputs on the example, relative to their largest magnitude.
+        brought_back: Units that could have gone and stay as zeros, for equal sizes (`uniform`).
     """
 
     layers: tuple[ShrunkLayer, ...]
@@ -42,6 +46,7 @@ class ShrinkReport:
     parameters: tuple[int, int]
     flops: tuple[int, int]
     difference: float
+    brought_back: int = 0
 
     def metadata(self) -> dict[str, str]:
         """Return what a safetensors file of the shrunk model must carry for `load_shrunk`."""

@@ -8,22 +8,38 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from emp_callbacks.targets.matrices import is_conv1d
 
-__all__ = ["Cut", "Surgery", "axes_of", "axis_size", "cut_of", "cuttable_modules", "is_conv1d", "perform", "snapshot"]
+__all__ = [
+    "Cut",
+    "Surgery",
+    "axes_of",
+    "axis_size",
+    "cut_of",
+    "cuttable_modules",
+    "groups_of",
+    "is_conv1d",
+    "is_depthwise",
+    "mixes",
+    "passes",
+    "perform",
+    "snapshot",
+    "why_whole",
+]
 
 
 class Cut(NamedTuple):
-    """What is left of one axis of a module: `kept`, increasing indices below `of`, its size in the dense model."""
+    """What is left of one axis of a module: `kept`, indices below `of`, its size in the dense model, in their order."""
 
     of: int
     kept: list[int]
 
 
 Surgery = dict[str, dict[str, Cut]]
-"""Module name -> axis ("outputs", "inputs", or "heads" of an attention module) -> what is left of it."""
+"""Module name -> axis ("outputs", "inputs", "groups" of a convolution, "heads" of an attention) -> what is left."""
 
 
 class Axis(NamedTuple):
@@ -42,8 +58,17 @@ _CONVOLUTION = {
     "outputs": Axis({"weight": 0, "bias": 0}, ("out_channels",)),
     "inputs": Axis({"weight": 1}, ("in_channels",)),
 }
+_TRANSPOSED = {
+    "outputs": Axis({"weight": 1, "bias": 0}, ("out_channels",)),
+    "inputs": Axis({"weight": 0}, ("in_channels",)),
+}
 _DEPTHWISE = {"outputs": Axis({"weight": 0, "bias": 0}, ("out_channels", "in_channels", "groups"))}
-_BATCH_NORM = {"outputs": Axis({"weight": 0, "bias": 0, "running_mean": 0, "running_var": 0}, ("num_features",))}
+_PRELU = {"outputs": Axis({"weight": 0}, ("num_parameters",))}
+_NORM = {"outputs": Axis({"weight": 0, "bias": 0, "running_mean": 0, "running_var": 0}, ("num_features",))}
+
+_PLAIN = {kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)} | {
+    kind.forward for kind in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+}
 
 # What attention modules call the number of their heads, and the width of all heads together.
 _HEAD_SIZES = (
@@ -53,25 +78,111 @@ _HEAD_SIZES = (
 
 
 def axes_of(module: nn.Module) -> dict[str, Axis]:
-    """Return the axes along which a module can be cut; a depthwise convolution or batch norm has "outputs" alone.
+    """Return the axes along which a module can be cut; what acts on each channel alone has "outputs" only.
 
-    Empty for modules of an unknown kind, also if they hold tensors that their kind does not know.
+    Empty for modules of an unknown kind, also if they hold tensors that their kind does not know. A layer that
+    standardises its weights over the inputs has no axis of inputs.
     """
+    if hasattr(module, "parametrizations"):
+        return {}
     axes = _axes_by_class(module)
-    held = {name for name, value in {**module._parameters, **module._buffers}.items() if value is not None}
-    known = {name for axis in axes.values() for name in axis.dims}
-    return axes if held <= known | {"num_batches_tracked"} else {}
+    held = {name: value for name, value in {**module._parameters, **module._buffers}.items() if value is not None}
+    known = {name for axis in axes.values() for name in axis.dims} | {"num_batches_tracked"}
+    if not (extra := held.keys() - known):
+        return axes if "inputs" not in axes or _inputs_are_apart(module) else {"outputs": axes["outputs"]}
+    if "inputs" not in axes or any(not _per_output(module, axes, held[name]) for name in extra):
+        return {}
+    outputs = Axis(axes["outputs"].dims | dict.fromkeys(extra, 0), axes["outputs"].sizes)
+    return {"outputs": outputs, "inputs": axes["inputs"]} if _inputs_are_apart(module) else {"outputs": outputs}
+
+
+def _per_output(module: nn.Module, axes: dict[str, Axis], tensor: Tensor) -> bool:
+    """Return whether a tensor has one value for each output, like the gain of a weight-standardised convolution."""
+    weight = module._parameters["weight"]
+    if weight is None or axes["outputs"].dims["weight"] != 0:
+        return False
+    return tensor.shape == (len(weight), *[1] * (weight.dim() - 1))
+
+
+@torch.no_grad()
+def _inputs_are_apart(module: nn.Module) -> bool:
+    """Return whether the weights of an input that is zero have no effect; they have where weights are standardised."""
+    if type(module).forward in _PLAIN or not isinstance(module, (nn.Linear, _ConvNd)):
+        return True
+    weight = module._parameters["weight"]
+    if weight is None or weight.is_meta:
+        return True
+    transposed = isinstance(module, _ConvTransposeNd)
+    other = weight.detach().clone()
+    inputs = torch.ones(1, *_least_input(module), dtype=weight.dtype, device=weight.device)
+    inputs[:, 0 if transposed else slice(None, None, weight.shape[1])] = 0
+    other[(0,) if transposed else (slice(None), 0)] += 1
+    forward: Callable[..., Tensor] = type(module).forward  # past hooks
+    before = forward(module, inputs)
+    module._parameters["weight"] = nn.Parameter(other, requires_grad=False)
+    try:
+        return torch.equal(forward(module, inputs), before)
+    finally:
+        module._parameters["weight"] = weight
+
+
+def _least_input(module: nn.Module) -> tuple[int, ...]:
+    """Return the size of the smallest example, without the batch."""
+    if isinstance(module, _ConvNd):
+        windows = zip(module.kernel_size, module.dilation, strict=True)
+        return (module.in_channels, *(dilation * (size - 1) + 1 for size, dilation in windows))
+    return (int(module.in_features),)  # type: ignore[arg-type]
 
 
 def _axes_by_class(module: nn.Module) -> dict[str, Axis]:
     if isinstance(module, nn.Linear):
         return _LINEAR
-    if isinstance(module, _BatchNorm):
-        return _BATCH_NORM
-    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        depthwise = module.groups == module.in_channels == module.out_channels
-        return _CONVOLUTION if module.groups == 1 else _DEPTHWISE if depthwise else {}
+    if isinstance(module, _NormBase):
+        return _NORM
+    if isinstance(module, nn.PReLU):
+        return _PRELU if module.num_parameters > 1 else {}
+    if isinstance(module, _ConvTransposeNd):
+        return _TRANSPOSED if module.groups == 1 else {}
+    if isinstance(module, _ConvNd):
+        return _DEPTHWISE if is_depthwise(module) else _CONVOLUTION
     return _CONV1D if is_conv1d(module) else {}
+
+
+def is_depthwise(module: nn.Module) -> bool:
+    """Return whether a module is a convolution of each channel alone."""
+    if not isinstance(module, _ConvNd) or isinstance(module, _ConvTransposeNd):
+        return False
+    return 1 < module.groups == module.in_channels == module.out_channels
+
+
+def mixes(module: nn.Module) -> bool:
+    """Return whether a module is a layer whose outputs read all inputs, or a group of them."""
+    return isinstance(module, (nn.Linear, _ConvNd)) or is_conv1d(module)
+
+
+def passes(module: nn.Module) -> bool:
+    """Return whether a module acts on each channel alone."""
+    return isinstance(module, (_NormBase, nn.PReLU)) or is_depthwise(module)
+
+
+def groups_of(module: nn.Module) -> int:
+    """Return the number of groups of a convolution, else 1."""
+    return module.groups if isinstance(module, _ConvNd) else 1
+
+
+def why_whole(module: nn.Module) -> str:
+    """Return why a module, or its inputs, cannot be cut."""
+    if isinstance(module, nn.RNNBase):
+        return "recurrent layers are not cut"
+    if hasattr(module, "parametrizations"):
+        return "its weight is parametrised"
+    if "outputs" in axes_of(module) and mixes(module) and not _inputs_are_apart(module):
+        return "its weights are standardised over all of its inputs"
+    if axes_of(module):
+        return "its weight is tied to another's"
+    if isinstance(module, _ConvTransposeNd):
+        return "a transposed convolution of several groups is not cut"
+    return "it is of a kind that is not known"
 
 
 def axis_size(module: nn.Module, axis: str) -> int:
@@ -104,6 +215,9 @@ def perform(model: nn.Module, surgery: Surgery) -> None:
     """
     for name, axes in surgery.items():
         module = model.get_submodule(name)
+        if groups_of(module) > 1 and not is_depthwise(module):
+            _cut_groups(name, module, axes)
+            continue
         for axis, cut in axes.items():
             if axis == "heads":
                 _set_heads(module, cut)
@@ -123,6 +237,29 @@ def _cut(name: str, module: nn.Module, axis: str, cut: Cut) -> None:
             setattr(module, tensor, nn.Parameter(left, value.requires_grad) if is_parameter else left)
     for attribute in known.sizes:
         setattr(module, attribute, len(cut.kept))
+
+
+def _cut_groups(name: str, module: nn.Module, axes: dict[str, Cut]) -> None:
+    """Cut a grouped convolution; between channels of groups that were apart, its new weights are zero."""
+    sizes = {"groups": groups_of(module), **{axis: axis_size(module, axis) for axis in axes_of(module)}}
+    cuts = {axis: axes.get(axis, Cut(size, list(range(size)))) for axis, size in sizes.items()}
+    if any(cut.of != sizes[axis] for axis, cut in cuts.items()):
+        raise ValueError(f"{name!r} has other groups, inputs or outputs; start from the dense architecture")
+    groups = len(cuts["groups"].kept)
+    weight = module._parameters["weight"].detach()  # type: ignore[union-attr]
+    inputs = torch.tensor(cuts["inputs"].kept, device=weight.device).reshape(groups, -1)
+    outputs = torch.tensor(cuts["outputs"].kept, device=weight.device)
+    per_group = sizes["outputs"] // sizes["groups"], sizes["inputs"] // sizes["groups"]
+    read = inputs.repeat_interleave(len(outputs) // groups, 0)  # of each output
+    same = (outputs // per_group[0])[:, None] == read // per_group[1]
+    left = weight[outputs[:, None], read % per_group[1]]
+    left = left * same.reshape(*same.shape, *[1] * (weight.dim() - 2)).to(left)
+    for tensor in axes_of(module)["outputs"].dims:
+        value = getattr(module, tensor, None)
+        if value is not None:
+            new = left if tensor == "weight" else value.detach()[outputs]
+            setattr(module, tensor, nn.Parameter(new, value.requires_grad))
+    vars(module).update(groups=groups, out_channels=len(outputs), in_channels=inputs.numel())
 
 
 def _set_heads(attention: nn.Module, cut: Cut) -> None:

@@ -13,7 +13,7 @@ from emp_callbacks.targets.heads import attention_heads
 from emp_callbacks.targets.neurons import neurons
 from emp_callbacks.targets.units import UnitTarget
 
-__all__ = ["pruned_units", "unit_layer"]
+__all__ = ["alive_units", "pruned_units", "unit_layer", "unit_layers"]
 
 
 def pruned_units(model: nn.Module) -> dict[str, Tensor]:
@@ -32,7 +32,7 @@ def pruned_units(model: nn.Module) -> dict[str, Tensor]:
         >>> pruned_units(model)
         {'0': tensor([ True, False,  True])}
     """
-    alive = {target.name: _alive(target) for target in _layers(model)}
+    alive = {target.name: alive_units(target) for target in unit_layers(model)}
     return {name: units for name, units in alive.items() if not units.all()}
 
 
@@ -42,7 +42,7 @@ def unit_layer(model: nn.Module, name: str) -> UnitTarget:
     Raises:
         ValueError: There is no such layer.
     """
-    for target in _layers(model, include=[escape(name)]):
+    for target in unit_layers(model, include=[escape(name)]):
         if target.name == name:
             return target
     raise ValueError(
@@ -51,13 +51,15 @@ def unit_layer(model: nn.Module, name: str) -> UnitTarget:
     )
 
 
-def _layers(model: nn.Module, include: Sequence[str] | None = None) -> Iterator[UnitTarget]:
+def unit_layers(model: nn.Module, include: Sequence[str] | None = None) -> Iterator[UnitTarget]:
+    """Yield the attentions and the layers of neurons and channels of a model."""
     for finder in (attention_heads, neurons):
         with suppress(ValueError):  # a model need not have both
             yield from finder(model, include=include)
 
 
-def _alive(target: UnitTarget) -> Tensor:
+def alive_units(target: UnitTarget) -> Tensor:
+    """Return which units have a weight that is not zero among those that pruning zeroes; bool, shape (units,)."""
     alive = torch.zeros(target.units, dtype=torch.bool)
     for member in target.members:
         if member.masked:

@@ -1,0 +1,99 @@
+"""The largest cut after which a model runs and gives what it gave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from emp_callbacks.shrinking.example_run import difference, measured
+from emp_callbacks.shrinking.report import ShrunkLayer
+from emp_callbacks.shrinking.surgery import Surgery, perform, snapshot
+
+__all__ = ["Fit", "Planned", "largest_fit"]
+
+
+class Planned(NamedTuple):
+    """A cut, and what becomes of each layer."""
+
+    surgery: Surgery
+    layers: dict[str, ShrunkLayer]
+
+
+class Fit(NamedTuple):
+    """A cut with which the model runs: its floating-point operations, and the relative difference of its outputs."""
+
+    surgery: Surgery
+    layers: dict[str, ShrunkLayer]
+    flops: int
+    difference: float
+
+
+def largest_fit(
+    model: nn.Module,
+    names: Sequence[str],
+    plan: Callable[[Sequence[str]], Planned],
+    run: Callable[[], list[Tensor]],
+    before: Sequence[Tensor],
+) -> tuple[Fit, dict[str, str]]:
+    """Return a cut after which the model runs and gives the same outputs; the model itself is left as it is.
+
+    All layers are tried together; where that fails, halves of them, so that those alone are left out with which the
+    model fails.
+
+    Args:
+        model: The model.
+        names: Layers with pruned units.
+        plan: Gives the cut of some of them.
+        run: Calls the model on the example.
+        before: Its outputs.
+
+    Returns:
+        The cut, and layer -> why it was left out.
+
+    Raises:
+        ArithmeticError: The model gives other outputs each time that it runs.
+    """
+    errors: dict[str, str] = {}
+    fit = _tried(model, plan([]), run, before)
+    waiting = [list(names)] if names else []
+    while waiting:
+        more = waiting.pop()
+        try:
+            fit = _tried(model, plan([*fit.layers, *more]), run, before)
+        except Exception as error:
+            if not errors and len(more) == len(names):
+                _check_repeats(run, before)
+            if len(more) == 1:
+                errors[more[0]] = _told(error)
+            else:
+                middle = len(more) // 2
+                waiting += [more[middle:], more[:middle]]
+    return fit, errors
+
+
+def _tried(model: nn.Module, planned: Planned, run: Callable[[], list[Tensor]], before: Sequence[Tensor]) -> Fit:
+    undo = snapshot(model, planned.surgery)
+    try:
+        perform(model, planned.surgery)
+        after, flops = measured(run)
+        return Fit(*planned, flops, difference(before, after))
+    finally:
+        undo()
+
+
+def _check_repeats(run: Callable[[], list[Tensor]], before: Sequence[Tensor]) -> None:
+    try:
+        difference(before, measured(run)[0])
+    except ArithmeticError as error:
+        raise ArithmeticError(
+            "the model gives other outputs each time that it runs: make it repeatable (dropout, a seed)"
+        ) from error
+
+
+def _told(error: Exception) -> str:
+    text = " ".join(str(error).split())[:200]
+    if isinstance(error, ArithmeticError):
+        return f"without its zeros {text}"
+    return f"the model does not run without them ({type(error).__name__}: {text})"
