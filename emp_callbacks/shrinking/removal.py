@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from emp_callbacks.shrinking.channels import cut_channels
 from emp_callbacks.shrinking.example_run import difference, evaluating, measured, outputs
-from emp_callbacks.shrinking.heads import cut_heads
 from emp_callbacks.shrinking.report import ShrinkReport, ShrunkLayer
 from emp_callbacks.shrinking.surgery import Surgery, cuttable_modules, perform, snapshot
+from emp_callbacks.shrinking.try_heads import cut_heads_that_fit
 from emp_callbacks.shrinking.units import unit_layer
 from emp_callbacks.targets import adapted_weights
 
@@ -42,8 +42,7 @@ def shrink(
     Raises:
         ImportError: Neurons are to be removed and torch-pruning is not installed.
         ValueError: `kept` names no such layer, or has another number of units.
-        NotImplementedError: Heads of an attention that cannot have fewer of them, adapters of PEFT, or the shrunk model
-            does not run; the model is as it was.
+        NotImplementedError: Adapters of PEFT, or the shrunk model does not run; the model is as it was.
         ArithmeticError: The outputs changed by more than 1e-4 (relative; 8 units of rounding in half precision): the
             model was not masked, or its zeros become something else on their way. The model is as it was.
 
@@ -62,7 +61,7 @@ def shrink(
     with evaluating(model):
         before, flops_before = measured(run)
         parameters_before = _parameter_count(model)
-        surgery, layers = _plan(model, kept, run)
+        surgery, layers = _plan(model, kept, run, before)
         undo = snapshot(model, surgery)
         try:
             perform(model, surgery)
@@ -80,7 +79,9 @@ def shrink(
     )
 
 
-def _plan(model: nn.Module, kept: Mapping[str, Tensor], run: Callable[..., Any]) -> tuple[Surgery, list[ShrunkLayer]]:
+def _plan(
+    model: nn.Module, kept: Mapping[str, Tensor], run: Callable[..., Any], before: Sequence[Tensor]
+) -> tuple[Surgery, list[ShrunkLayer]]:
     """Return what to cut off every module, and what that means for each layer in `kept` with pruned units."""
     if adapted_weights(model):
         raise NotImplementedError(
@@ -88,7 +89,7 @@ def _plan(model: nn.Module, kept: Mapping[str, Tensor], run: Callable[..., Any])
             "mask what comes of it, pruner.mask(model)"
         )
     surgery: Surgery = {}
-    layers, channels = [], []
+    attentions, channels = [], []
     cuttable = cuttable_modules(model)
     for name, mask in kept.items():
         if mask.all():
@@ -100,9 +101,10 @@ def _plan(model: nn.Module, kept: Mapping[str, Tensor], run: Callable[..., Any])
                 "pass its own pruner.masks"
             )
         if any(member.role == "output" for member in target.members):
-            layers.append(cut_heads(model, target, pruned, cuttable, surgery))
+            attentions.append((target, pruned))
         else:
             channels.append((target, pruned))
+    layers = cut_heads_that_fit(model, attentions, cuttable, run, before, surgery)
     if channels:
         layers += cut_channels(model, channels, cuttable, run, surgery)
     return surgery, layers

@@ -15,13 +15,15 @@ class ShrunkLayer(NamedTuple):
     """One layer with pruned units; those that are pruned but not removed had to stay.
 
     A unit stays where what reads it is not zero without it: another layer is added to it that keeps the unit, or its
-    zero becomes another value on the way (sigmoid, layer norm). A layer's last unit stays, too.
+    zero becomes another value on the way (sigmoid, layer norm). A layer's last unit stays, too. `reason` says in
+    plain words why units stayed; None where all went.
     """
 
     name: str
     units: int
     pruned: int
     removed: int
+    reason: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from emp_callbacks.targets.weights import WeightTarget
 
-Role = Literal["weight", "bias", "scale", "shift", "input", "output", "adapter"]
+Role = Literal["weight", "bias", "scale", "shift", "input", "output", "adapter", "per_head"]
 
 
 class MemberTarget(NamedTuple):
@@ -22,7 +22,7 @@ class MemberTarget(NamedTuple):
         scored: Whether criteria that read weights read this parameter.
         role: What the parameter is to the units: "weight", "bias", "scale" (batch norm's gamma), "shift" (its beta),
             "input" (weights that lead into the unit), "output" (weights that read it), "adapter" (of PEFT, beside one
-            of these).
+            of these), "per_head" (what an attention holds for each head besides: tables, biases, scales).
     """
 
     weight: WeightTarget
