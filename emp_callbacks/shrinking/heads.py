@@ -17,12 +17,12 @@ from emp_callbacks.targets.units import UnitTarget
 
 __all__ = ["cut_heads"]
 
-# What attention modules call a multiple of the number of their heads; and how many heads read one key and value.
-_SIZES = (
-    *("num_heads", "num_attention_heads", "num_key_value_heads", "num_kv_heads", "n_heads", "n_head", "heads"),
-    *("attn_dim", "kv_dim", "all_head_size", "split_size", "attention_dim", "inner_dim", "bias_shape"),
-)
-_READERS = ("num_key_value_groups", "num_kv_groups")
+# What attention modules call a multiple of the number of their heads, of their keys and values, and heads per key.
+_QUERY_SIZES = {"num_heads", "num_attention_heads", "n_heads", "n_head", "heads"} | {
+    *("attn_dim", "all_head_size", "split_size", "attention_dim", "inner_dim", "bias_shape")
+}
+_KEY_SIZES = {"num_key_value_heads", "num_kv_heads", "kv_dim"}
+_READERS = {"num_key_value_groups", "num_kv_groups"}
 
 
 class _StaysError(Exception):
@@ -99,7 +99,7 @@ def _cuts(
 
 def _sizes(found: Attention) -> Iterator[tuple[nn.Module, str]]:
     """Yield the attributes of an attention and its parts that are a multiple of its heads."""
-    names = {*_SIZES, *found.layout.sizes, *(_READERS if found.shares_keys else ())}
+    names = _QUERY_SIZES | (_READERS if found.shares_keys else _KEY_SIZES) | {*found.layout.sizes}
     for part in found.module.modules():
         for name in names & vars(part).keys():
             held = vars(part)[name]

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from emp_callbacks.targets.attention_parts import Attention, NotUnderstoodError
 from emp_callbacks.targets.heads import find_attention
@@ -45,7 +46,7 @@ def check_attention(model: nn.Module, *args: Any, **kwargs: Any) -> list[Attenti
         kwargs: Its keyword arguments.
 
     Returns:
-        One result per attention, without `nn.MultiheadAttention`, which shows no heads.
+        One result per attention, without those that do not call their output projection (`nn.MultiheadAttention`).
 
     Raises:
         ValueError: A registered layout does not fit its module.
@@ -69,7 +70,7 @@ def check_attention(model: nn.Module, *args: Any, **kwargs: Any) -> list[Attenti
             one = find_attention(search, module)
         except NotUnderstoodError:
             continue
-        if one is not None and not isinstance(module, nn.MultiheadAttention):
+        if one is not None and one.layout.calls_output:
             found.append(one)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -83,20 +84,21 @@ def check_attention(model: nn.Module, *args: Any, **kwargs: Any) -> list[Attenti
 def _check(
     model: nn.Module, name: str, one: Attention, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> AttentionCheck:
-    before = _read(model, one, args, kwargs)
+    before, normed = _read(model, one, args, kwargs)
     if before is None:
         return AttentionCheck(name, one.units, (), (), ran=False)
     wrong: list[int] = []
     mixed: list[int] = []
     for head in range(one.units):
-        own = one.columns == head
-        if not torch.equal(_changed(model, one, head, before, args, kwargs, values=False), own):
-            values = _changed(model, one, head, before, args, kwargs, values=True)
-            (mixed if torch.equal(values, own) else wrong).append(head)
+        if not _is_own(model, one, head, before, args, kwargs, values=False):
+            values = _is_own(model, one, head, before, args, kwargs, values=True)
+            (mixed if values else wrong).append(head)
+        elif normed:
+            mixed.append(head)
     return AttentionCheck(name, one.units, tuple(wrong), tuple(mixed), ran=True)
 
 
-def _changed(
+def _is_own(
     model: nn.Module,
     one: Attention,
     head: int,
@@ -105,8 +107,8 @@ def _changed(
     kwargs: dict[str, Any],
     *,
     values: bool,
-) -> Tensor:
-    """Return which inputs of the output projection change with the rows of a head, or with those of its values."""
+) -> bool:
+    """Return whether some of a head's columns, and no others, change with its rows, or with those of its values."""
     saved = []
     generator = torch.Generator().manual_seed(head)
     for projection, unit_of, is_value in one.inputs:
@@ -116,28 +118,51 @@ def _changed(
         noise = torch.randn(weight.shape, generator=generator).to(weight) * weight.std()
         weight.movedim(projection.dim, 0)[rows] += noise.movedim(projection.dim, 0)[rows]
     try:
-        after = _read(model, one, args, kwargs)
+        after, _ = _read(model, one, args, kwargs)
     finally:
         for weight, old in saved:
             weight.copy_(old)
     assert after is not None
-    return (before != after).flatten(0, -2).any(0).cpu()
+    changed = (before != after).flatten(0, -2).any(0).cpu()
+    own = one.columns == head
+    return bool(changed[own].any()) and not bool(changed[~own].any())
 
 
-def _read(model: nn.Module, one: Attention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """Return what the output projection reads at its first call, features last; None if it is not called."""
+def _read(
+    model: nn.Module, one: Attention, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor | None, bool]:
+    """Return what the output projection reads at its first call, features last, and whether a norm has made it.
+
+    What a norm over all heads has made is looked at before the norm. None if the projection is not called.
+    """
     seen: list[Tensor] = []
+    normed: dict[int, tuple[Tensor, Tensor]] = {}  # by place in memory, which is theirs as long as they are held
 
     def look(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if not seen:
-            seen.append(inputs[0].detach().clone())
+            seen.append(inputs[0])
 
-    handle = one.output.register_forward_pre_hook(look)
+    def remember(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if not seen:
+            normed[output.data_ptr()] = (inputs[0], output)
+
+    handles = [one.output.register_forward_pre_hook(look)]
+    handles += [
+        part.register_forward_hook(remember) for part in one.module.modules() if _is_norm(part, len(one.columns))
+    ]
     try:
         model(*args, **kwargs)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     if not seen:
-        return None
-    convolution = one.output.weight.dim() > 2  # type: ignore[operator]
-    return seen[0].movedim(1, -1) if convolution else seen[0]
+        return None, False
+    is_normed = seen[0].data_ptr() in normed
+    read = (normed[seen[0].data_ptr()][0] if is_normed else seen[0]).detach().clone()
+    return (read.movedim(1, -1) if one.output.weight.dim() > 2 else read), is_normed  # type: ignore[operator]
+
+
+def _is_norm(module: nn.Module, size: int) -> bool:
+    """Say whether a module scales so many features, and holds nothing else; batch norms keep features apart."""
+    own = list(module.parameters())
+    return bool(own) and all(p.shape == (size,) for p in own) and not isinstance(module, _BatchNorm)

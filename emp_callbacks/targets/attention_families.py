@@ -14,6 +14,7 @@ from emp_callbacks.targets.unit_search import child
 _PER_HEAD = {
     **dict.fromkeys(("relative_position_bias_table", "rel_pos.relative_position_bias_table"), 1),
     **dict.fromkeys(("self.relative_position_bias_table", "relative_attention_bias", "rel_attn_embed"), 1),
+    "relative_position_bias.relative_position_bias_table": 1,
     **dict.fromkeys(("rel_pos.mlp.fc2", "meta_mlp.fc2", "cpb_mlp.2", "self.continuous_position_bias_mlp.2"), 0),
     **dict.fromkeys(("attention_biases", "q_bias", "k_bias", "v_bias", "logit_scale", "self.logit_scale"), 0),
     **dict.fromkeys(("temperature", "sinks", "gating_param", "pos_proj", "g_proj", "gate_proj"), 0),
@@ -22,6 +23,7 @@ _PER_HEAD = {
     **dict.fromkeys(("r_kernel", "seg_embed", "gru_rel_pos_const"), 1),
 }
 _TALKING = "its heads mix what they attend to (talking heads), so that the others read a pruned head"
+_SINGLE = "it has a single head"
 _SHARED_TABLE = "the first layer makes the position bias for the heads of all layers"
 
 
@@ -42,8 +44,11 @@ BY_STRUCTURE: tuple[AttentionLayout, ...] = (
     *_apart("c_attn", "c_proj", parts="qkv"),  # GPT-2
     *_apart("qkv_proj", "o_proj", parts="qkv"),  # Phi-3
     *_apart("Wqkv", "Wo", "out_proj", parts="qkv"),  # ModernBERT, MPT
-    *_apart("self.query self.key self.value", "output.dense"),  # BERT
+    *_apart("self.query self.key self.value", "output.dense", "output"),  # BERT; BigBird-Pegasus
     *_apart("attention.query attention.key attention.value", "output.dense"),
+    *_apart("attention.qkv", "output.dense", parts="qkv"),  # TimeSformer
+    *_apart(" ".join(f"attention.projection_{part}" for part in ("query", "key", "value")), "output.dense"),  # CvT
+    *_apart(" ".join(f"longformer_self_attn.{part}" for part in ("query", "key", "value")), "output"),  # LED
     *_apart("self.query_proj self.key_proj self.value_proj", "output.dense"),  # DeBERTa-v2
     *_apart("query key value", "dense", "proj", "out_proj", "output"),  # ALBERT
     *_apart("query_proj key_proj value_proj", "out_proj"),  # ProphetNet
@@ -57,6 +62,9 @@ BY_STRUCTURE: tuple[AttentionLayout, ...] = (
     *_apart("to_qkv", "to_out", "proj", parts="qkv"),  # diffusion models, vit-pytorch
     *_apart("to_q to_k to_v", "to_out", "proj"),
     *_apart("to_q to_kv", "to_out", parts="q kv"),
+    *_apart("in_proj", "attn_out_proj", parts="-qkv"),  # timm ViTs with the MLP beside the attention
+    *_apart("q_content_proj q_pos_proj k_content_proj k_pos_proj v_proj", "o_proj", parts="q q k k v"),  # DETRs
+    *_apart("q_content_proj q_pos_sine_proj k_content_proj k_pos_proj v_proj", "o_proj", parts="q q k k v"),
     # DeepSeek's latent attention widens keys and values out of what all heads share: that belongs to none.
     *(
         replace(layout, order="heads")
@@ -86,12 +94,37 @@ def _with_alibi(layout: AttentionLayout) -> AttentionLayout:
 
 
 def _big_code(module: nn.Module) -> AttentionLayout:
-    layout = next(_apart("c_attn", "c_proj", parts="qkv"))
+    layout = replace(next(_apart("c_attn", "c_proj", parts="qkv")), sizes=("embed_dim",))
     return layout if getattr(module, "multi_query", False) else replace(layout, order="heads")
 
 
+def _levit(module: nn.Module) -> AttentionLayout:
+    fused = child(module, "queries_keys_values") is not None
+    return replace(
+        _KEYED,
+        inputs={"queries_keys_values": "qkv"} if fused else {"queries": "q", "keys_values": "kv"},
+        output="projection",
+        sizes=("out_dim_projection", "out_dim_keys_values"),
+    )
+
+
+def _deberta(module: nn.Module) -> AttentionLayout:
+    mixes = getattr(child(module, "self"), "talking_head", False)
+    places = ("self.q_bias", "self.v_bias", "self.pos_proj", "self.pos_q_proj")
+    return AttentionLayout(
+        inputs={"self.in_proj": "qkv"},
+        output="output.dense",
+        order="heads",
+        per_head=dict.fromkeys(places, 0),
+        fixed=_TALKING if mixes else "",
+    )
+
+
 def _head_first(module: nn.Module) -> AttentionLayout:
-    return replace(_FUSED, order="heads") if getattr(module, "head_first", False) else _FUSED
+    layout = replace(_FUSED, order="heads") if getattr(module, "head_first", False) else _FUSED
+    if hasattr(child(module, "rel_pos"), "height_lookup"):  # MaxViT's of TensorFlow has its heads first
+        layout = replace(layout, per_head={"rel_pos.relative_position_bias_table": 0})
+    return layout
 
 
 def _asked_from_outside(module: nn.Module) -> AttentionLayout:
@@ -145,6 +178,30 @@ BY_CLASS: dict[str, Known] = {
             "longt5.modeling_longt5.LongT5TransientGlobal",
         )
     },
+    **dict.fromkeys(
+        (
+            "transformers.models.levit.modeling_levit.LevitAttention",
+            "transformers.models.levit.modeling_levit.LevitAttentionSubsample",
+        ),
+        _levit,
+    ),
+    "transformers.models.deberta.modeling_deberta.DebertaAttention": _deberta,
+    "transformers.models.minimax.modeling_minimax.MiniMaxLightningAttention": (
+        "a norm over all heads and a gate come before its output projection"
+    ),
+    "transformers.models.wavlm.modeling_wavlm.WavLMAttention": replace(
+        next(_apart("q_proj k_proj v_proj", "out_proj")),
+        calls_output=False,
+        fixed="it calls torch's multi-head attention, whose heads are as wide together as its input",
+    ),
+    "transformers.models.diffllama.modeling_diffllama.DiffLlamaAttention": (
+        "its heads attend in pairs, one of each half"
+    ),
+    "transformers.models.doge.modeling_doge.DogeAttention": "the values of all heads say where each attends",
+    "transformers.models.convbert.modeling_convbert.ConvBertAttention": (
+        "half of what its output projection reads comes from a convolution"
+    ),
+    "transformers.models.mobilevitv2.modeling_mobilevitv2.MobileViTV2LinearSelfAttention": _SINGLE,
     "transformers.models.swiftformer.modeling_swiftformer.SwiftFormerEfficientAdditiveAttention": (
         "a projection mixes its heads before the output"
     ),
@@ -177,11 +234,13 @@ BY_CLASS: dict[str, Known] = {
         )
         for family in ("lowformer", "cpubone")
     },
-    "timm.models.shvit.SHSA": "it has a single head",
+    "timm.models.shvit.SHSA": _SINGLE,
     "timm.models.swiftformer.EfficientAdditiveAttention": "a projection mixes its heads before the output",
     "timm.models.efficientvit_msra.CascadedGroupAttention": "each head reads the one before it",
     "timm.models.efficientvit_mit.LiteMLA": "convolutions mix its heads before they attend",
-    "timm.models.mobilevit.LinearSelfAttention": "it has a single head",
+    "timm.models.mobilevit.LinearSelfAttention": _SINGLE,
+    "timm.models.csatv2.SpatialAttention": _SINGLE,
+    "timm.models.nextvit.ConvAttention": "its heads are the groups of a convolution",
 }
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 from torch import nn
 
 Count = str | Callable[[nn.Module], int]
-_PARTS = ("q", "k", "v", "qk", "kv", "qkv")
+_PARTS = ("q", "k", "v", "qk", "kv", "qkv", "-qkv", "qkv-")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class AttentionLayout:
 
     Attributes:
         inputs: Path of each input projection -> which of query, key and value its rows hold: "q", "k", "v", "qk",
-            "kv" or "qkv".
+            "kv" or "qkv"; with a "-" before or behind where there are others, of an MLP beside the attention.
         output: Path of the output projection.
         order: What lies outermost in the rows of a fused projection: "parts" (all queries, then all keys, ...; each
             head after head) or "heads" (query, key and value of one head, then of the next; with grouped queries all
@@ -33,6 +33,7 @@ class AttentionLayout:
         kv_heads: Number of key/value heads, in the same way; None: as the widths of the projections tell.
         per_head: Path of a parameter, buffer or module -> dimension along which the heads lie in it, as equal blocks
             in their order (relative-position tables, logit scales, biases apart from their projection, gates).
+        calls_output: Whether the module calls its output projection, not only reads its weight.
         sizes: Attributes, besides the usual ones, that are a multiple of the number of heads and that shrinking
             scales; of the module or of modules below it.
         fixed: Why heads cannot be taken out of the module, as the end of a sentence; "" where they can.
@@ -48,6 +49,7 @@ class AttentionLayout:
     heads: Count | None = None
     kv_heads: Count | None = None
     per_head: Mapping[str, int] = field(default_factory=dict)
+    calls_output: bool = True
     sizes: tuple[str, ...] = ()
     fixed: str = ""
 

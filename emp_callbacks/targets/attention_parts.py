@@ -19,6 +19,7 @@ _MULTIHEAD = AttentionLayout(
     inputs={"in_proj_weight": "qkv"},
     output="out_proj",
     heads="num_heads",
+    calls_output=False,
     fixed="a torch.nn.MultiheadAttention has num_heads * head_dim = embed_dim",
 )
 _WIDE_MULTIHEAD = replace(_MULTIHEAD, inputs={f"{part}_proj_weight": part for part in "qkv"})
@@ -109,12 +110,13 @@ def layers_of(module: nn.Module, layout: AttentionLayout) -> list[nn.Module]:
     return [one.holder for one in found if one is not None and one.holder is not module]
 
 
-def is_like_attention(module: nn.Module) -> bool:
+def is_like_attention(search: UnitSearch, module: nn.Module) -> bool:
     """Say whether a module is called an attention or counts heads, and holds at least two matrices."""
     kind = type(module).__name__.lower()
     counts = any(isinstance(count := vars(module).get(name), int) and count > 1 for name in _HEAD_COUNTS[:-1])
-    matrices = sum(1 for part in module.modules() if is_layer(part)) or len(list(module.parameters(recurse=False)))
-    return matrices > 1 and (counts or "attention" in kind or "attn" in kind)
+    if not (counts or "attention" in kind or "attn" in kind):
+        return False
+    return sum(1 for parameter in module.parameters() if len(search.shape(parameter)) > 1) > 1
 
 
 def attention(search: UnitSearch, module: nn.Module, layout: AttentionLayout) -> Attention:
@@ -136,7 +138,9 @@ def attention(search: UnitSearch, module: nn.Module, layout: AttentionLayout) ->
     groups = _count(module, layout.kv_heads) if layout.kv_heads else _value_heads(layout, pieces, columns, heads)
     shares_keys = groups == 1 < heads and layout.order == "parts"
     units = heads if shares_keys else groups
-    own = [width for held in pieces.values() for name, width in held if not shares_keys or name == "q"]
+    own = [
+        width for held in pieces.values() for name, width in held if name == "q" or (name != "-" and not shares_keys)
+    ]
     if not units or heads % groups or any(width % units for width in (columns, *own)):
         raise NotUnderstoodError(
             f"its {heads} heads do not divide its projections, of {list(rows.values())} outputs and, the last, "
@@ -149,14 +153,13 @@ def attention(search: UnitSearch, module: nn.Module, layout: AttentionLayout) ->
         shares_keys,
         output.holder,
         torch.arange(columns, device="cpu") % units if layout.columns == "features" else blocks(columns, units),
-        tuple(_rows(one, pieces[path], units, shares_keys) for path, one in inputs.items()),
+        tuple(_rows(one, pieces[path], units, shared) for path, one in inputs.items()),
     )
 
 
-def _rows(one: Projection, pieces: list[tuple[str, int]], units: int, shares_keys: bool) -> Rows:
+def _rows(one: Projection, pieces: list[tuple[str, int]], units: int, shared: str) -> Rows:
     unit_of = [
-        torch.full((width,), -1, device="cpu") if shares_keys and part != "q" else blocks(width, units)
-        for part, width in pieces
+        torch.full((width,), -1, device="cpu") if part in shared else blocks(width, units) for part, width in pieces
     ]
     values = [torch.full((width,), "v" in part, device="cpu") for part, width in pieces]
     return Rows(one, torch.cat(unit_of), torch.cat(values))
@@ -169,6 +172,8 @@ def _pieces(layout: AttentionLayout, parts: str, rows: int, columns: int) -> lis
     if parts == "qkv":
         rest = (rows - columns) // 2
         return [("q", columns), ("k", rest), ("v", rest)]
+    if "-" in parts:
+        return [(part, rows - 3 * columns if part == "-" else columns) for part in parts]
     return [(part, rows // len(parts)) for part in parts]
 
 
@@ -250,7 +255,7 @@ def _count(module: nn.Module, count: Count) -> int:
 
 def _usual_count(module: nn.Module, columns: int) -> int:
     """Return the number of query heads that the module or its config states; 0 where neither does."""
-    for path in ("", "self.", "attention.", "self_attn."):
+    for path in ("", "self.", "attention.", "self_attn.", "longformer_self_attn."):
         for name in _HEAD_COUNTS:
             if count := _count(module, path + name):
                 return count

@@ -54,8 +54,8 @@ def attention_heads(
         One `UnitTarget` per attention. Members: the output projection's columns (masked and scored, "output") and the
         rows of query, key and value projections (scored, "input"); what the attention holds for each head besides
         ("per_head"); where PEFT adapts the output projection, the part of its adapters that reads the heads (masked,
-        "adapter"). Observed: the output projection's input, except with `nn.MultiheadAttention`, whose output
-        projection runs no hooks.
+        "adapter"). Observed: the output projection's input, except where the module only reads its weight, as
+        `nn.MultiheadAttention` does.
 
     Raises:
         ValueError: The model has no attention whose heads are known, a registered layout does not fit its module, a
@@ -131,8 +131,7 @@ def _target(search: UnitSearch, one: Attention) -> UnitTarget:
         for holder, tensor, dim, unit_of in per_head(search, one)
         if has(holder, tensor)
     ]
-    # nn.MultiheadAttention reads its output projection's weight and never calls it.
-    shown = one.layout.columns == "heads" and not isinstance(one.module, nn.MultiheadAttention)
+    shown = one.layout.columns == "heads" and one.layout.calls_output
     return UnitTarget(search.name(one.module), one.units, tuple(members), (one.output, "input") if shown else None)
 
 
@@ -141,7 +140,7 @@ def _left_out(
 ) -> str:
     """Return a sentence on the attentions whose heads are not known, "" if there are none; same kinds told once."""
     known = {part for module in (*found, *left) for part in module.modules()}
-    like = [module for module in search.modules() if module not in known and is_like_attention(module)]
+    like = [module for module in search.modules() if module not in known and is_like_attention(search, module)]
     inner = {*found, *left, *like}
     holders = {one for one in search.modules() if any(part in inner and part is not one for part in one.modules())}
     reasons = {**left, **{module: _UNKNOWN for module in like if module not in holders}}
