@@ -138,10 +138,10 @@ def attention(search: UnitSearch, module: nn.Module, layout: AttentionLayout) ->
     groups = _count(module, layout.kv_heads) if layout.kv_heads else _value_heads(layout, pieces, columns, heads)
     shares_keys = groups == 1 < heads and layout.order == "parts"
     units = heads if shares_keys else groups
-    own = [
-        width for held in pieces.values() for name, width in held if name == "q" or (name != "-" and not shares_keys)
-    ]
-    if not units or heads % groups or any(width % units for width in (columns, *own)):
+    shared = {"k", "v", "-"} if shares_keys else {"-"}
+    own = [width for held in pieces.values() for part, width in held if part not in shared]
+    whole = all(sum(width for _, width in pieces[path]) == rows[path] for path in rows)
+    if units < 1 or heads % groups or not whole or any(width < 1 or width % units for width in (columns, *own)):
         raise NotUnderstoodError(
             f"its {heads} heads do not divide its projections, of {list(rows.values())} outputs and, the last, "
             f"{columns} inputs"
@@ -157,7 +157,7 @@ def attention(search: UnitSearch, module: nn.Module, layout: AttentionLayout) ->
     )
 
 
-def _rows(one: Projection, pieces: list[tuple[str, int]], units: int, shared: str) -> Rows:
+def _rows(one: Projection, pieces: list[tuple[str, int]], units: int, shared: set[str]) -> Rows:
     unit_of = [
         torch.full((width,), -1, device="cpu") if part in shared else blocks(width, units) for part, width in pieces
     ]
