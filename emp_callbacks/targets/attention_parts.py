@@ -101,13 +101,17 @@ def layout_of(module: nn.Module) -> AttentionLayout | None:
     known = known_by_class(module)
     if isinstance(known, str):
         raise NotUnderstoodError(known)
-    return known or next((layout for layout in BY_STRUCTURE if _holds(module, layout)), None)
+    return known or _by_structure(module)
 
 
-def layers_of(module: nn.Module, layout: AttentionLayout) -> list[nn.Module]:
-    """Return the layers that are the projections of an attention."""
-    found = (projection(module, path) for path in (*layout.inputs, layout.output))
-    return [one.holder for one in found if one is not None and one.holder is not module]
+def projections(module: nn.Module) -> list[nn.Module]:
+    """Return the dense layers or convolutions that are the projections of this attention; none if it is not one."""
+    try:
+        layout = layout_of(module)
+    except NotUnderstoodError:
+        layout = _by_structure(module)
+    found = [projection(module, path) for path in (*layout.inputs, layout.output)] if layout is not None else []
+    return [one.holder for one in found if one is not None and is_layer(one.holder)]
 
 
 def is_like_attention(search: UnitSearch, module: nn.Module) -> bool:
@@ -240,8 +244,11 @@ def _needed(module: nn.Module, path: str) -> Projection:
     return found
 
 
-def _holds(module: nn.Module, layout: AttentionLayout) -> bool:
-    return all(projection(module, path) is not None for path in (*layout.inputs, layout.output))
+def _by_structure(module: nn.Module) -> AttentionLayout | None:
+    for layout in BY_STRUCTURE:
+        if all(projection(module, path) is not None for path in (*layout.inputs, layout.output)):
+            return layout
+    return None
 
 
 def _count(module: nn.Module, count: Count) -> int:

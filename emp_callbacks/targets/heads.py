@@ -15,13 +15,15 @@ from emp_callbacks.targets.attention_parts import (
     NotUnderstoodError,
     attention,
     is_like_attention,
-    layers_of,
     layout_of,
     per_head,
+    projections,
 )
 from emp_callbacks.targets.names import few, matches
 from emp_callbacks.targets.unit_search import UnitSearch, has, is_layer, own, units_dim
 from emp_callbacks.targets.units import UnitTarget
+
+__all__ = ["attention_heads", "find_attention", "projections"]
 
 _LISTED = 6  # kinds of attentions that are left out, in one message
 _UNKNOWN = "how its heads lie is not known"
@@ -103,15 +105,6 @@ def find_attention(search: UnitSearch, module: nn.Module) -> Attention | None:
         raise ValueError(
             f"the layout that is registered for {type(module).__name__} does not fit {search.name(module)!r}: {why}"
         ) from None
-
-
-def projections(module: nn.Module) -> list[nn.Module]:
-    """Return the dense layers or convolutions that are the projections of this attention; none if it is not one."""
-    try:
-        layout = layout_of(module)
-    except NotUnderstoodError:
-        return []
-    return layers_of(module, layout) if layout is not None else []
 
 
 def _target(search: UnitSearch, one: Attention) -> UnitTarget:
