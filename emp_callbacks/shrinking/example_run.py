@@ -67,11 +67,19 @@ def difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module into evaluation mode for the block."""
+    """Put every module into evaluation mode for the block, and let no parameter ask for gradients.
+
+    torch's counter of operations fails on a module that is given a parameter as its input.
+    """
     modes = [(module, module.training) for module in model.modules()]
+    asking = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad}
     model.eval()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
     try:
         yield
     finally:
+        for name, parameter in model.named_parameters(remove_duplicate=False):  # by name: they may be others by now
+            parameter.requires_grad_(name in asking)
         for module, training in modes:
             module.training = training

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -39,7 +39,10 @@ class Cut(NamedTuple):
 
 
 Surgery = dict[str, dict[str, Cut]]
-"""Module name -> axis ("outputs", "inputs", "groups" of a convolution, "heads" of an attention) -> what is left."""
+"""Module name -> axis -> what is left of it. Axes are "outputs" and "inputs" of a layer, "groups" of a convolution,
+"experts" of a mixture; and of what an attention holds "NAME:DIM", a tensor along a dimension, "=NAME", an attribute that
+is a multiple of its heads, and "heads", for readers.
+"""
 
 
 class Axis(NamedTuple):
@@ -69,12 +72,6 @@ _NORM = {"outputs": Axis({"weight": 0, "bias": 0, "running_mean": 0, "running_va
 _PLAIN = {kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)} | {
     kind.forward for kind in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 }
-
-# What attention modules call the number of their heads, and the width of all heads together.
-_HEAD_SIZES = (
-    *("num_heads", "num_attention_heads", "num_key_value_heads", "num_kv_heads", "n_heads", "n_head"),
-    *("attn_dim", "kv_dim", "all_head_size", "split_size"),
-)
 
 
 def axes_of(module: nn.Module) -> dict[str, Axis]:
@@ -219,9 +216,11 @@ def perform(model: nn.Module, surgery: Surgery) -> None:
             _cut_groups(name, module, axes)
             continue
         for axis, cut in axes.items():
-            if axis == "heads":
-                _set_heads(module, cut)
-            else:
+            if axis.startswith("="):
+                _scale(name, module, axis[1:], cut)
+            elif ":" in axis:
+                _cut_tensor(name, module, axis, cut)
+            elif axis != "heads":
                 _cut(name, module, axis, cut)
 
 
@@ -230,11 +229,7 @@ def _cut(name: str, module: nn.Module, axis: str, cut: Cut) -> None:
     if known is None or axis_size(module, axis) != cut.of:
         raise ValueError(f"{name!r} has no {axis} of size {cut.of} to cut; start from the dense architecture")
     for tensor, dim in known.dims.items():
-        value = getattr(module, tensor, None)
-        if value is not None:
-            left = value.detach().index_select(dim, torch.tensor(cut.kept, device=value.device))
-            is_parameter = isinstance(value, nn.Parameter)
-            setattr(module, tensor, nn.Parameter(left, value.requires_grad) if is_parameter else left)
+        _put(module, tensor, dim, cut)
     for attribute in known.sizes:
         setattr(module, attribute, len(cut.kept))
 
@@ -262,13 +257,40 @@ def _cut_groups(name: str, module: nn.Module, axes: dict[str, Cut]) -> None:
     vars(module).update(groups=groups, out_channels=len(outputs), in_channels=inputs.numel())
 
 
-def _set_heads(attention: nn.Module, cut: Cut) -> None:
-    """Tell an attention and its parts how many heads are left."""
-    for module in attention.modules():
-        for attribute in _HEAD_SIZES:
-            size = vars(module).get(attribute)
-            if isinstance(size, int):
-                setattr(module, attribute, size * len(cut.kept) // cut.of)
+def _scale(name: str, module: nn.Module, attribute: str, cut: Cut) -> None:
+    """Scale an attribute, or the last entry of a tuple, as heads are left."""
+    held = vars(module).get(attribute)
+    size = held[-1] if isinstance(held, tuple) and held else held
+    if not isinstance(size, int) or size % cut.of:
+        raise ValueError(
+            f"{name!r} has no {attribute} that is a multiple of {cut.of}; start from the dense architecture"
+        )
+    left = size // cut.of * len(cut.kept)
+    setattr(module, attribute, (*held[:-1], left) if isinstance(held, tuple) else left)
+
+
+def _cut_tensor(name: str, module: nn.Module, axis: str, cut: Cut) -> None:
+    tensor, dim = axis.rsplit(":", 1)
+    value = getattr(module, tensor, None)
+    if not isinstance(value, Tensor) or value.shape[int(dim)] != cut.of:
+        raise ValueError(f"{name!r} has no {tensor} of size {cut.of} along {dim}; start from the dense architecture")
+    _put(module, tensor, int(dim), cut)
+    for attribute, held in vars(module).items():  # made of the tensor as it was, to be made anew
+        if isinstance(held, dict) and held and not attribute.startswith("_") and _are_tensors(held.values()):
+            setattr(module, attribute, {})
+
+
+def _are_tensors(values: Iterable[object]) -> bool:
+    return all(isinstance(value, Tensor) for value in values)
+
+
+def _put(module: nn.Module, tensor: str, dim: int, cut: Cut) -> None:
+    """Replace a tensor, if there is one, by what is left of it."""
+    value = getattr(module, tensor, None)
+    if value is not None:
+        left = value.detach().index_select(dim, torch.tensor(cut.kept, device=value.device))
+        is_parameter = isinstance(value, nn.Parameter)
+        setattr(module, tensor, nn.Parameter(left, value.requires_grad) if is_parameter else left)
 
 
 def snapshot(model: nn.Module, surgery: Surgery) -> Callable[[], None]:

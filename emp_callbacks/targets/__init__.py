@@ -1,7 +1,9 @@
 """What is pruned together, and how names select it."""
 
 from emp_callbacks.targets.adapters import adapted_weights
+from emp_callbacks.targets.attention_check import AttentionCheck, check_attention
 from emp_callbacks.targets.attention_edges import EdgeSite, edge_sites
+from emp_callbacks.targets.attention_layout import AttentionLayout, register_attention
 from emp_callbacks.targets.expert_units import experts
 from emp_callbacks.targets.feature_form import FeatureForm
 from emp_callbacks.targets.features import FeatureSite, feature_sites
@@ -28,6 +30,8 @@ __all__ = [
     "NO_MULTIPLE",
     "SURPRISING",
     "UNIT_TARGETS",
+    "AttentionCheck",
+    "AttentionLayout",
     "EdgeSite",
     "FeatureForm",
     "FeatureSite",
@@ -39,6 +43,7 @@ __all__ = [
     "anything",
     "attention_heads",
     "canonical_name",
+    "check_attention",
     "edge_sites",
     "feature_sites",
     "few",
@@ -47,4 +52,5 @@ __all__ = [
     "match_names",
     "neurons",
     "prunable_weights",
+    "register_attention",
 ]

@@ -1,48 +1,33 @@
-"""Attention heads as units, found by the attributes that attention modules share."""
+"""Attention heads as units, in every attention whose layout is known."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from emp_callbacks.targets.adapter_members import adapter_columns
-from emp_callbacks.targets.unit_search import UnitSearch, blocks, child, has, is_layer, own, units_dim
-from emp_callbacks.targets.units import MemberTarget, UnitTarget
-
-
-class _Layout(NamedTuple):
-    """Where a family of attention modules keeps its projections.
-
-    Attributes:
-        inputs: Path of each input projection and which of query, key and value its rows hold, in order.
-        output: Path of the output projection.
-    """
-
-    inputs: tuple[tuple[str, str], ...]
-    output: str
-
-
-def _separate(query: str, key: str, value: str, output: str) -> _Layout:
-    return _Layout(((query, "q"), (key, "k"), (value, "v")), output)
-
-
-_LAYOUTS = (
-    _Layout((("qkv", "qkv"),), "proj"),  # timm: ViT, DeiT, Swin, BEiT, EVA, ...
-    *(_separate("q_proj", "k_proj", "v_proj", out) for out in ("o_proj", "out_proj", "proj")),  # Llama, OPT, timm EVA
-    *(_separate("q", "k", "v", out) for out in ("proj", "o")),  # timm CaiT, T5
-    _Layout((("q", "q"), ("kv", "kv")), "proj"),  # timm PVT, Twins
-    _Layout((("qk", "qk"), ("v", "v")), "proj"),  # timm ConViT
-    _separate("wq", "wk", "wv", "proj"),  # timm CrossViT
-    _Layout((("q_attn", "q"), ("c_attn", "kv")), "c_proj"),  # GPT-2's cross attention
-    _Layout((("c_attn", "qkv"),), "c_proj"),  # GPT-2
-    _Layout((("qkv_proj", "qkv"),), "o_proj"),  # Phi-3
-    *(_separate(f"{own}.query", f"{own}.key", f"{own}.value", "output.dense") for own in ("self", "attention")),  # BERT
-    _separate("q_lin", "k_lin", "v_lin", "out_lin"),  # DistilBERT
+from emp_callbacks.targets.attention_layout import registered_layout
+from emp_callbacks.targets.attention_parts import (
+    Attention,
+    NotUnderstoodError,
+    attention,
+    is_like_attention,
+    layout_of,
+    per_head,
+    projections,
 )
-_HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "groups")
+from emp_callbacks.targets.names import few, matches
+from emp_callbacks.targets.unit_search import UnitSearch, has, is_layer, own, units_dim
+from emp_callbacks.targets.units import UnitTarget
+
+__all__ = ["attention_heads", "find_attention", "projections"]
+
+_LISTED = 6  # kinds of attentions that are left out, in one message
+_UNKNOWN = "how its heads lie is not known"
+_HOW = "emp_callbacks.register_attention describes one that is not known"
 
 
 def attention_heads(
@@ -53,12 +38,13 @@ def attention_heads(
 ) -> list[UnitTarget]:
     """Return the attention modules of a model with their heads as units, in the model's own order.
 
-    Known by their attributes: timm's attentions with a fused `qkv` or `q`/`k`/`v` and `proj`, GPT-2's
-    (`c_attn`, `c_proj`), Llama's and its relatives' (`q_proj`, `k_proj`, `v_proj` and `o_proj` or `out_proj`), BERT's
-    (`self.query`, ..., `output.dense`), T5's, DistilBERT's, Phi-3's and `nn.MultiheadAttention`.
+    Known are `nn.MultiheadAttention`, the attentions of timm and transformers, those whose projections have the usual
+    names (`qkv`, `q_proj`, `to_q`, `Wqkv`, ...), and what `register_attention` describes. What looks like an attention
+    and is not known is left out, with a warning that names it.
 
     A pruned head's columns of the output projection are zero, so that it adds exactly nothing, whichever kernel
-    computes the attention. With grouped queries a unit is a key/value head and all query heads that read it.
+    computes the attention. With grouped queries a unit is a key/value head and all query heads that read it; where all
+    query heads read the same key and value, it is a query head.
 
     Args:
         model: Any module; shared modules count once, under their first name.
@@ -68,159 +54,100 @@ def attention_heads(
 
     Returns:
         One `UnitTarget` per attention. Members: the output projection's columns (masked and scored, "output") and the
-        rows of query, key and value projections (scored, "input"); where PEFT adapts the output projection, the part
-        of its adapters that reads the heads (masked, "adapter"). Observed: the output projection's input, except
-        with `nn.MultiheadAttention`, whose output projection runs no hooks.
+        rows of query, key and value projections (scored, "input"); what the attention holds for each head besides
+        ("per_head"); where PEFT adapts the output projection, the part of its adapters that reads the heads (masked,
+        "adapter"). Observed: the output projection's input, except where the module only reads its weight, as
+        `nn.MultiheadAttention` does.
 
     Raises:
-        ValueError: The model has no such attention, a pattern matches none, nothing is left, or the projections of
-            an attention do not divide into its heads.
+        ValueError: The model has no attention whose heads are known, a registered layout does not fit its module, a
+            pattern matches none, or nothing is left.
     """
     search = UnitSearch(model, full_shape)
-    found = [target for module in search.modules() if (target := _heads_of(search, module)) is not None]
+    found: dict[nn.Module, UnitTarget] = {}
+    left: dict[nn.Module, str] = {}
+    for module in search.modules():
+        try:
+            if (one := find_attention(search, module)) is not None:
+                found[module] = _target(search, one)
+        except NotUnderstoodError as why:
+            left[module] = str(why)
+    told = _left_out(search, found, left, exclude or ())
     if not found:
         raise ValueError(
-            "no attention with heads was found: looked for nn.MultiheadAttention and for modules that hold "
-            f"{'; '.join(_described(layout) for layout in _LAYOUTS[:4])} and the like, with a number of heads; "
+            "no attention with heads was found: looked for nn.MultiheadAttention, for modules that hold qkv and proj, "
+            f"q_proj, k_proj, v_proj and o_proj, and the like, and for those of register_attention; {told}"
             f"{search.summary()}"
         )
-    chosen = search.choose(search.masked_once(found), lambda _: True, include, exclude, "attention")
+    if told and not include:
+        warnings.warn(f"{told}{_HOW}", stacklevel=2)
+    chosen = search.choose(search.masked_once(list(found.values())), lambda _: True, include, exclude, "attention")
     if not chosen:
-        raise ValueError(f"exclude={exclude} leaves no attention of {', '.join(target.name for target in found[:6])}")
+        names = [target.name for target in found.values()]
+        raise ValueError(f"exclude={exclude} leaves no attention of {', '.join(names[:6])}")
     search.check(chosen)
     return chosen
 
 
-def projections(module: nn.Module) -> list[nn.Module]:
-    """Return the dense layers or convolutions that are the projections of this attention; none if it is not one."""
-    if isinstance(module, nn.MultiheadAttention):
-        return [out] if (out := child(module, "out_proj")) is not None else []
-    layout = _layout(module)
-    if layout is None:
-        return []
-    return [part for path in (*(path for path, _ in layout.inputs), layout.output) if (part := child(module, path))]
+def find_attention(search: UnitSearch, module: nn.Module) -> Attention | None:
+    """Return the parts of an attention module; None if it is none.
 
-
-def _described(layout: _Layout) -> str:
-    return f"{', '.join(path for path, _ in layout.inputs)} and {layout.output}"
-
-
-def _layout(module: nn.Module) -> _Layout | None:
-    for layout in _LAYOUTS:
-        if all(is_layer(child(module, path)) for path in (*(path for path, _ in layout.inputs), layout.output)):
-            return layout
-    return None
-
-
-def _heads_of(search: UnitSearch, module: nn.Module) -> UnitTarget | None:
-    if isinstance(module, nn.MultiheadAttention):
-        return _multihead(search, module)
-    layout = _layout(module)
-    if layout is None:
-        return None
-    output = child(module, layout.output)
-    assert output is not None
-    columns = search.inputs(output)
-    heads = _head_count(module, columns)
-    if heads is None:
-        return None
-    inputs = [layer for path, _ in layout.inputs if (layer := child(module, path)) is not None]
-    widths = [
-        _widths(search, module, layer, parts, columns) for layer, (_, parts) in zip(inputs, layout.inputs, strict=True)
-    ]
-    groups = heads if _heads_are_outermost(module) else _value_heads(widths, columns, heads)
-    name = search.name(module)
-    if not groups or any(width % groups for width in (columns, *(w for held in widths for w in held))):
-        raise ValueError(
-            f"attention {name!r} has {heads} heads, which do not divide its projections: query, key and value of "
-            f"widths {widths}, {columns} inputs of {layout.output!r}; heads of this kind are not known here"
-        )
-    unit_of = _output_units(module, columns, groups)
-    members = [_columns(search, output, unit_of), *adapter_columns(search, output, unit_of)]
-    for layer, held in zip(inputs, widths, strict=True):
-        members.append(_rows(search, layer, torch.cat([blocks(width, groups) for width in held])))
-    return UnitTarget(name, groups, tuple(members), None if _heads_are_minor(module) else (output, "input"))
-
-
-def _head_count(module: nn.Module, columns: int) -> int | None:
-    """Return the number of query heads that the module or its config states; None where neither does."""
-    for holder in (module, child(module, "self"), child(module, "attention")):
-        for name in _HEAD_COUNTS:
-            if isinstance(count := getattr(holder, name, None), int):
-                return count
-    if isinstance(head_dim := getattr(module, "head_dim", None), int):
-        return columns // head_dim
-    count = getattr(getattr(module, "config", None), "num_attention_heads", None)
-    return count if isinstance(count, int) else None
-
-
-def _widths(search: UnitSearch, module: nn.Module, layer: nn.Module, parts: str, columns: int) -> list[int]:
-    """Return the number of rows of each part that a projection holds, of which each lies head after head."""
-    rows = search.outputs(layer)
-    if parts == "qkv" and _heads_are_outermost(module):
-        return [rows]
-    if parts == "qkv" and not _asks_from_outside(module):
-        return [columns, (rows - columns) // 2, (rows - columns) // 2]
-    count = min(len(parts), 2)
-    return [rows // count] * count
-
-
-def _value_heads(widths: list[list[int]], columns: int, heads: int) -> int:
-    """Return the number of value heads: as much narrower as the values are than the outputs, as fewer are they."""
-    groups, left = divmod(heads * widths[-1][-1], columns)
-    return 0 if left else groups
-
-
-def _output_units(module: nn.Module, columns: int, groups: int) -> Tensor:
-    if _heads_are_minor(module):
-        return torch.arange(columns, device="cpu") % groups
-    return blocks(columns, groups)
-
-
-def _heads_are_outermost(module: nn.Module) -> bool:
-    """Say whether a fused projection holds query, key and value of one head, then of the next.
-
-    timm's MaxViT can, TinyViT and EfficientFormer do (`key_dim` and `val_dim`), transformers' GPT-BigCode does
-    where every head has its own key and value.
+    Raises:
+        NotUnderstoodError: It looks like one, and its heads are not known.
+        ValueError: The layout that is registered for it does not fit it.
     """
-    return (
-        getattr(module, "head_first", False) is True
-        or getattr(module, "multi_query", None) is False
-        or (hasattr(module, "key_dim") and hasattr(module, "val_dim"))
-    )
+    try:
+        layout = layout_of(module)
+        return attention(search, module, layout) if layout is not None else None
+    except NotUnderstoodError as why:
+        if registered_layout(module) is None:
+            raise
+        raise ValueError(
+            f"the layout that is registered for {type(module).__name__} does not fit {search.name(module)!r}: {why}"
+        ) from None
 
 
-def _asks_from_outside(module: nn.Module) -> bool:
-    """Say whether `qkv` holds keys and values only: timm's GCViT, whose queries are the whole image's."""
-    return getattr(module, "use_global", False) is True
+def _target(search: UnitSearch, one: Attention) -> UnitTarget:
+    rows = units_dim(one.output)
+    members = [
+        search.member(
+            own(one.output, "weight"), 1 - rows, one.columns, "output", masked=True, scored=True, output_dim=rows
+        ),
+        *adapter_columns(search, one.output, one.columns),
+    ]
+    members += [
+        search.member(where.parameter, where.dim, unit_of, "input", masked=False, scored=True, output_dim=where.dim)
+        for where, unit_of, _ in one.inputs
+    ]
+    members += [
+        search.member(own(holder, tensor), dim, unit_of, "per_head", masked=False, scored=False)
+        for holder, tensor, dim, unit_of in per_head(search, one)
+        if has(holder, tensor)
+    ]
+    shown = one.layout.columns == "heads" and one.layout.calls_output
+    return UnitTarget(search.name(one.module), one.units, tuple(members), (one.output, "input") if shown else None)
 
 
-def _heads_are_minor(module: nn.Module) -> bool:
-    """Say whether the output projection reads the first feature of every head, then the second: timm's NesT."""
-    return type(module).__module__.endswith(".nest")
+def _left_out(
+    search: UnitSearch, found: Collection[nn.Module], left: Mapping[nn.Module, str], exclude: Sequence[str]
+) -> str:
+    """Return a sentence on the attentions whose heads are not known, "" if there are none; same kinds told once."""
+    known = {part for module in (*found, *left) for part in module.modules()}
+    like = [module for module in search.modules() if module not in known and is_like_attention(search, module)]
+    inner = {*found, *left, *like}
+    holders = {one for one in search.modules() if any(part in inner and part is not one for part in one.modules())}
+    reasons = {**left, **{module: _UNKNOWN for module in like if module not in holders}}
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for module, why in reasons.items():
+        name = search.name(module)
+        if not (exclude and matches([name], exclude)):
+            kinds.setdefault((f"{type(module).__name__} of {_held(module)}", why), []).append(name)
+    told = [f"{few(names)} ({kind}): {why}" for (kind, why), names in list(kinds.items())[:_LISTED]]
+    rest = f"; and {len(kinds) - _LISTED} other kinds" if len(kinds) > _LISTED else ""
+    return f"left out of the heads: {'; '.join(told)}{rest}; " if told else ""
 
 
-def _multihead(search: UnitSearch, module: nn.MultiheadAttention) -> UnitTarget:
-    out, heads = child(module, "out_proj"), module.num_heads
-    assert out is not None
-    unit_of = blocks(search.inputs(out), heads)
-    members = [_columns(search, out, unit_of), *adapter_columns(search, out, unit_of)]
-    if has(module, "in_proj_weight"):
-        inputs = [("in_proj_weight", 3)]
-    else:
-        inputs = [("q_proj_weight", 1), ("k_proj_weight", 1), ("v_proj_weight", 1)]
-    for path, parts in inputs:
-        parameter = own(module, path)
-        unit_of = blocks(search.shape(parameter)[0] // parts, heads).repeat(parts)
-        members.append(search.member(parameter, 0, unit_of, "input", masked=False, scored=True))
-    return UnitTarget(search.name(module), heads, tuple(members), None)
-
-
-def _columns(search: UnitSearch, layer: nn.Module, unit_of: Tensor) -> MemberTarget:
-    dim = units_dim(layer)
-    return search.member(own(layer, "weight"), 1 - dim, unit_of, "output", masked=True, scored=True, output_dim=dim)
-
-
-def _rows(search: UnitSearch, layer: nn.Module, unit_of: Tensor) -> MemberTarget:
-    dim = units_dim(layer)
-    return search.member(own(layer, "weight"), dim, unit_of, "input", masked=False, scored=True, output_dim=dim)
+def _held(module: nn.Module) -> str:
+    """Return the names of the layers, else of the parameters, that a module holds."""
+    layers = [name for name, part in module.named_modules() if name and is_layer(part)]
+    return ", ".join((layers or [name for name, _ in module.named_parameters()])[:6])

@@ -156,7 +156,7 @@ def child(module: nn.Module, path: str) -> nn.Module | None:
     found: nn.Module | None = module
     for part in path.split("."):
         found = found._modules.get(part) if found is not None else None
-        found = found and innermost(found)
+        found = innermost(found) if found is not None else None  # not by its truth: a module may have a length
     return found
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from emp_callbacks.targets.experts import StackedExperts
 from emp_callbacks.targets.weights import WeightTarget
 
-Role = Literal["weight", "bias", "scale", "shift", "input", "output", "adapter", "router"]
+Role = Literal["weight", "bias", "scale", "shift", "input", "output", "adapter", "router", "per_head"]
 
 
 class MemberTarget(NamedTuple):
@@ -24,7 +24,8 @@ class MemberTarget(NamedTuple):
         scored: Whether criteria that read weights read this parameter.
         role: What the parameter is to the units: "weight", "bias", "scale" (batch norm's gamma), "shift" (its beta),
             "input" (weights that lead into the unit), "output" (weights that read it), "adapter" (of PEFT, beside one
-            of these), "router" (what sends tokens to an expert).
+            of these), "router" (what sends tokens to an expert), "per_head" (what an attention
+            holds for each head besides: tables, biases, scales).
     """
 
     weight: WeightTarget

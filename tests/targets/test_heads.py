@@ -1,12 +1,31 @@
-import copy
+import warnings
+from functools import partial
 
 import pytest
 import timm
 import torch
 import transformers
+from timm.layers import attention2d
+from timm.layers.bottleneck_attn import BottleneckAttn
+from timm.layers.halo_attn import HaloAttn
+from timm.models import (
+    byobnet,
+    cait,
+    efficientformer_v2,
+    gcvit,
+    levit,
+    maxxvit,
+    nest,
+    shvit,
+    swin_transformer_v2,
+    tiny_vit,
+    vision_transformer,
+    volo,
+    xcit,
+)
 from torch import nn
 
-from emp_callbacks.targets.heads import attention_heads
+from emp_callbacks.targets import AttentionLayout, attention_heads, check_attention, register_attention
 from tests.targets.masked_units import prune
 
 
@@ -133,29 +152,134 @@ def test_pruned_heads_add_nothing(kind):
     torch.testing.assert_close(logits(model, batch), expected, rtol=1e-4, atol=1e-5)
 
 
+SIZES = {
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "embed_dim"), 16),
+    **dict.fromkeys(("intermediate_size", "n_inner", "d_ff", "hidden_dim", "moe_intermediate_size", "ffn_dim"), 8),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers"), 1),
+    **dict.fromkeys(("num_attention_heads", "n_head", "num_heads", "n_heads"), 4),
+    **dict.fromkeys(("head_dim", "d_kv", "kv_lora_rank", "qk_nope_head_dim"), 4),
+    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "num_experts_per_tok"), 2),
+    **{"num_key_value_heads": 2, "vocab_size": 30, "pad_token_id": 0, "type_vocab_size": 2, "embedding_size": 8},
+    **{"q_lora_rank": 8, "qk_rope_head_dim": 2, "v_head_dim": 3, "n_group": 1, "topk_group": 1},
+    **{"max_position_embeddings": 16, "n_positions": 16, "bos_token_id": 1, "eos_token_id": 2, "rotary_dim": 2},
+}
+
+
+def hf(kind: str, **changes) -> nn.Module:
+    default = transformers.AutoConfig.for_model(kind)
+    own = {name: value for name, value in SIZES.items() if name in vars(default) and name not in default.attribute_map}
+    return transformers.AutoModel.from_config(transformers.AutoConfig.for_model(kind, **{**own, **changes}))
+
+
+OLD, NEW = ({"new_decoder_architecture": new, "alibi": False} for new in (False, True))
+TRANSFORMERS = {  # how the model is made, and how many heads each of its attentions has
+    "phi": (lambda: hf("phi"), {2}),
+    "gpt_neox": (lambda: hf("gpt_neox"), {4}),
+    "falcon, one key": (lambda: hf("falcon", multi_query=True, **OLD), {4}),
+    "falcon, grouped": (lambda: hf("falcon", num_kv_heads=2, **NEW), {2}),
+    "falcon, triples": (lambda: hf("falcon", multi_query=False, **OLD), {4}),
+    "gpt_bigcode, one key": (lambda: hf("gpt_bigcode", multi_query=True), {4}),
+    "gpt_bigcode, triples": (lambda: hf("gpt_bigcode", multi_query=False), {4}),
+    "bloom": (lambda: hf("bloom"), {4}),
+    "mpt": (lambda: hf("mpt"), {4}),
+    "persimmon": (lambda: hf("persimmon"), {4}),
+    "albert": (lambda: hf("albert"), {4}),
+    "deberta": (lambda: hf("deberta"), {4}),
+    "deberta-v2": (lambda: hf("deberta-v2"), {4}),
+    "modernbert": (lambda: hf("modernbert"), {4}),
+    "deepseek_v2": (lambda: hf("deepseek_v2", num_key_value_heads=4, head_dim=2), {4}),
+    "deepseek_v3": (lambda: hf("deepseek_v3", num_key_value_heads=4, head_dim=2), {4}),
+    "gpt_oss": (lambda: hf("gpt_oss"), {2}),
+    "qwen3": (lambda: hf("qwen3"), {2}),
+    "phi3": (lambda: hf("phi3"), {2}),
+    "opt": (lambda: hf("opt", word_embed_proj_dim=16), {4}),
+    "distilbert": (lambda: hf("distilbert"), {4}),
+}
+ROWS, GRID = torch.randn(2, 4, 16), torch.randn(2, 16, 4, 4)
+
+
+def in_bottleneck(attention, **settings):
+    layers = byobnet.LayerFn(self_attn=partial(attention, num_heads=2, **settings))
+    return byobnet.SelfAttnBlock(16, 16, layers=layers, bottle_ratio=1.0, feat_size=(4, 4))
+
+
+TIMM = {  # what it reads, and what belongs to its heads besides projections
+    "levit": (lambda: levit.Attention(16, 4, 2, resolution=2), ROWS, ["qkv.bn", "attention_biases"]),
+    "levit, smaller": (
+        lambda: levit.AttentionDownsample(16, 16, 4, num_heads=2, resolution=(2, 2)),
+        ROWS,
+        ["q.ln.bn", "kv.bn", "attention_biases"],
+    ),
+    "tiny_vit": (lambda: tiny_vit.Attention(16, 4, 2, attn_ratio=2, resolution=(2, 2)), ROWS, ["attention_biases"]),
+    "efficientformer_v2": (
+        lambda: efficientformer_v2.Attention2dDownsample(16, 4, 2, 2.0, resolution=4, out_dim=16),
+        GRID,
+        ["q.proj.bn", "k.bn", "v.bn", "attention_biases", "v_local.conv", "v_local.bn"],
+    ),
+    "nest": (lambda: nest.Attention(16, 2), ROWS[:, None], []),
+    "gcvit": (lambda: gcvit.WindowAttentionGlobal(16, 2, (2, 2), use_global=False), ROWS, ["rel_pos"]),
+    "maxvit": (lambda: maxxvit.AttentionCl(16, dim_head=8), GRID.movedim(1, -1), []),
+    "coatnet": (lambda: maxxvit.AttentionCl(16, dim_head=8, head_first=False), GRID.movedim(1, -1), []),
+    "mobilenetv4": (lambda: attention2d.MultiQueryAttention2d(16, num_heads=2, kv_stride=2), GRID, []),
+    "botnet": (lambda: in_bottleneck(BottleneckAttn), GRID, ["post_attn"]),
+    "halonet": (lambda: in_bottleneck(HaloAttn, block_size=2, halo_size=1), GRID, ["post_attn"]),
+    "vit, MLP beside": (lambda: vision_transformer.ParallelScalingBlock(16, 2), ROWS, []),
+    "volo": (lambda: volo.OutlookAttention(16, 2), GRID.movedim(1, -1), []),
+    "swin 2": (
+        lambda: swin_transformer_v2.WindowAttention(16, (2, 2), 2),
+        ROWS,
+        ["cpb_mlp.2", "q_bias", "v_bias", "logit_scale"],
+    ),
+    "xcit": (lambda: xcit.XCA(16, 2), ROWS, ["temperature"]),
+}
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_head_reads_its_own_queries_keys_and_values_only(kind):
     """Whatever stands in its input rows, only its own columns of the output projection see it."""
     build, batch = MODELS[kind]
-    model = lively(build())
-    for target in attention_heads(model):
-        projection, side = target.observed
-        assert side == "input"
-        seen = []
-        handle = projection.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
-        logits(model, batch)
-        output, *inputs = target.members
-        unit = target.units - 1
-        dense = copy.deepcopy([member.weight.parameter.data for member in inputs])
-        for member in inputs:
-            rows = member.weight.parameter.data.transpose(0, member.dim)
-            rows[member.unit_of == unit] = torch.randn_like(rows[member.unit_of == unit])
-        logits(model, batch)
-        for member, before in zip(inputs, dense, strict=True):
-            member.weight.parameter.data.copy_(before)
-        handle.remove()
-        changed = (seen[0] != seen[1]).flatten(0, -2).any(0)
-        assert torch.equal(changed, output.unit_of == unit)
+    seen = check_attention(lively(build()), batch)
+    assert seen
+    assert all(check.ran and not check.wrong and not check.mixed for check in seen)
+
+
+@pytest.mark.parametrize("kind", TRANSFORMERS)
+def test_attentions_of_transformers(kind):
+    build, heads = TRANSFORMERS[kind]
+    seen = check_attention(lively(build()), TOKENS)
+    assert {check.heads for check in seen} == heads
+    assert all(check.ran and not check.wrong and not check.mixed for check in seen)
+
+
+@pytest.mark.parametrize("kind", TIMM)
+def test_attentions_of_timm(kind):
+    build, x, besides = TIMM[kind]
+    model = lively(nn.Sequential(build()))
+    assert check_attention(model, x) == [("0", 2, (), (), True)]
+    (target,) = attention_heads(model)
+    names = [member.weight.name.removeprefix("0.") for member in target.members if member.role == "per_head"]
+    assert list(dict.fromkeys(name.removesuffix(".weight").removesuffix(".bias") for name in names)) == [
+        f"{name}.relative_position_bias_table" if name == "rel_pos" else name for name in besides
+    ]
+    assert (target.observed is None) == (kind == "nest"), "its heads are no blocks of neighbours"
+
+
+@pytest.mark.parametrize(
+    ("build", "name", "dim"),
+    [
+        (swin, "layers.0.blocks.0.attn.relative_position_bias_table", 1),
+        (lambda: vit("beit_base_patch16_224"), "blocks.0.attn.v_bias", 0),
+        (lambda: hf("gpt_oss"), "layers.0.self_attn.sinks", 0),
+        (lambda: hf("t5"), "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", 1),
+        (lambda: hf("umt5"), "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", 1),
+    ],
+)
+def test_what_an_attention_holds_per_head_belongs_to_its_heads(build, name, dim):
+    target = attention_heads(build())[0]
+    (member,) = (member for member in target.members if member.weight.name == name)
+    assert (member.role, member.dim, member.masked, member.scored) == ("per_head", dim, False, False)
+    each = member.weight.parameter.shape[dim] // target.units
+    assert member.unit_of.tolist() == [head for head in range(target.units) for _ in range(each)]
 
 
 @pytest.mark.parametrize(
@@ -275,38 +399,15 @@ def test_compiled_models_keep_their_names_and_lose_their_heads():
     torch.testing.assert_close(logits(compiled, TOKENS), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_sizes_are_those_of_the_unsharded_model():
-    model = vit()
+@pytest.mark.parametrize("build", [vit, swin, lambda: nn.Sequential(TIMM["levit"][0]())], ids=["vit", "swin", "levit"])
+def test_sizes_are_those_of_the_unsharded_model(build):
+    model = build()
     full = {parameter: parameter.shape for parameter in model.parameters()}
     expected = [[m.unit_of.tolist() for m in t.members] for t in attention_heads(model)]
     for parameter in model.parameters():
         parameter.data = torch.empty(0)
     sharded = attention_heads(model, full_shape=full.__getitem__)
     assert [[m.unit_of.tolist() for m in t.members] for t in sharded] == expected
-
-
-def test_nest_lays_its_heads_feature_by_feature():
-    with torch.device("meta"):
-        targets = attention_heads(timm.create_model("nest_tiny"))
-    output = targets[0].members[0]
-    assert targets[0].observed is None, "its heads are no blocks of neighbours"
-    assert output.unit_of[:7].tolist() == [0, 1, 2, 0, 1, 2, 0]
-
-
-@pytest.mark.parametrize(
-    ("name", "index", "by_hand"),
-    [
-        # head after head: query and key of 16 features, value of 16 or 32
-        ("tiny_vit_5m_224", 0, [head for head in range(4) for _ in range(3 * 32)]),
-        ("maxvit_tiny_rw_224", 0, [head for head in range(2) for _ in range(3 * 32)]),
-        # keys and values only
-        ("gcvit_xxtiny", 1, [head for _ in "kv" for head in range(2) for _ in range(32)]),
-    ],
-)
-def test_fused_projections_of_other_orders(name, index, by_hand):
-    with torch.device("meta"):
-        targets = attention_heads(timm.create_model(name))
-    assert targets[index].members[1].unit_of.tolist() == by_hand
 
 
 def test_a_shared_attention_counts_once_and_answers_to_both_names():
@@ -349,8 +450,90 @@ def test_no_attention_is_an_error_that_says_what_is_there():
         attention_heads(nn.ReLU())
 
 
-def test_heads_that_do_not_divide_are_an_error():
+class Own(nn.Module):
+    """An attention whose fused projection holds query, key and value of one head after the other's."""
+
+    def __init__(self, order="heads"):
+        super().__init__()
+        self.order, self.how_many = order, 2
+        self.into, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x):
+        sizes, order = ((2, 3, 4), (3, 0, 2, 1, 4)) if self.order == "heads" else ((3, 2, 4), (2, 0, 3, 1, 4))
+        q, k, v = self.into(x).unflatten(-1, sizes).permute(*order)
+        return self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def own(**settings):
+    """Return a model of a class of its own, so that tests do not meet each other's layouts."""
+    return nn.Sequential(type("Mine", (Own,), {})(**settings))
+
+
+DESCRIBED = {"inputs": {"into": "qkv"}, "output": "out", "heads": "how_many"}
+X = torch.randn(2, 3, 8)
+
+
+def test_ones_own_attention_is_described_by_its_class():
+    model = own()
+    with pytest.raises(
+        ValueError, match=r"left out of the heads: 0 \(Attention of into, out\): how its heads lie is not"
+    ):
+        attention_heads(nn.Sequential(type("Attention", (Own,), {})(), nn.ReLU()))
+    register_attention(type(model[0]), lambda module: AttentionLayout(**DESCRIBED, order=module.order))
+    (target,) = attention_heads(model)
+    assert [member.unit_of.tolist() for member in target.members] == [[0] * 4 + [1] * 4, [0] * 12 + [1] * 12]
+    assert check_attention(model, X) == [("0", 2, (), (), True)]
+    register_attention(type(model[0]), AttentionLayout(**DESCRIBED, order="parts"))  # goes before the last
+    assert check_attention(model, X)[0].wrong, "the heads are not there"
+    assert all(p.grad_fn is None and p.requires_grad for p in model.parameters())
+
+
+def test_a_layout_of_a_parent_class_holds_and_one_that_does_not_fit_is_an_error():
+    model = own(order="parts")
+    register_attention(type(model[0]), AttentionLayout(**DESCRIBED))
+    assert check_attention(nn.Sequential(type("Child", (type(model[0]),), {})(order="parts")), X)[0].wrong == ()
+    register_attention(type(model[0]), AttentionLayout(**{**DESCRIBED, "heads": lambda _: 3}))
+    with pytest.raises(ValueError, match=r"registered for Mine does not fit '0': its 3 heads do not divide"):
+        attention_heads(model)
+    register_attention(type(model[0]), AttentionLayout(**{**DESCRIBED, "output": "outer"}))
+    with pytest.raises(ValueError, match=r"does not fit '0': 'outer' is no dense layer"):
+        attention_heads(model)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"inputs": {}}, "inputs={} must give"),
+        ({"inputs": {"into": "vqk"}}, "one of q, k, v, qk"),
+        ({"order": "rows"}, "order='rows' is unknown; choose one of parts, heads"),
+        ({"columns": "parts"}, "columns='parts' is unknown"),
+    ],
+)
+def test_layouts_that_say_nothing_are_errors(changes, message):
+    with pytest.raises(ValueError, match=message):
+        AttentionLayout(**{**DESCRIBED, **changes})
+    with pytest.raises(TypeError, match="no class of torch"):
+        register_attention(own()[0], AttentionLayout(**DESCRIBED))
+    with pytest.raises(TypeError, match="neither an AttentionLayout"):
+        register_attention(Own, DESCRIBED)
+
+
+def test_a_norm_over_all_heads_and_talking_heads_are_seen():
+    talking = lively(nn.Sequential(cait.TalkingHeadAttn(16, 2)))
+    assert check_attention(talking, ROWS) == [("0", 2, (), (0, 1), True)]
+    normed = lively(nn.Sequential(vision_transformer.Attention(16, 2, scale_norm=True, norm_layer=nn.LayerNorm)))
+    assert check_attention(normed, ROWS) == [("0", 2, (), (0, 1), True)]
+
+
+def test_what_is_not_understood_is_left_out_by_name():
     model = vit()
     model.blocks[1].attn.num_heads = 5
-    with pytest.raises(ValueError, match=r"'blocks.1.attn' has 5 heads.*48"):
-        attention_heads(model)
+    told = r"left out of the heads: blocks.1.attn \(Attention of qkv, proj\): its 5 heads do not divide.*\[144\].*48"
+    with pytest.warns(UserWarning, match=told):
+        assert [target.name for target in attention_heads(model)] == ["blocks.0.attn"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attention_heads(model, include=["blocks.0.attn"])
+    single = nn.ModuleDict({"one": shvit.SHSA(16, 4, 8), "two": nn.MultiheadAttention(8, 2)})
+    with pytest.warns(UserWarning, match=r"one \(SHSA of qkv.c, proj.1.c\): it has a single head"):
+        assert [target.name for target in attention_heads(single)] == ["two"]
