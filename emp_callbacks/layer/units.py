@@ -26,7 +26,7 @@ class Member:
     unit_of: Tensor
     masked: bool
     scored: bool
-    role: Literal["weight", "bias", "scale", "shift", "input", "output", "adapter"]
+    role: Literal["weight", "bias", "scale", "shift", "behind", "input", "output", "adapter"]
     _unit_there: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def sums(self, values: Tensor, units: int, rank: int) -> Tensor:

@@ -7,14 +7,17 @@ from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
+from emp_callbacks.targets.activation_modules import is_activation
 from emp_callbacks.targets.adapters import adapted, adapter_paths
 from emp_callbacks.targets.names import check_patterns, known_names, matches
 from emp_callbacks.targets.units import MemberTarget, Role, UnitTarget
 from emp_callbacks.targets.weights import WeightTarget, is_conv1d
 
-# Those whose output channels are rows of the weight.
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 _WRAPPED = (
     "_orig_mod",
     "_fsdp_wrapped_module",
@@ -43,7 +46,7 @@ class UnitSearch:
         paths = adapter_paths(model)
         for name, module in model.named_modules(remove_duplicate=False):
             if (base := adapted(module)) is not None:
-                self._adapters.setdefault(_innermost(base), []).append(module)
+                self._adapters.setdefault(innermost(base), []).append(module)
             elif name not in paths and _inner(module) is None:
                 # With its dot, a wrapper's name is found at the end of the path too.
                 self._names.setdefault(module, []).extend(one[:-1] for one in known_names(f"{name}."))
@@ -69,6 +72,19 @@ class UnitSearch:
     def outputs(self, layer: nn.Module) -> int:
         """Return how many features or channels a layer writes."""
         return self.shape(own(layer, "weight"))[units_dim(layer)]
+
+    def is_norm(self, module: nn.Module) -> bool:
+        """Say whether a module normalises: one of torch's, one that keeps means and variances, or one of a known form.
+
+        That is a module without children whose parameters are a vector `weight` and, if it has more, a `bias` like it.
+        """
+        if isinstance(module, _NORMS) or {"running_mean", "running_var"} <= module._buffers.keys():
+            return True
+        if is_activation(module) or module._modules or is_layer(module):
+            return False
+        own = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
+        vectors = all(len(self.shape(parameter)) == 1 for parameter in own.values())
+        return "weight" in own and own.keys() <= {"weight", "bias"} and vectors
 
     def member(
         self,
@@ -161,7 +177,7 @@ def child(module: nn.Module, path: str) -> nn.Module | None:
     found: nn.Module | None = module
     for part in path.split("."):
         found = found._modules.get(part) if found is not None else None
-        found = found and _innermost(found)
+        found = found and innermost(found)
     return found
 
 
@@ -183,8 +199,17 @@ def is_dense(module: nn.Module | None) -> TypeGuard[nn.Module]:
 
 
 def is_convolution(module: nn.Module | None) -> TypeGuard[nn.Module]:
-    """Say whether the module is a convolution that is not transposed, whose weight is a parameter of its own."""
-    return isinstance(module, CONVOLUTIONS) and _has_weight(module)
+    """Say whether the module is a convolution whose weight is a parameter of its own; transposed, of a single group.
+
+    Of a transposed one with several groups no slice of the weight is an output channel.
+    """
+    known = isinstance(module, CONVOLUTIONS) or (isinstance(module, _TRANSPOSED) and module.groups == 1)
+    return known and _has_weight(module)
+
+
+def is_depthwise(module: nn.Module | None) -> bool:
+    """Say whether the module is a convolution that reads one channel for each that it writes."""
+    return isinstance(module, CONVOLUTIONS) and 1 < module.groups == module.in_channels
 
 
 def is_layer(module: nn.Module | None) -> TypeGuard[nn.Module]:
@@ -205,8 +230,11 @@ def own(module: nn.Module, name: str) -> nn.Parameter:
 
 
 def units_dim(layer: nn.Module) -> int:
-    """Return the dimension of a layer's weight that counts its outputs; transformers' Conv1D stores (in, out)."""
-    return 1 if is_conv1d(layer) else 0
+    """Return the dimension of a layer's weight that counts its outputs.
+
+    transformers' Conv1D stores (in, out) and transposed convolutions (in, out, ...).
+    """
+    return 1 if is_conv1d(layer) or isinstance(layer, _TRANSPOSED) else 0
 
 
 def blocks(size: int, units: int) -> Tensor:
@@ -220,7 +248,8 @@ def _inner(module: nn.Module) -> nn.Module | None:
     return next(wrapped, None) or adapted(module)
 
 
-def _innermost(module: nn.Module) -> nn.Module:
+def innermost(module: nn.Module) -> nn.Module:
+    """Return the module inside all wrappers."""
     while (inner := _inner(module)) is not None:
         module = inner
     return module

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from emp_callbacks.targets.weights import WeightTarget
 
-Role = Literal["weight", "bias", "scale", "shift", "input", "output", "adapter"]
+Role = Literal["weight", "bias", "scale", "shift", "behind", "input", "output", "adapter"]
 
 
 class MemberTarget(NamedTuple):
@@ -21,8 +21,8 @@ class MemberTarget(NamedTuple):
         masked: Whether pruning a unit zeroes its slices here. What is not masked is only scored.
         scored: Whether criteria that read weights read this parameter.
         role: What the parameter is to the units: "weight", "bias", "scale" (batch norm's gamma), "shift" (its beta),
-            "input" (weights that lead into the unit), "output" (weights that read it), "adapter" (of PEFT, beside one
-            of these).
+            "behind" (what further on would wake the unit: norms, biases of depthwise convolutions), "input" (weights
+            that lead into the unit), "output" (weights that read it), "adapter" (of PEFT, beside one of these).
     """
 
     weight: WeightTarget
