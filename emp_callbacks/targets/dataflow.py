@@ -19,9 +19,11 @@ Kind = Literal[
     "norm",
     "depthwise",
     "layer",  # anything that reads its inputs with weights
+    "opaque",  # a module that could not be traced
     "sum",
     "product",  # with a value that the unit has no part in
     "layout",  # units are moved to another dimension
+    "split",
     "mix",  # values are multiplied as matrices, as in attention
     "other",
     "output",  # of the model
@@ -36,14 +38,30 @@ _ACTIVATIONS = {
 _PASS = {
     *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "contiguous", "to"),
     *("float", "half", "bfloat16", "type", "type_as", "clone", "flatten", "reshape", "view", "squeeze", "unsqueeze"),
-    *("mean", "sum", "amax", "getitem", "getattr", "interpolate", "pad", "expand", "repeat_interleave", "masked_fill"),
+    *(
+        "reshape_as",
+        "view_as",
+        "expand_as",
+        "mean",
+        "sum",
+        "amax",
+        "getitem",
+        "getattr",
+        "interpolate",
+        "pad",
+        "expand",
+        "repeat_interleave",
+        "masked_fill",
+    ),
     *(f"{kind}_pool{d}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max", "lp") for d in (1, 2, 3)),
 }
 _SUMS = {"add", "sub", "subtract"}
 _PRODUCTS = {"mul", "multiply", "truediv", "div", "divide"}
-_LAYOUTS = {"permute", "transpose", "movedim", "swapaxes", "swapdims", "T", "mT", "rearrange"}
+_LAYOUTS = {"permute", "transpose", "movedim", "swapaxes", "swapdims", "T", "mT", "rearrange", "unfold"}
 _MIXES = {"matmul", "bmm", "einsum", "baddbmm", "scaled_dot_product_attention", "softmax"}
 _READS = {"linear", "bilinear", "addmm", *(f"conv{t}{d}d" for t in ("", "_transpose") for d in (1, 2, 3))}
+_SPLITS = {"split", "chunk", "tensor_split", "unbind", "split_with_sizes"}
+_STORES = {"append", "extend", "insert", "setitem", "update"}  # where to is not seen
 _SIZES = {"size", "shape", "dim", "ndim", "device", "dtype", "numel", "get_device", "is_floating_point"}
 _PASS_MODULES = {f"torch.nn.modules.{name}" for name in ("dropout", "pooling", "padding", "upsampling", "flatten")}
 
@@ -211,8 +229,7 @@ class Dataflow:
         if name in _SIZES or (name == "getattr" and node.args[1] in _SIZES):
             return None
         if name in _SUMS:
-            own = len(nodes) == len(node.all_input_nodes) and all(Place(place.module, one) in reached for one in nodes)
-            return "activation" if own else "sum"
+            return "pass" if len(nodes) == 1 or all(Place(place.module, one) in reached for one in nodes) else "sum"
         if name in _PRODUCTS:
             own = all(self._comes_from(Place(place.module, one), reached) for one in nodes)
             return "pass" if own or len(nodes) == 1 else "product"
@@ -220,6 +237,7 @@ class Dataflow:
             return "layout"
         kinds: tuple[tuple[set[str], Kind], ...] = (
             (_ACTIVATIONS, "activation"), (_PASS, "pass"), (_LAYOUTS, "layout"), (_MIXES, "mix"), (_READS, "layer"),
+            (_SPLITS, "split"), (_STORES, "unknown"),
         )  # fmt: skip
         return next((kind for names, kind in kinds if name in names), "other")
 
@@ -248,7 +266,9 @@ def _module_kind(search: UnitSearch, module: nn.Module) -> Kind:
         return "activation"
     if isinstance(module, nn.Identity) or kinds & _PASS_MODULES:
         return "pass"
-    return "layer" if any(True for _ in module.parameters()) else "unknown"
+    if next(module.parameters(), None) is None:
+        return "unknown"
+    return "opaque" if module._modules and not isinstance(module, nn.MultiheadAttention) else "layer"
 
 
 _NO_ACTIVATIONS = (nn.MultiheadAttention, nn.Softmax, nn.LogSoftmax, nn.Softmax2d, nn.Softmin)
@@ -265,12 +285,12 @@ def called(node: fx.Node) -> str:
 
 def _is_followed(search: UnitSearch, module: nn.Module) -> bool:
     """Say whether a module's own forward tells something: not those that torch computes, nor norms and activations."""
-    if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.MultiheadAttention)):
+    if type(module).forward is nn.Module.forward or isinstance(module, nn.MultiheadAttention):
         return False
     if is_layer(module):
         return bool(module._modules)
     of_torch = type(module).__module__.startswith("torch.nn.modules.") and not isinstance(module, nn.Sequential)
-    return not of_torch and _module_kind(search, module) in ("layer", "unknown")
+    return not of_torch and _module_kind(search, module) in ("layer", "opaque", "unknown")
 
 
 # ---- tracing -------------------------------------------------------------------------------------------------------

@@ -33,7 +33,8 @@ FROZEN = "frozen (requires_grad=False)"
 TIED = "tied to an embedding"
 
 _UNITWISE: set[Kind] = {"pass", "norm", "activation"}
-_ANYWAY: set[Kind] = {"pass", "norm", "activation", "depthwise", "sum", "product", "layout", "mix", "other"}
+_MOVED: set[Kind] = {*_UNITWISE, "layout", "depthwise"}
+_ANYWAY: set[Kind] = {*_MOVED, "sum", "product", "split", "mix", "other"}
 
 
 class LayerRoles:
@@ -59,19 +60,20 @@ class LayerRoles:
         """Return the norms behind a layer that are not its own: they are behind other layers too."""
         return [module for module in self._behind[layer] if module not in self.behind(layer)]
 
-    def norms_of_product(self, gated: Gated) -> list[nn.Module]:
-        """Return the norms between the product of gated layers and what reads it."""
+    def behind_gated(self, gated: Gated) -> list[nn.Module]:
+        """Return the norms behind gated layers, before and after they are multiplied."""
+        before = [module for part in gated.parts for module in self.behind(part)]
         if gated.place is None:
-            return []
+            return before
         met = self.flow.walk([gated.place], _UNITWISE)
-        return [module for one in met if one.kind == "norm" and (module := self._module(one)) is not None]
+        return before + [module for one in met if one.kind == "norm" and (module := self._module(one)) is not None]
 
     def _find_behind(self, layer: nn.Module) -> list[nn.Module]:
         met = self._met[layer]
         if self._is_lost(met):
             return [norm] if (norm := self._named_norms.get(layer)) is not None else []
         if "sum" not in _kinds(met) and not is_depthwise(layer):
-            met = self.flow.walk(self.flow.outputs(layer), {*_UNITWISE, "depthwise"})
+            met = self.flow.walk(self.flow.outputs(layer), _MOVED)
         modules = [self._module(one) for one in met if one.kind in ("norm", "depthwise")]
         found = [module for module in modules if module is not None]
         if "sum" in _kinds(met):
@@ -114,21 +116,25 @@ class LayerRoles:
             return None if read_by_size else STREAM
         if "product" in kinds:
             return GATE
-        if self.is_output(layer) is True:
+        if self.is_output(layer):
             return OUTPUT
+        if "layout" in kinds:
+            kinds = _kinds(self.flow.walk(self.flow.outputs(layer), _MOVED))
+            return None if "activation" in kinds and kinds <= {*_MOVED, "layer"} else STREAM
         activated = "activation" in kinds and not kinds & {"sum", "mix"}
         read = "layer" in kinds and kinds <= {*_UNITWISE, "layer", "output"}
-        unsure = "unknown" in kinds and read_by_size
+        unsure = "unknown" in kinds and "sum" not in kinds and read_by_size
         return None if activated or read or unsure else STREAM
 
     def _why_no_channels(self, layer: nn.Module) -> str | None:
         if is_depthwise(layer):
             return DEPTHWISE
         met = self._met[layer]
-        if "layout" in _kinds(self.flow.walk(self.flow.outputs(layer), {"pass"})):
-            return EMBEDDING
-        if "mix" in _kinds(met):
+        moved = _kinds(self.flow.walk(self.flow.outputs(layer), {*_MOVED, "split"}))
+        if "mix" in moved:
             return ATTENTION
+        if "layout" in _kinds(self.flow.walk(self.flow.outputs(layer), {"pass"})) and not moved <= {*_MOVED, "layer"}:
+            return EMBEDDING
         if "product" in _kinds(met) and not self._is_lost(met):
             return GATE
         output = self.is_output(layer)
@@ -143,7 +149,7 @@ class LayerRoles:
     def is_output(self, layer: nn.Module) -> bool | None:
         """Say whether no layer reads what becomes of a layer's outputs; None if that is not known."""
         kinds = _kinds(self.flow.walk(self.flow.outputs(layer), _ANYWAY))
-        return False if "layer" in kinds else None if "unknown" in kinds else True
+        return False if kinds & {"layer", "opaque"} else True if "output" in kinds and "unknown" not in kinds else None
 
     def _is_read_by_size(self, layer: nn.Module) -> bool:
         """Say whether a later layer of the model has as many inputs as this one has outputs."""
@@ -155,7 +161,7 @@ class LayerRoles:
         search = self._search
         convolutions = [layer for layer in self.layers if is_convolution(layer)]
         found = {layer: EMBEDDING for layer in convolutions[:1] if _cuts_patches(layer)}
-        found |= {gated.reader: STREAM for gated in self.gated}
+        found |= {gated.reader: STREAM for gated in self.gated if is_dense(gated.reader)}
         for module in search.modules():
             found |= dict.fromkeys(projections(module), ATTENTION)
             if module is not search.model and not self.flow.is_known(module) and _attends(module):
@@ -166,19 +172,17 @@ class LayerRoles:
                 place = Place(module, node)
                 found |= dict.fromkeys(factors(self.flow, place), EXCITATION)
                 if called(node) in ("matmul", "bmm", "scaled_dot_product_attention", "einsum", "baddbmm"):
-                    read = self.flow.walk([place], {*_UNITWISE, "layout"})
+                    read = self.flow.walk([place], {"pass", "layout"})
                     readers = [self._module(one) for one in read if one.kind == "layer"]
                     found |= {layer: ATTENTION for layer in readers if is_convolution(layer)}
         for layer in convolutions:  # an MLP of 1x1 convolutions writes into a residual stream as any other does
             readers = [self._module(one) for one in self._met[layer] if one.kind == "layer"]
-            if (
-                _is_pointwise(layer)
-                and len(readers) == 1
-                and _is_pointwise(readers[0])
-                and "activation" in _kinds(self._met[layer])
-            ):
-                found |= {reader: STREAM for reader in readers if is_layer(reader) and not self._behind[reader]}
+            in_mlp = _is_pointwise(layer) and "activation" in _kinds(self._met[layer]) and len(readers) == 1
+            found |= {reader: STREAM for reader in readers if in_mlp and self._adds_pointwise(reader)}
         return found
+
+    def _adds_pointwise(self, layer: nn.Module | None) -> bool:
+        return _is_pointwise(layer) and is_layer(layer) and not _kinds(self._met[layer]) & {"activation", "layer"}
 
 
 def _kinds(met: list[Met]) -> set[Kind]:

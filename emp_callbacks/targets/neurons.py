@@ -179,8 +179,7 @@ def _layers(search: UnitSearch, roles: LayerRoles) -> Iterator[_Layer]:
     owners = {gated.owner: gated for gated in roles.gated}
     for module in search.modules():
         if (gated := owners.get(module)) is not None:
-            norms = tuple(roles.norms_of_product(gated))
-            yield _Layer(module, gated.parts, gated.units, gated.reader, norms, ())
+            yield _Layer(module, gated.parts, gated.units, gated.reader, tuple(roles.behind_gated(gated)), ())
         elif is_layer(module) and module not in owned:
             behind, shared = tuple(roles.behind(module)), tuple(roles.shares(module))
             yield _Layer(module, (module,), search.outputs(module), None, behind, shared)
@@ -256,6 +255,9 @@ def _members_behind(search: UnitSearch, module: nn.Module, layer: _Layer) -> Ite
     roles: dict[str, Literal["scale", "shift", "behind"]] = {"bias": "shift" if follows else "behind"}
     if not is_depthwise(module):
         roles = {"weight": "scale" if follows else "behind", **roles}
+    outputs = search.outputs(layer.parts[0])
     for name, role in roles.items():
         if has(module, name) and not (count := search.shape(own(module, name)).numel()) % layer.units:
-            yield search.member(own(module, name), 0, blocks(count, layer.units), role, masked=True, scored=False)
+            repeats = torch.arange(count, device="cpu") % layer.units
+            unit_of = repeats if count == outputs else blocks(count, layer.units)
+            yield search.member(own(module, name), 0, unit_of, role, masked=True, scored=False)

@@ -24,7 +24,6 @@ _WRAPPED = (
     "_checkpoint_wrapped_module",
     "_forward_module",
     "_original_module",
-    "base_layer",
 )
 
 
