@@ -47,8 +47,10 @@ class LayerRoles:
         self.gated = find_gated(search, self.flow)
         self._met = {layer: self.flow.walk(self.flow.outputs(layer), _UNITWISE) for layer in self.layers}
         self._named_norms = {layer: norm for module in search.modules() for layer, norm in _norms(search, module)}
+        self._across: dict[nn.Module, list[nn.Module]] = {layer: [] for layer in self.layers}
         self._behind = {layer: self._find_behind(layer) for layer in self.layers}
-        self._feeders = Counter(module for found in self._behind.values() for module in found)
+        of_units = [found for layer, found in self._behind.items() if not is_depthwise(layer)]
+        self._feeders = Counter(module for found in of_units for module in found)
 
     # ---- what comes behind -----------------------------------------------------------------------------------------
 
@@ -56,9 +58,13 @@ class LayerRoles:
         """Return the norms that a layer's units pass by themselves, and depthwise convolutions, in order."""
         return [module for module in self._behind[layer] if self._feeders[module] == 1 or is_depthwise(layer)]
 
-    def shares(self, layer: nn.Module) -> list[nn.Module]:
-        """Return the norms behind a layer that are not its own: they are behind other layers too."""
-        return [module for module in self._behind[layer] if module not in self.behind(layer)]
+    def not_its_own(self, layer: nn.Module) -> list[nn.Module]:
+        """Return the norms behind a layer whose scale and shift are not of its units.
+
+        They are behind other layers too, or they normalise along another dimension, as a LayerNorm does that reads
+        the pixels of a convolution as they are.
+        """
+        return [module for module in self._behind[layer] if module not in self.behind(layer)] + self._across[layer]
 
     def behind_gated(self, gated: Gated) -> list[nn.Module]:
         """Return the norms behind gated layers, before and after they are multiplied."""
@@ -75,10 +81,12 @@ class LayerRoles:
         if "sum" not in _kinds(met) and not is_depthwise(layer):
             met = self.flow.walk(self.flow.outputs(layer), _MOVED)
         modules = [self._module(one) for one in met if one.kind in ("norm", "depthwise")]
-        found = [module for module in modules if module is not None]
+        found = [module for module in dict.fromkeys(modules) if module is not None]
         if "sum" in _kinds(met):
             found = [module for module in found if not is_depthwise(module)]
-        return list(dict.fromkeys(found))
+        if is_convolution(layer) and not any(_is_laid_out(one) for one in met):
+            self._across[layer] = [module for module in found if type(module).forward is nn.LayerNorm.forward]
+        return [module for module in found if module not in self._across[layer]]
 
     def _module(self, met: Met) -> nn.Module | None:
         return None if met.place is None else self.flow.callee(met.place)
@@ -178,15 +186,21 @@ class LayerRoles:
         for layer in convolutions:  # an MLP of 1x1 convolutions writes into a residual stream as any other does
             readers = [self._module(one) for one in self._met[layer] if one.kind == "layer"]
             in_mlp = _is_pointwise(layer) and "activation" in _kinds(self._met[layer]) and len(readers) == 1
-            found |= {reader: STREAM for reader in readers if in_mlp and self._adds_pointwise(reader)}
+            found |= {reader: STREAM for reader in readers if reader and in_mlp and self._adds_pointwise(reader)}
         return found
 
-    def _adds_pointwise(self, layer: nn.Module | None) -> bool:
+    def _adds_pointwise(self, layer: nn.Module) -> bool:
         return _is_pointwise(layer) and is_layer(layer) and not _kinds(self._met[layer]) & {"activation", "layer"}
 
 
 def _kinds(met: list[Met]) -> set[Kind]:
     return {one.kind for one in met}
+
+
+def _is_laid_out(met: Met) -> bool:
+    """Say whether channels, after this, lie along the last dimension, or may do so."""
+    names = ("mean", "sum", "amax", "flatten", "reshape", "view", "squeeze", "getitem")
+    return met.kind == "layout" or (met.kind == "pass" and met.place is not None and called(met.place.node) in names)
 
 
 def _is_pointwise(layer: nn.Module | None) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
@@ -12,13 +11,12 @@ from torch.nn.modules.conv import _ConvNd
 
 from emp_callbacks.targets.adapter_members import adapter_rows
 from emp_callbacks.targets.layer_roles import FROZEN, OUTPUT, LayerRoles
-from emp_callbacks.targets.names import few
 from emp_callbacks.targets.recurrent import recurrent_layers
 from emp_callbacks.targets.unit_search import UnitSearch, blocks, has, is_depthwise, is_layer, own, units_dim
 from emp_callbacks.targets.units import MemberTarget, UnitTarget
 
 FullShape = Callable[[nn.Parameter], torch.Size]
-_WOKEN = "followed by a norm without trainable scale and shift, which makes something of a unit that is zero"
+_WOKEN = "followed by a norm without trainable scale and shift of its own, which makes something of a zero"
 _PARAMETRISED = "its weight is computed from other parameters (a parametrisation, or quantized)"
 _GROUPED = "a transposed convolution of several groups, of which no slice of the weight is an output channel"
 _PROJECTED = "a recurrent layer with proj_size, whose units are read through a projection"
@@ -33,7 +31,7 @@ class _Layer(NamedTuple):
         units: Number of units.
         reader: The layer that reads the product of gated layers; None for a single layer.
         behind: Norms and depthwise convolutions that the units pass by themselves, in order.
-        shared: Such norms that other layers' units pass as well.
+        not_its_own: Norms behind it whose scale and shift are not of its units alone.
     """
 
     owner: nn.Module
@@ -41,7 +39,7 @@ class _Layer(NamedTuple):
     units: int
     reader: nn.Module | None
     behind: tuple[nn.Module, ...]
-    shared: tuple[nn.Module, ...]
+    not_its_own: tuple[nn.Module, ...]
 
 
 class _Found(NamedTuple):
@@ -78,8 +76,7 @@ def neurons(
     pooling and depthwise convolutions (whose bias is zero too), up to where it is read or added to others. So it is
     exactly silent after any activation that maps 0 to 0 (ReLU, GELU, SiLU, tanh; a sigmoid leaves 0.5). GroupNorm and
     LayerNorm compute their statistics with the zeros of pruned units. A layer followed by a norm that makes something
-    of a zero and has no trainable scale and shift is left out, and refused when named; of a norm that several layers
-    share a warning tells.
+    of a zero and has no trainable scale and shift of these units alone is left out, and refused when named.
 
     Args:
         model: Any module; shared modules and tied weights count once, under their first name.
@@ -119,7 +116,6 @@ def neurons(
     layers = [found.layers[target.name] for target in chosen if target.name in found.layers]
     for layer in layers:
         _check_silent(search, layer)
-    _tell_shared(search, layers)
     return chosen
 
 
@@ -181,22 +177,20 @@ def _layers(search: UnitSearch, roles: LayerRoles) -> Iterator[_Layer]:
         if (gated := owners.get(module)) is not None:
             yield _Layer(module, gated.parts, gated.units, gated.reader, tuple(roles.behind_gated(gated)), ())
         elif is_layer(module) and module not in owned:
-            behind, shared = tuple(roles.behind(module)), tuple(roles.shares(module))
-            yield _Layer(module, (module,), search.outputs(module), None, behind, shared)
+            behind, others = tuple(roles.behind(module)), tuple(roles.not_its_own(module))
+            yield _Layer(module, (module,), search.outputs(module), None, behind, others)
 
 
 def _wakes(search: UnitSearch, layer: _Layer) -> list[nn.Module]:
     """Return the norms behind a layer that make something of a unit that is zero and cannot be silenced."""
-    return [
-        module
-        for module in layer.behind
-        if not is_depthwise(module) and not _silences(search, module, layer.units) and not _keeps_zero(module)
-    ]
+    norms = [(module, _silences(search, module, layer.units)) for module in layer.behind if not is_depthwise(module)]
+    norms += [(module, False) for module in layer.not_its_own]
+    return [norm for norm, silenced in norms if not silenced and not _keeps_zero(norm)]
 
 
 def _silences(search: UnitSearch, norm: nn.Module, units: int) -> bool:
     """Say whether zeros in the norm's own parameters silence a unit."""
-    return has(norm, "weight") and search.shape(own(norm, "weight")).numel() % units == 0
+    return has(norm, "weight") and search.shape(own(norm, "weight"))[0] % units == 0
 
 
 def _keeps_zero(norm: nn.Module) -> bool:
@@ -212,19 +206,9 @@ def _keeps_zero(norm: nn.Module) -> bool:
 def _check_silent(search: UnitSearch, layer: _Layer) -> None:
     if wakes := _wakes(search, layer):
         raise ValueError(
-            f"{search.name(layer.owner)!r} is followed by a norm without trainable scale and shift ({wakes[0]}), which "
-            "makes something of a channel that is zero: exclude it, or build that norm with affine=True"
-        )
-
-
-def _tell_shared(search: UnitSearch, layers: Sequence[_Layer]) -> None:
-    found = [search.name(layer.owner) for layer in layers if layer.shared]
-    if found:
-        warnings.warn(
-            f"the norm behind {few(found)} is behind other layers too: their pruned units are zero before it and a "
-            "constant after it, not silent; exclude them, or give each layer a norm of its own",
-            UserWarning,
-            stacklevel=2,
+            f"{search.name(layer.owner)!r} is followed by a norm without trainable scale and shift of its own units "
+            f"({wakes[0]}), which makes something of a channel that is zero: exclude it, or build that norm with "
+            "affine=True and for this layer alone"
         )
 
 
@@ -257,7 +241,7 @@ def _members_behind(search: UnitSearch, module: nn.Module, layer: _Layer) -> Ite
         roles = {"weight": "scale" if follows else "behind", **roles}
     outputs = search.outputs(layer.parts[0])
     for name, role in roles.items():
-        if has(module, name) and not (count := search.shape(own(module, name)).numel()) % layer.units:
+        if has(module, name) and not (count := search.shape(own(module, name))[0]) % layer.units:
             repeats = torch.arange(count, device="cpu") % layer.units
             unit_of = repeats if count == outputs else blocks(count, layer.units)
             yield search.member(own(module, name), 0, unit_of, role, masked=True, scored=False)
