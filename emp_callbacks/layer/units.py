@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from emp_callbacks.layer.masked_weight import MaskedWeight
 from emp_callbacks.layer.observers import Observer
 from emp_callbacks.layer.segment import Segment, Span
 from emp_callbacks.layer.shared_sums import Parts, Ranks
+from emp_callbacks.targets.units import Role
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -26,7 +27,7 @@ class Member:
     unit_of: Tensor
     masked: bool
     scored: bool
-    role: Literal["weight", "bias", "scale", "shift", "input", "output", "adapter", "router", "per_head"]
+    role: Role
     _unit_there: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def sums(self, values: Tensor, units: int, rank: int) -> Tensor:

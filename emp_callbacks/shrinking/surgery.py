@@ -40,8 +40,8 @@ class Cut(NamedTuple):
 
 Surgery = dict[str, dict[str, Cut]]
 """Module name -> axis -> what is left of it. Axes are "outputs" and "inputs" of a layer, "groups" of a convolution,
-"experts" of a mixture; and of what an attention holds "NAME:DIM", a tensor along a dimension, "=NAME", an attribute that
-is a multiple of its heads, and "heads", for readers.
+"experts" of a mixture; and of what an attention holds "NAME:DIM", a tensor along a dimension, "=NAME", an attribute
+that is a multiple of its heads, and "heads", for readers.
 """
 
 

@@ -1,41 +1,26 @@
-"""Hidden neurons of dense layers and channels of convolutions as units."""
+"""Hidden neurons of dense layers, channels of convolutions and hidden units of recurrent layers as units."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import takewhile
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from emp_callbacks.targets.adapter_members import adapter_rows
-from emp_callbacks.targets.heads import projections
-from emp_callbacks.targets.unit_search import (
-    CONVOLUTIONS,
-    UnitSearch,
-    chain,
-    child,
-    has,
-    is_convolution,
-    is_dense,
-    is_layer,
-    own,
-    units_dim,
-)
+from emp_callbacks.targets.expert_units import expert_neurons
+from emp_callbacks.targets.layer_roles import FROZEN, OUTPUT, LayerRoles
+from emp_callbacks.targets.recurrent import recurrent_layers
+from emp_callbacks.targets.unit_search import UnitSearch, blocks, has, is_depthwise, is_layer, own, units_dim
 from emp_callbacks.targets.units import MemberTarget, UnitTarget
 
-# Two layers whose outputs are multiplied, and the layer that reads the product: Llama, timm's SwiGLU, T5, Meta's Llama.
-_GATED = (
-    ("gate_proj", "up_proj", "down_proj"),
-    ("fc1_g", "fc1_x", "fc2"),
-    ("wi_0", "wi_1", "wo"),
-    ("w1", "w3", "w2"),
-)
-# One layer whose two halves are multiplied, and the layer that reads the product: timm's GluMlp, Phi-3, DINOv2.
-_GATED_IN_ONE = (("fc1", "fc2"), ("gate_up_proj", "down_proj"), ("w12", "w3"))
-_EXCITES = ("SEModule", "SqueezeExcit", "GatherExcite")
+FullShape = Callable[[nn.Parameter], torch.Size]
+_WOKEN = "followed by a norm without trainable scale and shift of its own, which makes something of a zero"
+_PARAMETRISED = "its weight is computed from other parameters (a parametrisation, or quantized)"
+_GROUPED = "a transposed convolution of several groups, of which no slice of the weight is an output channel"
+_PROJECTED = "a recurrent layer with proj_size, whose units are read through a projection"
 
 
 class _Layer(NamedTuple):
@@ -46,63 +31,78 @@ class _Layer(NamedTuple):
         parts: The layers, each with as many rows per unit as the others.
         units: Number of units.
         reader: The layer that reads the product of gated layers; None for a single layer.
-        norm: The batch norm that follows, if one does.
+        behind: Norms and depthwise convolutions that the units pass by themselves, in order.
+        not_its_own: Norms behind it whose scale and shift are not of its units alone.
     """
 
     owner: nn.Module
     parts: tuple[nn.Module, ...]
     units: int
     reader: nn.Module | None
-    norm: nn.Module | None
+    behind: tuple[nn.Module, ...]
+    not_its_own: tuple[nn.Module, ...]
+
+
+class _Found(NamedTuple):
+    """What a model holds: units by name, the layers among them, and why some are not chosen by default."""
+
+    search: UnitSearch
+    targets: list[UnitTarget]
+    layers: dict[str, _Layer]
+    reasons: dict[str, str]
 
 
 def neurons(
     model: nn.Module,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
-    full_shape: Callable[[nn.Parameter], torch.Size] = lambda parameter: parameter.shape,
+    full_shape: FullShape = lambda parameter: parameter.shape,
 ) -> list[UnitTarget]:
     """Return the layers of a model whose hidden neurons or channels are units, in the model's own order.
 
-    By default, as far as names and the order of registration tell:
+    What a layer is for is read off the forward of the modules around it, traced without computing anything (see
+    `dataflow.Dataflow`); where a forward depends on values or shapes, as in most attentions, sizes and the order of
+    registration have to do, and a layer of which too little is known is left out. By default:
 
-    * Dense layers (`nn.Linear`, transformers' Conv1D) that another dense layer of the same module or Sequential
-      reads (it has as many inputs as this one outputs), or that an activation follows, except the model's last layer.
-      These are the first layers of MLP blocks; the last ones, which write into a residual stream, are left out.
-    * Gated MLPs (Llama, T5, SwiGLU): unit i is row i of both layers that are multiplied.
-    * Output channels of convolutions, except depthwise ones, patch embeddings, squeeze-and-excitation gates and a last
-      layer without batch norm.
-    * No projections of attention, nothing frozen, nothing tied to an embedding.
+    * Dense layers (`nn.Linear`, transformers' Conv1D) whose outputs an activation or another dense layer reads, and
+      nothing else: the first layers of MLP blocks. Those that write into a residual stream are left out.
+    * Gated MLPs: two layers whose outputs are multiplied, or one whose halves are. Unit i is row i of both.
+    * Output channels of convolutions, grouped ones too, and of transposed ones of one group. Not of depthwise ones,
+      patch embeddings, squeeze-and-excitation.
+    * Hidden neurons of the experts of a mixture whose matrices are stacked: unit e * I + i is neuron i of expert e.
+    * Hidden units of LSTMs, GRUs and RNNs, unless they have `proj_size`.
+    * No outputs of the model, however many heads it has: what no layer reads. No projections of attention, nothing
+      frozen, nothing tied to an embedding, no layers whose weight is computed (parametrisations).
 
-    A pruned unit has zero weights and bias, and zero scale and shift in the batch norm that follows, so that it is
-    exactly silent after any activation that maps 0 to 0 (ReLU, GELU, SiLU, tanh; a sigmoid leaves 0.5). Other norms are
-    not masked: what a LayerNorm or GroupNorm makes of a zero is not zero. A layer followed by a batch norm that has no
-    trainable scale and shift cannot be silenced at all: it is left out, and refused when named.
+    A pruned unit has zero weights and bias, and zero scale and shift in every norm behind it, past activations,
+    pooling and depthwise convolutions (whose bias is zero too), up to where it is read or added to others. So it is
+    exactly silent after any activation that maps 0 to 0 (ReLU, GELU, SiLU, tanh; a sigmoid leaves 0.5). GroupNorm and
+    LayerNorm compute their statistics with the zeros of pruned units. A layer followed by a norm that makes something
+    of a zero and has no trainable scale and shift of these units alone is left out, and refused when named.
 
     Args:
         model: Any module; shared modules and tied weights count once, under their first name.
-        include: Glob patterns on names of dense layers, convolutions or gated MLPs, or of their weights, that replace
-            the default rule.
+        include: Glob patterns on names of dense layers, convolutions, gated MLPs or recurrent layers, or of their
+            weights, that replace the default rule.
         exclude: The same, to leave out.
         full_shape: Gives the shape that a parameter has in the unsharded model.
 
     Returns:
         One `UnitTarget` per layer or gated MLP. Members, all masked: rows of the weight ("weight", the only scored
-        ones), bias ("bias"), scale and shift of the batch norm that follows ("scale", "shift"), and what PEFT's
-        adapters of the layer write into the units ("adapter"). Observed: the output of the batch norm, else of the
-        layer; for gated layers the input of the layer that reads their product.
+        ones), bias ("bias"), scale and shift of the norm that follows ("scale", "shift"), those of what comes behind
+        it and depthwise biases ("behind"), and what PEFT's adapters of the layer write into the units ("adapter").
+        Observed: the output of the batch norm, else of the layer; for gated layers the input of the layer that reads
+        their product; of recurrent layers nothing.
 
     Raises:
         ValueError: Nothing is found or left, a pattern matches no layer, or a named layer cannot be silenced.
     """
-    search = UnitSearch(model, full_shape)
-    layers = {search.name(layer.owner): layer for layer in _layers(search)}
-    targets = [_target(search, layer) for layer in layers.values()]
-    hidden = _hidden(search, list(layers.values()))
+    found = _find(model, full_shape)
+    search = found.search
     chosen = search.masked_once(
         search.choose(
-            targets,
-            lambda target: all(part in hidden for part in layers[target.name].parts),
+            found.targets,
+            lambda target: target.name not in found.reasons,
             include,
             exclude,
             "dense layer or convolution",
@@ -111,170 +111,120 @@ def neurons(
     if not chosen:
         raise ValueError(
             "no hidden neurons were found: looked for dense layers that another one or an activation follows, gated "
-            f"MLPs and convolutions; {search.summary()}. Name what you want with include=['pattern'], frozen layers too"
+            f"MLPs, convolutions and recurrent layers; {search.summary()}. Name what you want with "
+            "include=['pattern'], frozen layers too"
         )
     search.check(chosen)
-    for target in chosen:
-        _check_silent(layers[target.name], target)
+    layers = [found.layers[target.name] for target in chosen if target.name in found.layers]
+    for layer in layers:
+        _check_silent(search, layer)
     return chosen
 
 
-def _layers(search: UnitSearch) -> Iterator[_Layer]:
-    norms = {layer: norm for module in search.modules() for layer, norm in _norms(search, module)}
-    gated = [layer for module in search.modules() if (layer := _gated(search, module)) is not None]
-    owned = {part: layer for layer in gated for part in layer.parts}
-    owners = {layer.owner: layer for layer in gated}
+def left_out_neurons(model: nn.Module, full_shape: FullShape = lambda parameter: parameter.shape) -> dict[str, str]:
+    """Return the parameters of the layers that `neurons` leaves out by default, and why: name -> reason."""
+    found = _find(model, full_shape)
+    reasons = {
+        member.weight.name: found.reasons[target.name]
+        for target in found.targets
+        if target.name in found.reasons
+        for member in target.members
+        if member.role != "behind"
+    }
+    for module in found.search.modules():
+        if (why := _no_units(module)) is not None:
+            reasons |= {found.search.name(parameter): why for parameter in module.parameters()}
+    return reasons
+
+
+def _no_units(module: nn.Module) -> str | None:
+    """Return why a layer has no units at all; None if it has, or is no layer."""
+    if isinstance(module, nn.RNNBase) and module.proj_size:
+        return _PROJECTED
+    if is_layer(module) or not isinstance(module, (nn.Linear, _ConvNd)):
+        return None
+    return _GROUPED if has(module, "weight") and getattr(module, "groups", 1) > 1 else _PARAMETRISED
+
+
+def _find(model: nn.Module, full_shape: FullShape) -> _Found:
+    search = UnitSearch(model, full_shape)
+    roles = LayerRoles(search)
+    layers = {search.name(layer.owner): layer for layer in _layers(search, roles)}
+    why_not = roles.left_out()
+    reasons = {
+        name: why for name, layer in layers.items() for part in layer.parts if (why := why_not.get(part)) is not None
+    }
+    reasons |= {name: _WOKEN for name, layer in layers.items() if _wakes(search, layer)}
+    targets: list[UnitTarget] = []
+    experts = dict(expert_neurons(search))
     for module in search.modules():
-        if module in owners:
-            yield owners[module]
+        if module in experts:
+            targets.append(experts[module])
+        recurrent = [*recurrent_layers(search, module)]
+        targets += recurrent
+        if recurrent and roles.is_output(module):
+            reasons |= {target.name: OUTPUT for target in _last(module, recurrent)}
+        if (layer := layers.get(search.name(module))) is not None:
+            targets.append(_target(search, layer))
+    reasons |= {t.name: FROZEN for t in targets if not t.members[0].weight.parameter.requires_grad}
+    return _Found(search, targets, layers, reasons)
+
+
+def _last(module: nn.Module, targets: list[UnitTarget]) -> list[UnitTarget]:
+    """Return those of a recurrent module's layers whose states are its outputs."""
+    return targets[-2:] if getattr(module, "bidirectional", False) else targets[-1:]
+
+
+def _layers(search: UnitSearch, roles: LayerRoles) -> Iterator[_Layer]:
+    owned = {part for gated in roles.gated for part in gated.parts}
+    owners = {gated.owner: gated for gated in roles.gated}
+    for module in search.modules():
+        if (gated := owners.get(module)) is not None:
+            yield _Layer(module, gated.parts, gated.units, gated.reader, tuple(roles.behind_gated(gated)), ())
         elif is_layer(module) and module not in owned:
-            yield _Layer(module, (module,), search.outputs(module), None, norms.get(module))
+            behind, others = tuple(roles.behind(module)), tuple(roles.not_its_own(module))
+            yield _Layer(module, (module,), search.outputs(module), None, behind, others)
 
 
-def _gated(search: UnitSearch, module: nn.Module) -> _Layer | None:
-    for names in _GATED:
-        first, second, reader = (child(module, name) for name in names)
-        if is_dense(first) and is_dense(second) and is_dense(reader) and _multiplied(search, first, second, reader):
-            return _Layer(module, (first, second), search.outputs(first), reader, None)
-    for name, last in _GATED_IN_ONE:
-        layer, reader = child(module, name), child(module, last)
-        if is_layer(layer) and is_layer(reader) and search.outputs(layer) == 2 * search.inputs(reader):
-            return _Layer(layer, (layer,), search.inputs(reader), reader, None)
-    return None
+def _wakes(search: UnitSearch, layer: _Layer) -> list[nn.Module]:
+    """Return the norms behind a layer that make something of a unit that is zero and cannot be silenced."""
+    norms = [(module, _silences(search, module, layer.units)) for module in layer.behind if not is_depthwise(module)]
+    norms += [(module, False) for module in layer.not_its_own]
+    return [norm for norm, silenced in norms if not silenced and not _keeps_zero(norm)]
 
 
-def _multiplied(search: UnitSearch, first: nn.Module, second: nn.Module, reader: nn.Module) -> bool:
-    same = search.shape(own(first, "weight")) == search.shape(own(second, "weight"))
-    return same and search.outputs(first) == search.inputs(reader)
+def _silences(search: UnitSearch, norm: nn.Module, units: int) -> bool:
+    """Say whether zeros in the norm's own parameters silence a unit."""
+    return has(norm, "weight") and search.shape(own(norm, "weight"))[0] % units == 0
 
 
-def _norms(search: UnitSearch, module: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """Yield each layer among the children of `module` with the batch norm that follows it.
-
-    In a Sequential that is the next layer or norm. Among attributes, of the layers that have none yet, it is the one
-    whose name ends most alike (conv1, conv2, bn1, bn2), else the nearest. A Sequential that ends in a layer (a deep
-    stem) counts as that layer where the norm is the very next attribute.
-    """
-    waiting: list[tuple[str, nn.Module]] = []
-    ending: list[tuple[str, nn.Module]] = []
-    for name, link in chain(module):
-        if is_layer(link):
-            waiting = [*([] if isinstance(module, nn.Sequential) else waiting), (name, link)]
-        elif _is_batch_norm(link):
-            fits = [found for found in waiting + ending if search.outputs(found[1]) == _channels(link)]
-            if fits:
-                best = max(reversed(fits), key=lambda found: _common_ending(found[0], name))
-                waiting = [found for found in waiting if found is not best]
-                yield best[1], link
-        ending = [(name, last) for _, last in chain(link)[-1:] if isinstance(link, nn.Sequential) and is_layer(last)]
+def _keeps_zero(norm: nn.Module) -> bool:
+    """Say whether a norm without scale and shift makes zero of a unit that is zero everywhere."""
+    if any(parameter is not None for parameter in norm._parameters.values()):
+        return False
+    if isinstance(norm, nn.GroupNorm):
+        return norm.num_groups == norm.num_channels
+    is_instance_norm = isinstance(norm, nn.modules.instancenorm._InstanceNorm)
+    return isinstance(norm, nn.RMSNorm) or (is_instance_norm and not norm.track_running_stats)
 
 
-def _channels(norm: nn.Module) -> int | None:
-    count = getattr(norm, "num_features", None)
-    if isinstance(count, int):
-        return count
-    # A frozen one may not say how many; its buffers do, and nobody shards those.
-    mean = getattr(norm, "running_mean", None)
-    return len(mean) if isinstance(mean, Tensor) else None
-
-
-def _common_ending(one: str, other: str) -> int:
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one[::-1], other[::-1], strict=False)))
-
-
-def _is_batch_norm(module: nn.Module) -> bool:
-    # Frozen batch norms of torchvision and timm keep scale and shift in buffers.
-    return isinstance(module, _BatchNorm) or "BatchNorm" in type(module).__name__
-
-
-def _hidden(search: UnitSearch, layers: list[_Layer]) -> set[nn.Module]:
-    """Return the layers that are hidden ones by the default rule."""
-    embeddings = {m.weight for m in search.modules() if isinstance(m, nn.Embedding)}
-    singles = [layer for layer in layers if layer.reader is None]
-    hidden = {part for layer in layers if layer.reader is not None for part in layer.parts}
-    hidden |= {layer for module in search.modules() for layer in _read_on(search, module)}
-    hidden |= {layer.owner for layer in singles if is_convolution(layer.owner) and not _is_depthwise(layer.owner)}
-    last = singles[-1] if singles else None
-    if last is not None and last.norm is None:
-        hidden.discard(last.owner)
-    hidden -= {layer.reader for layer in layers if layer.reader is not None}
-    hidden -= {layer.owner for layer in layers if not _can_be_silent(layer)}
-    hidden -= _reserved(search)
-    return {layer for layer in hidden if own(layer, "weight").requires_grad and own(layer, "weight") not in embeddings}
-
-
-def _read_on(search: UnitSearch, module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the dense layers among the children of `module` that a dense layer reads or an activation follows."""
-    links = [_sole_dense(link) or link for _, link in chain(module)]
-    dense = [link for link in links if is_dense(link)]
-    for index, layer in enumerate(dense[:-1]):
-        if any(search.inputs(other) == search.outputs(layer) for other in dense[index + 1 :]):
-            yield layer
-    # Attributes say less: an MLP may hold its activation behind its last layer.
-    alone = isinstance(module, nn.Sequential) or len(dense) == 1
-    if dense and alone and any(_is_activation(link) for link in links[links.index(dense[-1]) + 1 :]):
-        yield dense[-1]
-
-
-def _sole_dense(module: nn.Module) -> nn.Module | None:
-    """Return the dense layer of a module that holds just one, like a layer with its norm and activation."""
-    found = [part for part in module.modules() if is_layer(part)]
-    return found[0] if len(found) == 1 and is_dense(found[0]) else None
-
-
-def _is_activation(module: nn.Module) -> bool:
-    # torch, timm and transformers keep activations, and torch its attention too, in modules of that name.
-    kind = type(module)
-    return "activation" in kind.__module__ and "Softmax" not in kind.__name__ and "Attention" not in kind.__name__
-
-
-def _is_depthwise(layer: nn.Module) -> bool:
-    return isinstance(layer, CONVOLUTIONS) and 1 < layer.groups == layer.in_channels
-
-
-def _cuts_patches(layer: nn.Module) -> bool:
-    return isinstance(layer, CONVOLUTIONS) and layer.kernel_size == layer.stride and max(layer.stride) > 1
-
-
-def _reserved(search: UnitSearch) -> set[nn.Module]:
-    """Return the layers that have a part of their own: in attention, patch embeddings or excitation."""
-    convolutions = [module for module in search.modules() if is_convolution(module)]
-    reserved = {layer for layer in convolutions[:1] if _cuts_patches(layer)}
-    for module in search.modules():
-        kind = type(module).__name__
-        reserved.update(projections(module))
-        attends = ("Attention" in kind or "Attn" in kind) and module is not search.model
-        if attends or "PatchEmbed" in kind or any(name in kind for name in _EXCITES):
-            links = [_sole_dense(link) or link for _, link in chain(module)]
-            reserved.update(link for link in links if is_layer(link))
-        if is_convolution(child(module, "fc1")) and is_convolution(second := child(module, "fc2")):
-            reserved.add(second)  # an MLP of 1x1 convolutions writes into a residual stream as any other does
-    return reserved
-
-
-def _can_be_silent(layer: _Layer) -> bool:
-    return layer.norm is None or has(layer.norm, "weight", "bias")
-
-
-def _check_silent(layer: _Layer, target: UnitTarget) -> None:
-    if not _can_be_silent(layer):
+def _check_silent(search: UnitSearch, layer: _Layer) -> None:
+    if wakes := _wakes(search, layer):
         raise ValueError(
-            f"{target.name!r} is followed by a batch norm without trainable scale and shift ({layer.norm}), which "
-            "makes something of a channel that is zero: exclude it, or build that norm with affine=True"
+            f"{search.name(layer.owner)!r} is followed by a norm without trainable scale and shift of its own units "
+            f"({wakes[0]}), which makes something of a channel that is zero: exclude it, or build that norm with "
+            "affine=True and for this layer alone"
         )
 
 
 def _target(search: UnitSearch, layer: _Layer) -> UnitTarget:
     members = [member for part in layer.parts for member in _members(search, part, layer.units)]
-    if layer.norm is not None and _can_be_silent(layer):
-        unit_of = torch.arange(layer.units, device="cpu")
-        members += [
-            search.member(own(layer.norm, "weight"), 0, unit_of, "scale", masked=True, scored=False),
-            search.member(own(layer.norm, "bias"), 0, unit_of, "shift", masked=True, scored=False),
-        ]
-    observed: tuple[nn.Module, Literal["input", "output"]] = (layer.norm or layer.owner, "output")
+    members += [member for module in layer.behind for member in _members_behind(search, module, layer)]
+    observed: tuple[nn.Module, Literal["input", "output"]] = (layer.owner, "output")
     if layer.reader is not None:
         observed = (layer.reader, "input")
+    elif layer.behind and {"running_mean", "running_var"} <= layer.behind[0]._buffers.keys():
+        observed = (layer.behind[0], "output")
     return UnitTarget(search.name(layer.owner), layer.units, tuple(members), observed)
 
 
@@ -286,3 +236,17 @@ def _members(search: UnitSearch, layer: nn.Module, units: int) -> Iterator[Membe
     if has(layer, "bias"):
         yield search.member(own(layer, "bias"), 0, unit_of, "bias", masked=True, scored=False)
     yield from adapter_rows(search, layer, unit_of)
+
+
+def _members_behind(search: UnitSearch, module: nn.Module, layer: _Layer) -> Iterator[MemberTarget]:
+    """Yield what would wake a unit that is zero: shifts, and scales of what is not zero behind a norm's mean."""
+    follows = module is layer.behind[0]
+    roles: dict[str, Literal["scale", "shift", "behind"]] = {"bias": "shift" if follows else "behind"}
+    if not is_depthwise(module):
+        roles = {"weight": "scale" if follows else "behind", **roles}
+    outputs = search.outputs(layer.parts[0])
+    for name, role in roles.items():
+        if has(module, name) and not (count := search.shape(own(module, name))[0]) % layer.units:
+            repeats = torch.arange(count, device="cpu") % layer.units
+            unit_of = repeats if count == outputs else blocks(count, layer.units)
+            yield search.member(own(module, name), 0, unit_of, role, masked=True, scored=False)

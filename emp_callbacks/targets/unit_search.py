@@ -7,7 +7,9 @@ from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
+from emp_callbacks.targets.activation_modules import is_activation
 from emp_callbacks.targets.adapters import adapted, adapter_paths
 from emp_callbacks.targets.matrices import is_conv1d
 from emp_callbacks.targets.names import check_patterns, known_names, matches
@@ -15,8 +17,9 @@ from emp_callbacks.targets.units import MemberTarget, Role, UnitTarget
 from emp_callbacks.targets.weights import WeightTarget
 from emp_callbacks.targets.wrappers import inner, innermost
 
-# Those whose output channels are rows of the weight.
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
 class UnitSearch:
@@ -63,6 +66,19 @@ class UnitSearch:
     def outputs(self, layer: nn.Module) -> int:
         """Return how many features or channels a layer writes."""
         return self.shape(own(layer, "weight"))[units_dim(layer)]
+
+    def is_norm(self, module: nn.Module) -> bool:
+        """Say whether a module normalises: one of torch's, one that keeps means and variances, or one of a known form.
+
+        That is a module without children whose parameters are a vector `weight` and, if it has more, a `bias` like it.
+        """
+        if isinstance(module, _NORMS) or {"running_mean", "running_var"} <= module._buffers.keys():
+            return True
+        if is_activation(module) or module._modules or is_layer(module):
+            return False
+        own = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
+        vectors = all(len(self.shape(parameter)) == 1 for parameter in own.values())
+        return "weight" in own and own.keys() <= {"weight", "bias"} and vectors
 
     def member(
         self,
@@ -178,8 +194,17 @@ def is_dense(module: nn.Module | None) -> TypeGuard[nn.Module]:
 
 
 def is_convolution(module: nn.Module | None) -> TypeGuard[nn.Module]:
-    """Say whether the module is a convolution that is not transposed, whose weight is a parameter of its own."""
-    return isinstance(module, CONVOLUTIONS) and _has_weight(module)
+    """Say whether the module is a convolution whose weight is a parameter of its own; transposed, of a single group.
+
+    Of a transposed one with several groups no slice of the weight is an output channel.
+    """
+    known = isinstance(module, CONVOLUTIONS) or (isinstance(module, _TRANSPOSED) and module.groups == 1)
+    return known and _has_weight(module)
+
+
+def is_depthwise(module: nn.Module | None) -> bool:
+    """Say whether the module is a convolution that reads one channel for each that it writes."""
+    return isinstance(module, CONVOLUTIONS) and 1 < module.groups == module.in_channels
 
 
 def is_layer(module: nn.Module | None) -> TypeGuard[nn.Module]:
@@ -200,8 +225,11 @@ def own(module: nn.Module, name: str) -> nn.Parameter:
 
 
 def units_dim(layer: nn.Module) -> int:
-    """Return the dimension of a layer's weight that counts its outputs; transformers' Conv1D stores (in, out)."""
-    return 1 if is_conv1d(layer) else 0
+    """Return the dimension of a layer's weight that counts its outputs.
+
+    transformers' Conv1D stores (in, out) and transposed convolutions (in, out, ...).
+    """
+    return 1 if is_conv1d(layer) or isinstance(layer, _TRANSPOSED) else 0
 
 
 def blocks(size: int, units: int) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from emp_callbacks.targets.experts import StackedExperts
 from emp_callbacks.targets.weights import WeightTarget
 
-Role = Literal["weight", "bias", "scale", "shift", "input", "output", "adapter", "router", "per_head"]
+Role = Literal["weight", "bias", "scale", "shift", "behind", "input", "output", "adapter", "router", "per_head"]
 
 
 class MemberTarget(NamedTuple):
@@ -23,9 +23,10 @@ class MemberTarget(NamedTuple):
         masked: Whether pruning a unit zeroes its slices here. What is not masked is only scored.
         scored: Whether criteria that read weights read this parameter.
         role: What the parameter is to the units: "weight", "bias", "scale" (batch norm's gamma), "shift" (its beta),
-            "input" (weights that lead into the unit), "output" (weights that read it), "adapter" (of PEFT, beside one
-            of these), "router" (what sends tokens to an expert), "per_head" (what an attention
-            holds for each head besides: tables, biases, scales).
+            "behind" (what further on would wake the unit: norms, biases of depthwise convolutions), "input" (weights
+            that lead into the unit), "output" (weights that read it), "adapter" (of PEFT, beside one of these),
+            "router" (what sends tokens to an expert), "per_head" (what an attention holds for each head besides:
+            tables, biases, scales).
     """
 
     weight: WeightTarget

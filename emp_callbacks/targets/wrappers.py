@@ -14,7 +14,6 @@ _WRAPPED = (
     "_checkpoint_wrapped_module",
     "_forward_module",
     "_original_module",
-    "base_layer",
 )
 
 

@@ -357,7 +357,7 @@ def test_what_a_norm_wakes_again_is_left_out_and_refused_when_named(norm):
     model.conv3 = nn.Conv2d(6, 6, 1)
     model.head = nn.Linear(6, 2)
     assert names(model) == ["conv3"]
-    with pytest.raises(ValueError, match="'conv1' is followed by a batch norm without trainable scale"):
+    with pytest.raises(ValueError, match="'conv1' is followed by a norm without trainable scale"):
         neurons(model, include=["conv1"])
 
 
