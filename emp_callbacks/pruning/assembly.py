@@ -306,7 +306,7 @@ def _unit_layer(target: UnitTarget, segments: dict[int, Segment], criterion: Cri
 
 def _unit_observer(target: UnitTarget) -> Observer | None:
     if target.experts is not None:
-        shown: Shown = "outputs" if target.units == target.experts.number else "hidden"
+        shown: Shown = "outputs" if target.whole_experts else "hidden"
         return ExpertActivity(target.name, target.experts, shown) if can_be_watched(target.experts) else None
     if target.observed is None:
         return None

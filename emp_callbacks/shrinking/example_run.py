@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["difference", "evaluating", "measured", "outputs"]
+__all__ = ["difference", "evaluating", "measured", "outputs", "relative"]
 
 _TOLERANCE = 1e-4
 
@@ -54,15 +54,19 @@ def difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
                 f"the model's output would shrink from {tuple(old.shape)} to {tuple(new.shape)}; "
                 "leave its layer out with exclude"
             )
-        scale = float(old.abs().max()) or 1.0
-        relative = float((old - new).abs().max()) / scale
-        if not relative <= max(_TOLERANCE, 8 * torch.finfo(old.dtype).eps):  # also if it is NaN
+        found = relative(old, new)
+        if not found <= max(_TOLERANCE, 8 * torch.finfo(old.dtype).eps):  # also if it is NaN
             raise ArithmeticError(
-                f"the shrunk model's outputs differ by {relative:.2g} of the largest output: units in `kept` are not "
+                f"the shrunk model's outputs differ by {found:.2g} of the largest output: units in `kept` are not "
                 "zero in this model (apply the masks first), or zero units still have an effect (on a norm, a sigmoid)"
             )
-        worst = max(worst, relative)
+        worst = max(worst, found)
     return worst
+
+
+def relative(old: Tensor, new: Tensor) -> float:
+    """Return the largest |difference| of two tensors of one shape, relative to the largest magnitude of the first."""
+    return float((old - new).abs().max()) / (float(old.abs().max()) or 1.0)
 
 
 @contextmanager

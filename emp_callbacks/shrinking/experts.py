@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from emp_callbacks.shrinking.report import ShrunkLayer
-from emp_callbacks.shrinking.surgery import Surgery, cut_of
+from emp_callbacks.shrinking.surgery import EXPERT_COUNTS, Surgery, cut_of
 from emp_callbacks.targets.units import UnitTarget
 
 __all__ = ["cut_experts", "past_removed_experts"]
@@ -31,8 +31,12 @@ def cut_experts(model: nn.Module, target: UnitTarget, pruned: Tensor, surgery: S
     routers = {member.weight.name.rpartition(".")[0] for member in target.members if member.role == "router"}
     if (reason := _why_not(model, target, pruned, routers)) is not None:
         return ShrunkLayer(target.name, target.units, gone, 0, reason)
+    cut = cut_of(~pruned)
     for name in (target.name, *routers):
-        surgery.setdefault(name, {})["experts"] = cut_of(~pruned)
+        surgery.setdefault(name, {})["experts"] = cut
+    parent = target.name.rpartition(".")[0]
+    for attribute in EXPERT_COUNTS & vars(model.get_submodule(parent)).keys():
+        surgery.setdefault(parent, {})[f"={attribute}"] = cut
     return ShrunkLayer(target.name, target.units, gone, gone)
 
 

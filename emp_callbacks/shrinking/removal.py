@@ -12,6 +12,7 @@ from emp_callbacks.shrinking.channel_facts import ChannelFacts
 from emp_callbacks.shrinking.channels import cut_channels
 from emp_callbacks.shrinking.equal_sizes import equal_counts
 from emp_callbacks.shrinking.example_run import evaluating, measured, outputs
+from emp_callbacks.shrinking.experts import cut_experts
 from emp_callbacks.shrinking.heads import cut_heads
 from emp_callbacks.shrinking.report import FOR_EQUAL_SIZES, ShrinkReport, ShrunkLayer
 from emp_callbacks.shrinking.surgery import Surgery, cuttable_modules, perform
@@ -33,14 +34,16 @@ def shrink(
     *,
     uniform: bool = False,
 ) -> ShrinkReport:
-    """Remove pruned heads, neurons and channels from a masked model, in place, with all that depends on them.
+    """Remove pruned heads, experts, neurons and channels from a masked model, in place, with all that depends on them.
 
     The parameters become new, smaller ones: an optimizer has to be made anew. What cannot go stays, as zeros; the
     report says why.
 
     Args:
         model: A plain model whose pruned units are zero, as a pruner leaves them; not sharded.
-        kept: Module name -> bool, shape (units,), True = kept: `pruner.masks`, or `pruned_units(model)`.
+        kept: Module name -> bool, shape (units,), True = kept: `pruner.masks`, or `pruned_units(model)`. Tokens of
+            removed experts go to those that are left: the outputs are those of the masked model if its routers never
+            chose a removed expert.
         args: Positional arguments of an example call, on the model's device; the outputs before and after are
             compared on it.
         kwargs: Keyword arguments of the example call.
@@ -92,6 +95,7 @@ def shrink(
         parameters=(parameters_before, _parameter_count(model)),
         flops=(flops_before, fit.flops),
         difference=fit.difference,
+        rerouted=fit.rerouted,
         brought_back=gone - sum(layer.removed for layer in layers.values()),
     )
 
@@ -99,7 +103,7 @@ def shrink(
 class _Plans:
     """What to cut off every module, for any choice of the layers with pruned units.
 
-    Heads, and neurons and channels, each have their own rule; both add to one surgery.
+    Heads, experts, and neurons and channels, each have their own rule; all add to one surgery.
 
     Attributes:
         names: The layers that have pruned units.
@@ -110,14 +114,14 @@ class _Plans:
         self._layers: dict[str, tuple[UnitTarget, Tensor]] = {}
         for name, mask in kept.items():
             if not mask.all():
-                self._layers[name] = unit_layer(model, name), ~mask.cpu()
+                self._layers[name] = unit_layer(model, name, len(mask)), ~mask.cpu()
         self.names = list(self._layers)
         self._alive = {name: _alive(target, pruned) for name, (target, pruned) in self._layers.items()}
         self._heads = {name for name, (target, _) in self._layers.items() if _is_attention(target)}
         channels = [
             (target, pruned & ~self._alive[name])
             for name, (target, pruned) in self._layers.items()
-            if name not in self._heads
+            if name not in self._heads and target.experts is None and not target.whole_experts
         ]
         self._channels = ChannelFacts(model, channels, self._cuttable, run) if channels else None
 
@@ -129,7 +133,11 @@ class _Plans:
         for name in names:
             if name in self._heads:
                 layers[name] = self._cut_heads(name, most, surgery)
-        channels = [name for name in names if name not in self._heads]
+            elif self._layers[name][0].whole_experts:
+                layers[name] = self._cut_experts(name, most, surgery)
+            elif self._layers[name][0].experts is not None:
+                layers[name] = self.left_out(name, "hidden neurons of stacked experts are not cut: all have as many")
+        channels = [name for name in names if name not in layers]
         if channels and self._channels is not None:
             layers |= {layer.name: layer for layer in cut_channels(self._channels, channels, surgery, most)}
         return Planned(surgery, {name: self._told(layers[name]) for name in names})
@@ -140,12 +148,20 @@ class _Plans:
         return ShrunkLayer(name, len(pruned), int(pruned.sum()), 0, reason)
 
     def _cut_heads(self, name: str, most: Mapping[str, int], surgery: Surgery) -> ShrunkLayer:
+        target, going, kept_back = self._going(name, most)
+        layer = cut_heads(self._model, target, going, self._cuttable, surgery)
+        return layer._replace(reason=layer.reason or kept_back)
+
+    def _cut_experts(self, name: str, most: Mapping[str, int], surgery: Surgery) -> ShrunkLayer:
+        target, going, kept_back = self._going(name, most)
+        layer = cut_experts(self._model, target, going & ~self._alive[name], surgery)
+        return layer._replace(reason=layer.reason or kept_back)
+
+    def _going(self, name: str, most: Mapping[str, int]) -> tuple[UnitTarget, Tensor, str | None]:
+        """Return a layer, which of its pruned units go, and why fewer than all where that is so."""
         target, pruned = self._layers[name]
         going = pruned & (pruned.cumsum(0) <= most.get(name, len(pruned)))
-        layer = cut_heads(self._model, target, going, self._cuttable, surgery)
-        if int(going.sum()) < int(pruned.sum()):
-            layer = layer._replace(reason=layer.reason or FOR_EQUAL_SIZES)
-        return layer
+        return target, going, FOR_EQUAL_SIZES if int(going.sum()) < int(pruned.sum()) else None
 
     def _told(self, layer: ShrunkLayer) -> ShrunkLayer:
         """Return the row of a layer with all of its pruned units, those too that are not zero."""

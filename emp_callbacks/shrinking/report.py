@@ -38,6 +38,8 @@ class ShrinkReport:
         parameters: Number of parameters before and after; tied ones count once.
         flops: Floating-point operations of the example before and after, as torch's FlopCounterMode counts them.
         difference: Largest |difference| of the outputs on the example, relative to their largest magnitude.
+        rerouted: Largest relative difference that it makes of the outputs that a masked model's tokens go to other
+            experts than the removed ones; `difference` is beside that.
         brought_back: Units that could have gone and stay as zeros, for equal sizes (`uniform`).
     """
 
@@ -46,6 +48,7 @@ class ShrinkReport:
     parameters: tuple[int, int]
     flops: tuple[int, int]
     difference: float
+    rerouted: float = 0.0
     brought_back: int = 0
 
     def metadata(self) -> dict[str, str]:

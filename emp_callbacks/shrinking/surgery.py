@@ -14,6 +14,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from emp_callbacks.targets.matrices import is_conv1d
 
 __all__ = [
+    "EXPERT_COUNTS",
     "Cut",
     "Surgery",
     "axes_of",
@@ -43,6 +44,10 @@ Surgery = dict[str, dict[str, Cut]]
 "experts" of a mixture; and of what an attention holds "NAME:DIM", a tensor along a dimension, "=NAME", an attribute
 that is a multiple of its heads, and "heads", for readers.
 """
+
+
+# What mixtures and routers call the number of experts.
+EXPERT_COUNTS = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"}
 
 
 class Axis(NamedTuple):
@@ -220,6 +225,8 @@ def perform(model: nn.Module, surgery: Surgery) -> None:
                 _scale(name, module, axis[1:], cut)
             elif ":" in axis:
                 _cut_tensor(name, module, axis, cut)
+            elif axis == "experts":
+                _cut_experts(name, module, cut)
             elif axis != "heads":
                 _cut(name, module, axis, cut)
 
@@ -255,6 +262,22 @@ def _cut_groups(name: str, module: nn.Module, axes: dict[str, Cut]) -> None:
             new = left if tensor == "weight" else value.detach()[outputs]
             setattr(module, tensor, nn.Parameter(new, value.requires_grad))
     vars(module).update(groups=groups, out_channels=len(outputs), in_channels=inputs.numel())
+
+
+def _cut_experts(name: str, module: nn.Module, cut: Cut) -> None:
+    """Cut experts that are modules of a list, or else what is stacked in a module, and their rows in a router."""
+    tensors = {**module._parameters, **module._buffers}
+    along = [own for own, value in tensors.items() if value is not None and value.shape[:1] == (cut.of,)]
+    if not along and len(module._modules) != cut.of:
+        raise ValueError(f"{name!r} holds nothing of {cut.of} experts; start from the dense architecture")
+    for tensor in along:
+        _put(module, tensor, 0, cut)
+    if not along:
+        held = [*module._modules.values()]
+        module._modules = {str(i): held[expert] for i, expert in enumerate(cut.kept)}
+    for attribute in {*EXPERT_COUNTS, "out_features"} & vars(module).keys():
+        if vars(module)[attribute] == cut.of:
+            setattr(module, attribute, len(cut.kept))
 
 
 def _scale(name: str, module: nn.Module, attribute: str, cut: Cut) -> None:

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from emp_callbacks.shrinking.example_run import difference, measured
+from emp_callbacks.shrinking.example_run import difference, measured, relative
+from emp_callbacks.shrinking.experts import past_removed_experts
 from emp_callbacks.shrinking.report import ShrunkLayer
 from emp_callbacks.shrinking.surgery import Surgery, perform, snapshot
 
@@ -22,12 +23,21 @@ class Planned(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """A cut with which the model runs: its floating-point operations, and the relative difference of its outputs."""
+    """A cut with which the model runs.
+
+    Attributes:
+        surgery: The cut.
+        layers: What becomes of each layer.
+        flops: Floating-point operations.
+        difference: Of the outputs, relative to the largest.
+        rerouted: What it changes of the outputs that tokens of removed experts go to others, relative to the largest.
+    """
 
     surgery: Surgery
     layers: dict[str, ShrunkLayer]
     flops: int
     difference: float
+    rerouted: float = 0.0
 
 
 def largest_fit(
@@ -74,11 +84,17 @@ def largest_fit(
 
 
 def _tried(model: nn.Module, planned: Planned, run: Callable[[], list[Tensor]], before: Sequence[Tensor]) -> Fit:
+    rerouted = 0.0
+    if any("experts" in axes for axes in planned.surgery.values()):
+        masked = before
+        with past_removed_experts(model, planned.surgery):
+            before = measured(run)[0]
+        rerouted = max(map(relative, masked, before), default=0.0)
     undo = snapshot(model, planned.surgery)
     try:
         perform(model, planned.surgery)
         after, flops = measured(run)
-        return Fit(*planned, flops, difference(before, after))
+        return Fit(*planned, flops, difference(before, after), rerouted)
     finally:
         undo()
 

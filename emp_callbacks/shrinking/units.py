@@ -9,6 +9,7 @@ from glob import escape
 import torch
 from torch import Tensor, nn
 
+from emp_callbacks.targets.expert_units import experts
 from emp_callbacks.targets.heads import attention_heads
 from emp_callbacks.targets.neurons import neurons
 from emp_callbacks.targets.units import UnitTarget
@@ -17,10 +18,10 @@ __all__ = ["alive_units", "pruned_units", "unit_layer", "unit_layers"]
 
 
 def pruned_units(model: nn.Module) -> dict[str, Tensor]:
-    """Return which heads and neurons of a masked model are alive, for every layer that has dead ones.
+    """Return which heads, experts and neurons of a masked model are alive, for every layer that has dead ones.
 
     A head is dead if its columns of the output projection are zero; a neuron if its weights and bias are, and the
-    scale and shift of its batch norm where it has one.
+    scale and shift of its batch norm where it has one; an expert if all its weights are.
 
     Returns:
         Module name -> bool, shape (units,), True = alive, on the CPU.
@@ -32,28 +33,31 @@ def pruned_units(model: nn.Module) -> dict[str, Tensor]:
         >>> pruned_units(model)
         {'0': tensor([ True, False,  True])}
     """
-    alive = {target.name: alive_units(target) for target in unit_layers(model)}
-    return {name: units for name, units in alive.items() if not units.all()}
+    found: dict[str, Tensor] = {}
+    for target in unit_layers(model):
+        if not (alive := alive_units(target)).all():
+            found.setdefault(target.name, alive)  # of experts as a whole, or if none is dead of their neurons
+    return found
 
 
-def unit_layer(model: nn.Module, name: str) -> UnitTarget:
-    """Return the layer called `name` and its units.
+def unit_layer(model: nn.Module, name: str, units: int) -> UnitTarget:
+    """Return the layer called `name` that has so many units; where none has, one with another number.
 
     Raises:
         ValueError: There is no such layer.
     """
-    for target in unit_layers(model, include=[escape(name)]):
-        if target.name == name:
-            return target
+    named = [target for target in unit_layers(model, include=[escape(name)]) if target.name == name]
+    for target in sorted(named, key=lambda target: target.units != units):
+        return target
     raise ValueError(
-        f"{type(model).__name__} has no layer {name!r} with heads or neurons that can be taken out; "
+        f"{type(model).__name__} has no layer {name!r} with heads, experts or neurons that can be taken out; "
         "pass the model that the masks belong to"
     )
 
 
 def unit_layers(model: nn.Module, include: Sequence[str] | None = None) -> Iterator[UnitTarget]:
-    """Yield the attentions and the layers of neurons and channels of a model."""
-    for finder in (attention_heads, neurons):
+    """Yield the attentions, the mixtures of experts and the layers of neurons and channels of a model."""
+    for finder in (attention_heads, experts, neurons):
         with suppress(ValueError):  # a model need not have both
             yield from finder(model, include=include)
 

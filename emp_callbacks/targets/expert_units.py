@@ -84,7 +84,7 @@ def _group(search: UnitSearch, group: ExpertGroup) -> UnitTarget:
         rows = [p for p in router.parameters() if search.shape(p)[:1] == (group.number,)]
         members += [search.member(p, 0, each, "router", masked=False, scored=False) for p in rows]
     least = min(group.top_k, group.number)
-    return UnitTarget(search.name(group.module), group.number, tuple(members), None, group.stacked, least)
+    return UnitTarget(search.name(group.module), group.number, tuple(members), None, group.stacked, least, True)
 
 
 def _stacks(search: UnitSearch, stacked: StackedExperts) -> Iterator[MemberTarget]:

@@ -49,6 +49,7 @@ class UnitTarget(NamedTuple):
             and along dimension 1 of what passes a convolution or batch norm, as equal blocks of neighbours.
         experts: The experts that the units are, or whose hidden neurons they are; they are observed instead.
         least: Units that stay in any case.
+        whole_experts: Whether the units are experts.
     """
 
     name: str
@@ -57,3 +58,4 @@ class UnitTarget(NamedTuple):
     observed: tuple[nn.Module, Literal["input", "output"]] | None
     experts: StackedExperts | None = None
     least: int = 1
+    whole_experts: bool = False
