@@ -22,7 +22,8 @@ from emp_callbacks.finished.finished_model import FinishedModel, open_model
 from emp_callbacks.finished.weights_file import ExportReport, check_free, write_weights
 from emp_callbacks.pruning.pruner import EMPPruner
 from emp_callbacks.shrinking import ShrinkReport, pruned_units, shrink
-from emp_callbacks.targets.names import canonical_name, few
+from emp_callbacks.targets.names import few
+from emp_callbacks.targets.weights import prunable_weights
 
 if TYPE_CHECKING:
     from emp_callbacks.cost.budget_search import Tried
@@ -155,6 +156,8 @@ def prune(
     pruner.finalize()
     shrunk = _shrunk(model, _kept(pruner, model), uniform=uniform) if shrink_units else None
     described = _described([_run_of(pruner)]) | ({"budget_search": json.dumps(found.record())} if found else {})
+    if config.target == "experts" and not shrink_units:
+        notes.append("routers still send tokens to pruned experts, which add nothing to them; --shrink takes them out")
     report = write_weights(model, out, described, shrunk)
     return pruner, replace(report, budget=found, notes=(*report.notes, *notes))
 
@@ -163,9 +166,9 @@ def _in_groups(model: FinishedModel, weights: list[str], pattern: str | None) ->
     """Return which of a file's weights have groups of a pattern (all, if none has), and what is to be said of that."""
     if pattern is None:
         return weights, []
-    shapes = {canonical_name(name): parameter.shape for name, parameter in model.module.named_parameters()}
     size = GroupPattern.parse(pattern).size
-    apart = [name for name in weights if shapes[name][1] % size]
+    targets = prunable_weights(model.module, [escape(name) for name in weights])
+    apart = [target.name for target in targets if target.parameter.shape[target.input_dim] % size]
     notes = [f"left out, as their inputs are no multiple of {size}: {few(apart)}"] if apart else []
     notes.append(
         "no modules in the file: each weight was taken as (outputs, inputs, ...); those of GPT-2 and of transposed "

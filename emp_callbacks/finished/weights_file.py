@@ -173,13 +173,18 @@ def report_lines(report: ExportReport) -> list[str]:
     ]
     lines += [f"tied: {name} = {first} (written under both names)" for name, first in report.tied.items()]
     if report.shrunk and not report.shrunk.layers:
-        lines.append("no head, neuron or channel is pruned as a whole: nothing was removed")
+        lines.append("no head, expert, neuron or channel is pruned as a whole: nothing was removed")
     elif report.shrunk:
         (before, after), (flops_before, flops_after) = report.shrunk.parameters, report.shrunk.flops
         lines.append(f"parameters: {before:,} -> {after:,} ({after / before:.1%})")
         lines += _stayed(report.shrunk)
         lines.append(f"FLOPs of the example: {flops_before:,} -> {flops_after:,} ({flops_after / flops_before:.1%})")
         lines.append(f"largest difference of the outputs on it: {report.shrunk.difference:.1e} of the largest output")
+        if report.shrunk.rerouted:
+            lines.append(
+                "tokens of removed experts go to others, which the masked model did not do: beside it the outputs "
+                f"differ by {report.shrunk.rerouted:.1%} of the largest output"
+            )
         lines.append(f"load it with {report.loaded_by}")
     return lines + [f"note: {note}" for note in report.notes]
 
@@ -197,7 +202,7 @@ def _stayed(shrunk: ShrinkReport) -> list[str]:
 
 def shrink_table(shrunk: ShrinkReport) -> Table:
     """Return what was removed from each layer for a terminal."""
-    table = Table(title="removed heads, neurons and channels", title_justify="left", show_footer=True)
+    table = Table(title="removed heads, experts, neurons and channels", title_justify="left", show_footer=True)
     table.add_column("layer", footer="all", overflow="fold")
     for column, heading in enumerate(("units", "pruned", "removed", "had to stay"), start=1):
         total = sum(_counts(layer)[column - 1] for layer in shrunk.layers)

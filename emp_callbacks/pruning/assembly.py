@@ -30,6 +30,7 @@ from emp_callbacks.targets import (
     canonical_name,
     few,
     left_out,
+    left_out_neurons,
     prunable_weights,
 )
 from emp_callbacks.targets.attention_edges import EdgeSite, edge_sites
@@ -98,9 +99,12 @@ def find_left_out(config: EMPConfig, backend: Backend, weights: Sequence[MaskedW
         return []
     masked = {weight.name for weight in weights}
     parameters = {canonical_name(name): p for name, p in backend.module.named_parameters()}
-    reason = f"part of no chosen {config.target.replace('_', ' ').removesuffix('s')}"
+    usual = f"part of no chosen {config.target.replace('_', ' ').removesuffix('s')}"
+    reasons = left_out_neurons(backend.module, backend.full_shape) if config.target == "neurons" else {}
     return [
-        LeftOut(name, reason, backend.full_shape(p).numel()) for name, p in parameters.items() if name not in masked
+        LeftOut(name, reasons.get(name, usual), backend.full_shape(p).numel())
+        for name, p in parameters.items()
+        if name not in masked
     ]
 
 

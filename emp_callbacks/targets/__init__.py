@@ -11,7 +11,7 @@ from emp_callbacks.targets.heads import attention_heads
 from emp_callbacks.targets.kan import kan_nodes
 from emp_callbacks.targets.matrices import NOT_A_WEIGHT
 from emp_callbacks.targets.names import canonical_name, few, match_names
-from emp_callbacks.targets.neurons import neurons
+from emp_callbacks.targets.neurons import left_out_neurons, neurons
 from emp_callbacks.targets.units import MemberTarget, UnitTarget
 from emp_callbacks.targets.weights import (
     NO_MULTIPLE,
@@ -49,6 +49,7 @@ __all__ = [
     "few",
     "kan_nodes",
     "left_out",
+    "left_out_neurons",
     "match_names",
     "neurons",
     "prunable_weights",

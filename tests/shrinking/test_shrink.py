@@ -215,7 +215,7 @@ def mask_at_random(model, targets):
             if member.masked:
                 zero(
                     member.weight.parameter,
-                    member.dim,
+                    member.dims[0],
                     *torch.isin(member.unit_of, pruned).nonzero().flatten().tolist(),
                 )
     return masks

@@ -91,7 +91,7 @@ def masked(model, head=1):
         masks[target.name] = torch.arange(target.units) != head
         for member in target.members:
             if member.masked:
-                member.weight.parameter.movedim(member.dim, 0)[member.unit_of == head] = 0
+                member.weight.parameter.movedim(member.dims[0], 0)[member.unit_of == head] = 0
     return masks
 
 

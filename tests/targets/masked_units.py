@@ -12,9 +12,9 @@ def prune(target: UnitTarget, units: Collection[int]) -> None:
     """Zero the masked slices of these units in place."""
     for member in target.members:
         assert member.unit_of.dtype == torch.int64
-        assert member.unit_of.shape == (member.weight.parameter.shape[member.dim],)
+        assert member.unit_of.shape == (member.weight.parameter.shape[member.dims[0]],)
         if member.masked:
-            slices = member.weight.parameter.data.transpose(0, member.dim)
+            slices = member.weight.parameter.data.transpose(0, member.dims[0])
             for index, unit in enumerate(member.unit_of.tolist()):
                 if unit in units:
                     slices[index] = 0.0

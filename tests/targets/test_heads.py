@@ -277,7 +277,7 @@ def test_attentions_of_timm(kind):
 def test_what_an_attention_holds_per_head_belongs_to_its_heads(build, name, dim):
     target = attention_heads(build())[0]
     (member,) = (member for member in target.members if member.weight.name == name)
-    assert (member.role, member.dim, member.masked, member.scored) == ("per_head", dim, False, False)
+    assert (member.role, member.dims[0], member.masked, member.scored) == ("per_head", dim, False, False)
     each = member.weight.parameter.shape[dim] // target.units
     assert member.unit_of.tolist() == [head for head in range(target.units) for _ in range(each)]
 

@@ -290,7 +290,7 @@ def test_channels_of_resnet18():
 def test_members():
     model = Plain()
     target = neurons(model)[0]
-    assert [(m.weight.name, m.dim, m.role, m.masked, m.scored) for m in target.members] == [
+    assert [(m.weight.name, m.dims[0], m.role, m.masked, m.scored) for m in target.members] == [
         ("conv1.weight", 0, "weight", True, True),
         ("conv1.bias", 0, "bias", True, False),
         ("bn1.weight", 0, "scale", True, False),
