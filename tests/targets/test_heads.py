@@ -315,9 +315,9 @@ def test_units_of_a_fused_projection_by_hand():
     attention, _ = attention_heads(gpt2())
     output, fused = attention.members
     by_hand = [head for _ in "qkv" for head in range(4) for _ in range(6)]
-    assert (fused.weight.name, fused.dim, fused.weight.output_dim) == ("transformer.h.0.attn.c_attn.weight", 1, 1)
+    assert (fused.weight.name, fused.dims[0], fused.weight.output_dim) == ("transformer.h.0.attn.c_attn.weight", 1, 1)
     assert fused.unit_of.tolist() == by_hand
-    assert (output.weight.name, output.dim) == ("transformer.h.0.attn.c_proj.weight", 0)
+    assert (output.weight.name, output.dims[0]) == ("transformer.h.0.attn.c_proj.weight", 0)
     assert output.unit_of.tolist() == by_hand[:24]
 
 

@@ -62,7 +62,7 @@ def test_members_and_names():
     (target,) = kan_nodes(model)
     assert (target.name, target.units) == ("layers.0", 5)
     assert target.observed == (model.layers[0], "output")
-    assert [(m.weight.name, m.dims[0], m.role, m.masked, m.scored) for m in target.members] == [
+    assert [(m.weight.name, *m.dims, m.role, m.masked, m.scored) for m in target.members] == [
         ("layers.1.spline_weight", 1, "output", True, True),
         ("layers.1.base_weight", 1, "output", True, False),
         ("layers.0.spline_weight", 0, "input", False, True),

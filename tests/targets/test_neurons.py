@@ -290,7 +290,7 @@ def test_channels_of_resnet18():
 def test_members():
     model = Plain()
     target = neurons(model)[0]
-    assert [(m.weight.name, m.dims[0], m.role, m.masked, m.scored) for m in target.members] == [
+    assert [(m.weight.name, *m.dims, m.role, m.masked, m.scored) for m in target.members] == [
         ("conv1.weight", 0, "weight", True, True),
         ("conv1.bias", 0, "bias", True, False),
         ("bn1.weight", 0, "scale", True, False),
@@ -299,7 +299,7 @@ def test_members():
     assert target.observed == (model.bn1, "output")
     assert all(member.unit_of.tolist() == [0, 1, 2, 3, 4, 5] for member in target.members)
     conv1d = neurons(gpt2())[0]
-    assert (conv1d.members[0].dim, conv1d.members[0].weight.output_dim) == (1, 1)
+    assert (conv1d.members[0].dims[0], conv1d.members[0].weight.output_dim) == (1, 1)
     assert conv1d.observed[1] == "output"
 
 
