@@ -33,7 +33,7 @@ TIED_KEY = "emp_tied"
 
 # A bare state dict has no module types: these names of a weight's owner stand for embeddings and norms
 # (the owner only: `patch_embed.proj.weight` is a convolution).
-_EMBEDDING = re.compile(r"(emb|embed\w*|\w*_emb|\w*_?embeddings?|wte|wpe)", re.IGNORECASE)
+_EMBEDDING = re.compile(r"(emb|embed\w*|\w*_emb|\w*_?embeddings?|wte|wpe|relative_\w*bias)", re.IGNORECASE)
 _READ = {"step", "beta", "keep", "n"}  # of the rows of a trajectory
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _NORM = re.compile(r"(\w*norm\w*|ln_?\w*|bn\d*)", re.IGNORECASE)
@@ -212,7 +212,8 @@ def scored_weights(state: Mapping[str, Tensor], runs: Iterable[Mapping[str, Any]
 def prunable_by_name(state: Mapping[str, Tensor]) -> list[str]:
     """Return the canonical names of what training would score, as far as names and shapes can tell."""
     tree = as_module(state)
-    tied = {value.data_ptr() for name, value in state.items() if _EMBEDDING.fullmatch(_owner(name))}
+    tables = {name for name, value in state.items() if value.dim() == 2 and _EMBEDDING.fullmatch(_owner(name))}
+    tied = {state[name].data_ptr() for name in tables}
     apart = {parameter.data_ptr() for parameter in routers(tree, own_shape)}
     stacks = [stacked for module in tree.modules() if (stacked := stacked_experts(module, own_shape)) is not None]
     experts = {parameter.data_ptr() for stacked in stacks for parameter in (stacked.up, stacked.down)}

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from emp_callbacks.extras import needs
+from emp_callbacks.targets.names import few
 
 __all__ = ["built_from", "can_be_built"]
 
@@ -40,7 +41,12 @@ def built_from(folder: str) -> nn.Module:
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else "AutoModel"
     architecture = getattr(transformers, name, transformers.AutoModel)
     try:
-        model: nn.Module = architecture.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        model, found = architecture.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"transformers could not load {folder}: {error}") from error
-    return model
+    if missing := sorted(found["missing_keys"]):  # it would go on with random values
+        raise ValueError(f"transformers could not load {folder}: it holds no {few(missing)} of a {name}")
+    built: nn.Module = model
+    return built

@@ -1,12 +1,16 @@
 import json
 
 import pytest
+import timm
 import torch
+import transformers
 from safetensors.torch import save_file
 from torch import nn
 
+from emp_callbacks import EMPPruner
 from emp_callbacks.cli.main import main
 from emp_callbacks.finished.inspection import inspect_model, load_model
+from tests.targets.mixtures import language_model
 
 # N_eff by hand: (3 + 1)^2 / (9 + 1) = 1.6 and 3; together (4 + 6)^2 / (10 + 12) = 100 / 22.
 STATE = {
@@ -173,3 +177,41 @@ def test_the_table_and_the_json_file(checkpoint, tmp_path, capsys):
     written = json.loads(file.read_text())
     assert [row["name"] for row in written["tensors"]] == ["first.weight", "all"]
     assert written["tensors"][0]["n_eff"] == 1.6
+
+
+FAMILIES = {
+    "timm": lambda: timm.create_model("swin_tiny_patch4_window7_224", img_size=32, window_size=2, depths=(1, 1, 1, 1)),
+    "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=9)),
+    "t5": lambda: transformers.T5Model(transformers.T5Config(d_model=8, d_kv=4, num_heads=2, d_ff=8, num_layers=1)),
+    "clip": lambda: transformers.CLIPVisionModel(
+        transformers.CLIPVisionConfig(hidden_size=8, num_attention_heads=2, intermediate_size=8, num_hidden_layers=1)
+    ),
+    "mixture": lambda: language_model("GptOss"),
+    "normed": lambda: nn.Sequential(
+        nn.utils.weight_norm(nn.Linear(4, 4)),
+        nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
+        nn.utils.spectral_norm(nn.Linear(4, 4)),
+        nn.Linear(4, 4),
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_file_and_its_model_choose_the_same_weights(family, tmp_path):
+    model = FAMILIES[family]()
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    assert {*rows_of(tmp_path / "model.pt")} - {"all"} == {*EMPPruner(model).masks}
+
+
+def test_a_hugging_face_folder_is_the_model_that_it_is_of(tmp_path):
+    model = language_model("Mixtral")
+    model.save_pretrained(tmp_path)  # in another form: one tensor for each expert
+    rows = rows_of(tmp_path)
+    assert {*rows} - {"all"} == {*EMPPruner(model).masks}
+    assert rows["model.layers.0.mlp.experts.gate_up_proj"].shape == (4, 96, 32)
+    told = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(told.replace('"mixtral"', '"nobody_knows"'))
+    loaded = load_model(str(tmp_path))
+    assert loaded.include is not None
+    assert "could not load" in loaded.notes[0]
+    assert "told apart by their names" in loaded.notes[0]
