@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from emp_callbacks.shrinking.example_run import difference
@@ -49,6 +50,7 @@ def cut_heads_that_fit(
     return layers
 
 
+@torch.no_grad()
 def _why_not(model: nn.Module, surgery: Surgery, run: Callable[[], list[Tensor]], before: Sequence[Tensor]) -> str:
     """Return why the model cannot be cut so, "" if it can; it is left as it was."""
     undo = snapshot(model, surgery)
