@@ -58,9 +58,9 @@ def _why_not(model: nn.Module, surgery: Surgery, run: Callable[[], list[Tensor]]
         perform(model, surgery)
         difference(before, run())
     except ArithmeticError:
-        return "its heads depend on each other: without the pruned ones the outputs would change"
+        return "without its zeros the outputs would change: its heads depend on each other"
     except Exception as error:  # whatever a forward pass raises that takes all heads for granted
-        return f"its forward pass needs all heads ({' '.join(str(error).split())[:120]})"
+        return f"the model does not run without them ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
     finally:
         undo()
     return ""
