@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ def outputs(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], parameters: dict[str, Tensor] | None = None
 ) -> list[Tensor]:
     """Return the floating-point tensors in what the model gives for the example, with other parameters if given."""
-    with _asking_for_nothing(model):
+    with nullcontext() if torch.is_grad_enabled() else _asking_for_nothing(model):
         held = model(*args, **kwargs) if parameters is None else functional_call(model, parameters, args, kwargs)
     return list(_tensors(held))
 
@@ -80,7 +80,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _asking_for_nothing(model: nn.Module) -> Iterator[None]:
-    """Let no parameter ask for a gradient: torch's counter of operations fails on a module that is given one."""
+    """Let no parameter ask for a gradient: where none is made, torch's counter of operations fails on one as input."""
     asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in asking:
         parameter.requires_grad_(False)
