@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,7 +20,8 @@ def outputs(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], parameters: dict[str, Tensor] | None = None
 ) -> list[Tensor]:
     """Return the floating-point tensors in what the model gives for the example, with other parameters if given."""
-    held = model(*args, **kwargs) if parameters is None else functional_call(model, parameters, args, kwargs)
+    with nullcontext() if torch.is_grad_enabled() else _asking_for_nothing(model):
+        held = model(*args, **kwargs) if parameters is None else functional_call(model, parameters, args, kwargs)
     return list(_tensors(held))
 
 
@@ -71,19 +72,24 @@ def relative(old: Tensor, new: Tensor) -> float:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module into evaluation mode for the block, and let no parameter ask for gradients.
-
-    torch's counter of operations fails on a module that is given a parameter as its input.
-    """
+    """Put every module into evaluation mode for the block."""
     modes = [(module, module.training) for module in model.modules()]
-    asking = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad}
     model.eval()
-    for parameter in model.parameters():
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _asking_for_nothing(model: nn.Module) -> Iterator[None]:
+    """Let no parameter ask for a gradient: where none is made, torch's counter of operations fails on one as input."""
+    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in asking:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for name, parameter in model.named_parameters(remove_duplicate=False):  # by name: they may be others by now
-            parameter.requires_grad_(name in asking)
-        for module, training in modes:
-            module.training = training
+        for parameter in asking:
+            parameter.requires_grad_(True)

@@ -123,7 +123,8 @@ def _is_own(
         for weight, old in saved:
             weight.copy_(old)
     assert after is not None
-    changed = (before != after).flatten(0, -2).any(0).cpu()
+    same = (before == after) | (before.isnan() & after.isnan())
+    changed = (~same).flatten(0, -2).any(0).cpu()
     own = one.columns == head
     return bool(changed[own].any()) and not bool(changed[~own].any())
 

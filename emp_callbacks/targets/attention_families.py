@@ -46,6 +46,7 @@ BY_STRUCTURE: tuple[AttentionLayout, ...] = (
     *_apart("Wqkv", "Wo", "out_proj", parts="qkv"),  # ModernBERT, MPT
     *_apart("self.query self.key self.value", "output.dense", "output"),  # BERT; BigBird-Pegasus
     *_apart("attention.query attention.key attention.value", "output.dense"),
+    *_apart("att.query att.key att.value", "output.dense"),  # LXMERT's cross attention
     *_apart("attention.qkv", "output.dense", parts="qkv"),  # TimeSformer
     *_apart(" ".join(f"attention.projection_{part}" for part in ("query", "key", "value")), "output.dense"),  # CvT
     *_apart(" ".join(f"longformer_self_attn.{part}" for part in ("query", "key", "value")), "output"),  # LED

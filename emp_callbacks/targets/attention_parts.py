@@ -262,7 +262,7 @@ def _count(module: nn.Module, count: Count) -> int:
 
 def _usual_count(module: nn.Module, columns: int) -> int:
     """Return the number of query heads that the module or its config states; 0 where neither does."""
-    for path in ("", "self.", "attention.", "self_attn.", "longformer_self_attn."):
+    for path in ("", "self.", "attention.", "att.", "self_attn.", "longformer_self_attn."):
         for name in _HEAD_COUNTS:
             if count := _count(module, path + name):
                 return count

@@ -125,8 +125,8 @@ def vit(kind, **settings):
 
 
 STAY = {
-    "beit": (lambda: vit("beit_base_patch16_224"), IMAGES, "its forward pass needs all heads"),
-    "eva02": (lambda: vit("eva02_tiny_patch14_224", embed_dim=32), IMAGES, "its forward pass needs all heads"),
+    "beit": (lambda: vit("beit_base_patch16_224"), IMAGES, "the model does not run without them"),
+    "eva02": (lambda: vit("eva02_tiny_patch14_224", embed_dim=32), IMAGES, "the model does not run without them"),
     "talking heads": (lambda: nn.Sequential(cait.TalkingHeadAttn(16, 4)), ROWS, "its heads mix what they attend to"),
     "t5": (
         lambda: transformers.T5EncoderModel(transformers.T5Config(**T5)),
@@ -134,7 +134,7 @@ STAY = {
         "the first layer makes the position bias for the heads of all layers",
     ),
     "bloom": (lambda: hf("bloom", n_head=4), TOKENS, r"the model makes its position bias \(ALiBi\)"),
-    "olmo2": (lambda: hf("olmo2", num_key_value_heads=4), TOKENS, "needs all heads|its heads depend on each other"),
+    "olmo2": (lambda: hf("olmo2", num_key_value_heads=4), TOKENS, "does not run without them|without its zeros"),
 }
 
 
