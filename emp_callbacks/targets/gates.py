@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import fx, nn
 
-from emp_callbacks.targets.dataflow import Dataflow, Place, called
+from emp_callbacks.targets.dataflow import Dataflow, Place
+from emp_callbacks.targets.tracing import called
 from emp_callbacks.targets.unit_search import UnitSearch, child, is_dense, is_depthwise, is_layer, own
 
 # Where a module's forward cannot be traced: the names of two layers whose outputs are multiplied and of what reads the

@@ -8,9 +8,10 @@ from itertools import takewhile
 
 from torch import Tensor, nn
 
-from emp_callbacks.targets.dataflow import Dataflow, Kind, Met, Place, called
+from emp_callbacks.targets.dataflow import Dataflow, Kind, Met, Place
 from emp_callbacks.targets.gates import Gated, factors, find_gated
 from emp_callbacks.targets.heads import projections
+from emp_callbacks.targets.tracing import called
 from emp_callbacks.targets.unit_search import (
     CONVOLUTIONS,
     UnitSearch,
