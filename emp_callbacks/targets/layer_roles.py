@@ -164,8 +164,11 @@ class LayerRoles:
 
     def _is_read_by_size(self, layer: nn.Module) -> bool:
         """Say whether a later layer of the model has as many inputs as this one has outputs."""
-        count, later = self._search.outputs(layer), self.layers[self.layers.index(layer) + 1 :]
-        return any(count == self._search.inputs(other) * getattr(other, "groups", 1) for other in later)
+        modules = [*self._search.modules()]
+        later = modules[modules.index(layer) + 1 :]
+        inputs = {self._search.inputs(other) * getattr(other, "groups", 1) for other in later if is_layer(other)}
+        inputs |= {other.input_size for other in later if isinstance(other, nn.RNNBase)}
+        return self._search.outputs(layer) in inputs
 
     def _reserved(self) -> dict[nn.Module, str]:
         """Return the layers that have a part of their own: in attention, patch embeddings, excitation or an MLP."""
