@@ -23,8 +23,8 @@ class Activation(Criterion):
     def check(self, layer: Layer) -> None:
         if isinstance(layer, UnitLayer) and not layer.sites:
             raise ValueError(
-                f"no module shows the activations of {layer.name!r} (nn.MultiheadAttention computes them inside one "
-                "function); use criterion 'taylor' or 'weight_norm', or exclude it"
+                f"no module shows the activations of {layer.name!r} (nn.MultiheadAttention and recurrent layers "
+                "compute them inside one function); use criterion 'taylor' or 'weight_norm', or exclude it"
             )
 
     def score(self, layer: Layer) -> Tensor:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
-import warnings
-from collections.abc import Callable, Collection, Iterator
-from typing import Any, Literal, NamedTuple
+from collections.abc import Collection, Iterator
+from typing import Literal, NamedTuple
 
-import torch
 from torch import fx, nn
 
 from emp_callbacks.targets.activation_modules import is_activation
+from emp_callbacks.targets.tracing import called, signature, traced
 from emp_callbacks.targets.unit_search import UnitSearch, is_depthwise, is_layer
 from emp_callbacks.targets.wrappers import innermost
 
@@ -94,13 +92,15 @@ class Dataflow:
         self._root = next(search.modules())
         self._graphs: dict[nn.Module, fx.Graph] = {}
         self._calls: dict[nn.Module, list[Place]] = {}
+        self._callees: dict[fx.Node, nn.Module] = {}
         for module in search.modules():
-            if _is_followed(search, module) and (graph := _traced(module)) is not None:
+            if _is_followed(search, module) and (graph := traced(module)) is not None:
                 self._graphs[module] = graph
                 for node in graph.nodes:
-                    place = Place(module, node)
-                    if (callee := self.callee(place)) is not None:
-                        self._calls.setdefault(callee, []).append(place)
+                    if node.op == "call_module":
+                        callee = innermost(module.get_submodule(str(node.target).removeprefix("module.")))
+                        self._callees[node] = callee
+                        self._calls.setdefault(callee, []).append(Place(module, node))
 
     def graphs(self) -> Iterator[tuple[nn.Module, fx.Graph]]:
         """Yield every module that could be traced, with its graph."""
@@ -112,9 +112,7 @@ class Dataflow:
 
     def callee(self, place: Place) -> nn.Module | None:
         """Return the module that is called at a place, past wrappers; None if none is."""
-        if place.node.op != "call_module":
-            return None
-        return innermost(place.module.get_submodule(str(place.node.target).removeprefix("module.")))
+        return self._callees.get(place.node)
 
     def outputs(self, layer: nn.Module) -> list[Place]:
         """Return where a layer's outputs come to be; [] if nothing that could be traced calls it."""
@@ -213,7 +211,7 @@ class Dataflow:
         callee, node = self.callee(call), call.node
         assert callee is not None
         inputs = {one.args[1]: one for one in self._graphs[callee].nodes if one.meta["is_input"]}
-        bound = inspect.signature(type(callee).forward).bind(callee, *node.args, **node.kwargs).arguments
+        bound = signature(type(callee).forward).bind(callee, *node.args, **node.kwargs).arguments
         for name, argument in bound.items():
             values: list[fx.Node] = []
             fx.map_arg(argument, values.append)
@@ -275,15 +273,6 @@ def _module_kind(search: UnitSearch, module: nn.Module) -> Kind:
 _NO_ACTIVATIONS = (nn.MultiheadAttention, nn.Softmax, nn.LogSoftmax, nn.Softmax2d, nn.Softmin)
 
 
-def called(node: fx.Node) -> str:
-    """Return the plain name of what a node calls, without what says that it works in place; "" if it calls nothing."""
-    if node.op not in ("call_function", "call_method"):
-        return ""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    name = name.rstrip("_")
-    return name[1:] if name in {f"i{one}" for one in _SUMS | _PRODUCTS} else name
-
-
 def _is_followed(search: UnitSearch, module: nn.Module) -> bool:
     """Say whether a module's own forward tells something: not those that torch computes, nor norms and activations."""
     if type(module).forward is nn.Module.forward or isinstance(module, nn.MultiheadAttention):
@@ -292,53 +281,3 @@ def _is_followed(search: UnitSearch, module: nn.Module) -> bool:
         return bool(module._modules)
     of_torch = type(module).__module__.startswith("torch.nn.modules.") and not isinstance(module, nn.Sequential)
     return not of_torch and _module_kind(search, module) in ("layer", "opaque", "unknown")
-
-
-# ---- tracing -------------------------------------------------------------------------------------------------------
-
-
-class _Tracer(fx.Tracer):
-    proxy_buffer_attributes = True
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:  # noqa: ARG002
-        return True
-
-
-class _Call(nn.Module):
-    """Calls the forward of a module with what it cannot do without: its first argument and those without a default."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, inputs: Any) -> Any:
-        forward: Callable[..., Any] = type(self.module).forward
-        positional, named = [], {}
-        for index, argument in enumerate([*inspect.signature(forward).parameters.values()][1:]):
-            if argument.kind is argument.VAR_POSITIONAL and index == 0:
-                positional.append(inputs[argument.name])
-            elif argument.kind in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD):
-                continue
-            elif argument.default is argument.empty or index == 0:
-                named[argument.name] = inputs[argument.name]
-        return forward(self.module, *positional, **named)
-
-
-def _traced(module: nn.Module) -> fx.Graph | None:
-    """Return the graph of a module's forward in evaluation mode; None if it cannot be traced."""
-    stand_in = object.__new__(type(module))
-    vars(stand_in).update(vars(module))
-    # What the forward sets of itself, it sets on the stand-in.
-    stand_in.__dict__.update(training=False, _modules={**module._modules}, _buffers={**module._buffers})
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            graph = _Tracer().trace(_Call(stand_in))
-        except Exception:  # whatever code makes of a value that is none: then it cannot be traced
-            return None
-    for order, node in enumerate(graph.nodes):
-        node.meta["order"] = order
-        inputs = node.all_input_nodes
-        node.meta["is_constant"] = node.op == "get_attr" or (inputs and all(one.meta["is_constant"] for one in inputs))
-        node.meta["is_input"] = called(node) == "getitem" and node.args[0].op == "placeholder"
-    return graph

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import fx, nn
 
-from emp_callbacks.targets.dataflow import Dataflow, Place, called
+from emp_callbacks.targets.dataflow import Dataflow, Place
+from emp_callbacks.targets.tracing import called
 from emp_callbacks.targets.unit_search import UnitSearch, child, is_dense, is_depthwise, is_layer, own
 
 # Where a module's forward cannot be traced: the names of two layers whose outputs are multiplied and of what reads the
@@ -32,7 +33,7 @@ class Gated(NamedTuple):
         owner: The module that gives the name: the layer itself if it is one.
         parts: One or two layers.
         units: How many products there are.
-        reader: The layer that reads them.
+        reader: The layer that reads them, or the first of several.
         place: Where they are multiplied; None where only names say so.
     """
 
@@ -103,11 +104,11 @@ def _gated(search: UnitSearch, flow: Dataflow, place: Place, parts: list[nn.Modu
     if len(outputs) > 1 or (count := outputs.pop()) % of:
         return None
     met = flow.walk([place], {"pass", "norm", "activation"})
-    readers = {flow.callee(one.place) for one in met if one.kind == "layer" and one.place is not None}
-    reader = readers.pop() if len(readers) == 1 else None
-    if is_layer(reader) and search.inputs(reader) == count // of:
-        return Gated(parts[0] if of == 2 else place.module, tuple(parts), count // of, reader, place)
-    return None
+    readers = [flow.callee(one.place) for one in met if one.kind == "layer" and one.place is not None]
+    known = [reader for reader in readers if is_layer(reader) and search.inputs(reader) == count // of]
+    if not known or len(known) < len(readers):
+        return None
+    return Gated(parts[0] if of == 2 else place.module, tuple(parts), count // of, known[0], place)
 
 
 def _sources(flow: Dataflow, places: list[Place]) -> list[nn.Module]:

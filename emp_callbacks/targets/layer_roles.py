@@ -8,13 +8,15 @@ from itertools import takewhile
 
 from torch import Tensor, nn
 
-from emp_callbacks.targets.dataflow import Dataflow, Kind, Met, Place, called
+from emp_callbacks.targets.dataflow import Dataflow, Kind, Met, Place
 from emp_callbacks.targets.gates import Gated, factors, find_gated
 from emp_callbacks.targets.heads import projections
+from emp_callbacks.targets.tracing import called
 from emp_callbacks.targets.unit_search import (
     CONVOLUTIONS,
     UnitSearch,
     chain,
+    is_batch_norm,
     is_convolution,
     is_dense,
     is_depthwise,
@@ -85,7 +87,8 @@ class LayerRoles:
         if "sum" in _kinds(met):
             found = [module for module in found if not is_depthwise(module)]
         if is_convolution(layer) and not any(_is_laid_out(one) for one in met):
-            self._across[layer] = [module for module in found if type(module).forward is nn.LayerNorm.forward]
+            dims = len(self._search.shape(own(layer, "weight"))) - 1
+            self._across[layer] = [module for module in found if _is_layer_norm(module, unless=dims)]
         return [module for module in found if module not in self._across[layer]]
 
     def _module(self, met: Met) -> nn.Module | None:
@@ -161,8 +164,11 @@ class LayerRoles:
 
     def _is_read_by_size(self, layer: nn.Module) -> bool:
         """Say whether a later layer of the model has as many inputs as this one has outputs."""
-        count, later = self._search.outputs(layer), self.layers[self.layers.index(layer) + 1 :]
-        return any(count == self._search.inputs(other) * getattr(other, "groups", 1) for other in later)
+        modules = [*self._search.modules()]
+        later = modules[modules.index(layer) + 1 :]
+        inputs = {self._search.inputs(other) * getattr(other, "groups", 1) for other in later if is_layer(other)}
+        inputs |= {other.input_size for other in later if isinstance(other, nn.RNNBase)}
+        return self._search.outputs(layer) in inputs
 
     def _reserved(self) -> dict[nn.Module, str]:
         """Return the layers that have a part of their own: in attention, patch embeddings, excitation or an MLP."""
@@ -195,6 +201,13 @@ class LayerRoles:
 
 def _kinds(met: list[Met]) -> set[Kind]:
     return {one.kind for one in met}
+
+
+def _is_layer_norm(module: nn.Module, unless: int) -> bool:
+    """Say whether the module is torch's own LayerNorm, unless over that many dimensions: of a convolution, over all."""
+    if not isinstance(module, nn.LayerNorm) or type(module).forward is not nn.LayerNorm.forward:
+        return False
+    return len(module.normalized_shape) != unless
 
 
 def _is_laid_out(met: Met) -> bool:
@@ -246,17 +259,13 @@ def _norms(search: UnitSearch, module: nn.Module) -> Iterator[tuple[nn.Module, n
     for name, link in chain(module):
         if is_layer(link):
             waiting = [*([] if isinstance(module, nn.Sequential) else waiting), (name, link)]
-        elif _is_batch_norm(link):
+        elif is_batch_norm(link):
             fits = [found for found in waiting + ending if search.outputs(found[1]) == _channels(link)]
             if fits:
                 best = max(reversed(fits), key=lambda found: _common_ending(found[0], name))
                 waiting = [found for found in waiting if found is not best]
                 yield best[1], link
         ending = [(name, last) for _, last in chain(link)[-1:] if isinstance(link, nn.Sequential) and is_layer(last)]
-
-
-def _is_batch_norm(module: nn.Module) -> bool:
-    return {"running_mean", "running_var"} <= module._buffers.keys()
 
 
 def _channels(norm: nn.Module) -> int | None:

@@ -8,12 +8,22 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from emp_callbacks.targets.adapter_members import adapter_rows
 from emp_callbacks.targets.expert_units import expert_neurons
 from emp_callbacks.targets.layer_roles import FROZEN, OUTPUT, LayerRoles
 from emp_callbacks.targets.recurrent import recurrent_layers
-from emp_callbacks.targets.unit_search import UnitSearch, blocks, has, is_depthwise, is_layer, own, units_dim
+from emp_callbacks.targets.unit_search import (
+    UnitSearch,
+    blocks,
+    has,
+    is_batch_norm,
+    is_depthwise,
+    is_layer,
+    own,
+    units_dim,
+)
 from emp_callbacks.targets.units import MemberTarget, UnitTarget
 
 FullShape = Callable[[nn.Parameter], torch.Size]
@@ -129,7 +139,7 @@ def left_out_neurons(model: nn.Module, full_shape: FullShape = lambda parameter:
         for target in found.targets
         if target.name in found.reasons
         for member in target.members
-        if member.role != "behind"
+        if member.role in ("weight", "bias")
     }
     for module in found.search.modules():
         if (why := _no_units(module)) is not None:
@@ -204,8 +214,9 @@ def _keeps_zero(norm: nn.Module) -> bool:
         return False
     if isinstance(norm, nn.GroupNorm):
         return norm.num_groups == norm.num_channels
-    is_instance_norm = isinstance(norm, nn.modules.instancenorm._InstanceNorm)
-    return isinstance(norm, nn.RMSNorm) or (is_instance_norm and not norm.track_running_stats)
+    if isinstance(norm, _InstanceNorm):
+        return not norm.track_running_stats
+    return isinstance(norm, nn.RMSNorm)
 
 
 def _check_silent(search: UnitSearch, layer: _Layer) -> None:
@@ -223,7 +234,7 @@ def _target(search: UnitSearch, layer: _Layer) -> UnitTarget:
     observed: tuple[nn.Module, Literal["input", "output"]] = (layer.owner, "output")
     if layer.reader is not None:
         observed = (layer.reader, "input")
-    elif layer.behind and {"running_mean", "running_var"} <= layer.behind[0]._buffers.keys():
+    elif layer.behind and is_batch_norm(layer.behind[0]):
         observed = (layer.behind[0], "output")
     return UnitTarget(search.name(layer.owner), layer.units, tuple(members), observed)
 

@@ -8,6 +8,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from emp_callbacks.targets.activation_modules import is_activation
 from emp_callbacks.targets.adapters import adapted, adapter_paths
@@ -72,7 +73,7 @@ class UnitSearch:
 
         That is a module without children whose parameters are a vector `weight` and, if it has more, a `bias` like it.
         """
-        if isinstance(module, _NORMS) or {"running_mean", "running_var"} <= module._buffers.keys():
+        if isinstance(module, _NORMS) or is_batch_norm(module):
             return True
         if is_activation(module) or module._modules or is_layer(module):
             return False
@@ -161,7 +162,7 @@ class UnitSearch:
     def _names_of(self, target: UnitTarget) -> list[str]:
         modules = [names for names in self._names.values() if target.name in names]
         masked = [self._names[member.weight.parameter] for member in target.members if member.masked]
-        return [name for names in modules + masked for name in names]
+        return [target.name, *(name for names in modules + masked for name in names)]
 
 
 def child(module: nn.Module, path: str) -> nn.Module | None:
@@ -205,6 +206,12 @@ def is_convolution(module: nn.Module | None) -> TypeGuard[nn.Module]:
 def is_depthwise(module: nn.Module | None) -> bool:
     """Say whether the module is a convolution that reads one channel for each that it writes."""
     return isinstance(module, CONVOLUTIONS) and 1 < module.groups == module.in_channels
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    """Say whether the module keeps means and variances of batches; frozen ones have scale and shift in buffers."""
+    keeps = {"running_mean", "running_var"} <= module._buffers.keys()
+    return keeps and not isinstance(module, _InstanceNorm)
 
 
 def is_layer(module: nn.Module | None) -> TypeGuard[nn.Module]:

@@ -22,6 +22,7 @@ def own_norm(layer):
     return layer.unit_sums(torch.square).sqrt() + layer.unit_sums(torch.abs)
 
 
+# What the layers write is the output itself, so that neurons are named.
 SETTINGS = {
     "global": {"scope": "global"},
     "tensor": {"scope": "tensor"},
@@ -31,10 +32,16 @@ SETTINGS = {
     "pattern-cut": {"pattern": "3:8", "beta": 1.0},
     "taylor": {"criterion": "taylor", "scope": "global", "certify": True},
     "taylor-freeze": {"criterion": "taylor", "scope": "tensor", "mode": "freeze"},
-    "neurons": {"target": "neurons", "criterion": "weight_norm"},
-    "neurons-taylor": {"target": "neurons", "criterion": "taylor", "scope": "global", "certify": True},
-    "neurons-activation": {"target": "neurons", "criterion": "activation"},
-    "neurons-own": {"target": "neurons", "criterion": own_norm},
+    "neurons": {"target": "neurons", "include": ["layers.*"], "criterion": "weight_norm"},
+    "neurons-taylor": {
+        "target": "neurons",
+        "include": ["layers.*"],
+        "criterion": "taylor",
+        "scope": "global",
+        "certify": True,
+    },
+    "neurons-activation": {"target": "neurons", "include": ["layers.*"], "criterion": "activation"},
+    "neurons-own": {"target": "neurons", "include": ["layers.*"], "criterion": own_norm},
     "features": {"target": "features"},
     "features-dynamic": {"target": "features", "dynamic": True},
 }

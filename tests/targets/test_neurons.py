@@ -9,7 +9,7 @@ import transformers
 from timm.layers import BatchNormAct2d, GluMlp, Mlp, SwiGLU
 from torch import nn
 
-from emp_callbacks.targets.neurons import neurons
+from emp_callbacks.targets.neurons import left_out_neurons, neurons
 from tests.targets.masked_units import prune
 
 
@@ -339,11 +339,6 @@ def test_depthwise_and_excitation_and_last_convolutions_are_left_out():
     assert names(WithNormAct()) == ["conv"]
 
 
-def test_a_second_convolution_of_an_mlp_writes_into_the_stream():
-    model = nn.Sequential(OrderedDict(mlp=Mlp(6, 8, use_conv=True), head=nn.Conv2d(6, 2, 1)))
-    assert names(model) == ["mlp.fc1"]
-
-
 @pytest.mark.parametrize(
     "norm",
     [
@@ -361,11 +356,316 @@ def test_what_a_norm_wakes_again_is_left_out_and_refused_when_named(norm):
         neurons(model, include=["conv1"])
 
 
-def test_other_norms_are_not_masked():
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4), nn.ReLU(), nn.Conv2d(4, 2, 1))
-    (target,) = neurons(model)
-    assert [m.weight.name for m in target.members] == ["0.weight", "0.bias"]
-    assert target.observed == (model[0], "output")
+def assert_silent(model: nn.Module, batch: torch.Tensor, **patterns) -> None:
+    """Every other unit is pruned; what its own modules make of it must be exactly zero."""
+    lively(model)
+    targets, seen = neurons(model, **patterns), {}
+    for target in targets:
+        prune(target, range(0, target.units, 2))
+        for member in target.members:
+            module = model.get_submodule(member.weight.name.rpartition(".")[0])
+            seen.setdefault(module, (target.name, member.unit_of, []))
+    for module, (_, _, outputs) in seen.items():
+        module.register_forward_hook(lambda _, __, output, outputs=outputs: outputs.append(output))
+    logits(model, batch)
+    for module, (name, unit_of, outputs) in seen.items():
+        for output in outputs:
+            dim = -1 if isinstance(module, nn.Linear) or output.dim() == 3 else 1
+            assert not output.movedim(dim, 0)[unit_of % 2 == 0].any(), name
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.GroupNorm(2, 6),
+        nn.GroupNorm(6, 6),
+        nn.GroupNorm(1, 6),
+        nn.InstanceNorm2d(6, affine=True),
+        nn.InstanceNorm2d(6),
+        timm.layers.LayerNorm2d(6),
+        timm.layers.GroupNorm1(6),
+        nn.LayerNorm([6, 32, 32]),
+    ],
+    ids=repr,
+)
+def test_channels_are_silent_behind_any_norm_of_their_own(norm):
+    model = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), norm, nn.SiLU(), nn.Conv2d(6, 2, 1))
+    assert names(model) == ["0"], "logits of pixels are no channels"
+    assert_silent(model, IMAGES)
+    after = model[2](model[1](model[0](IMAGES)))
+    assert not after[:, ::2].any()
+    assert neurons(model)[0].observed == (model[0], "output")
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [nn.GroupNorm(2, 6, affine=False), nn.InstanceNorm2d(6, track_running_stats=True), nn.LayerNorm(32)],
+    ids=repr,
+)
+def test_a_norm_of_other_things_leaves_its_channels_out(norm):
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), norm, nn.ReLU(), nn.Conv2d(6, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    assert names(model) == ["3"]
+    assert "without trainable scale" in left_out_neurons(model)["0.weight"]
+    with pytest.raises(ValueError, match="'0' is followed by a norm without trainable scale and shift of its own"):
+        neurons(model, include=["0"])
+
+
+class Shared(nn.Module):
+    """Two convolutions before one norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.near, self.far, self.norm = nn.Conv2d(3, 6, 1), nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.head = nn.Sequential(nn.Conv2d(12, 6, 1), nn.ReLU(), nn.Conv2d(6, 2, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.cat([self.norm(self.near(x)), self.norm(self.far(x))], 1))
+
+
+def test_a_norm_behind_two_layers_is_neither_layers():
+    assert names(Shared()) == ["head.0"]
+
+
+class Detector(nn.Module):
+    """Transposed, grouped and depthwise convolutions, and two heads that are called in a loop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Sequential(nn.ConvTranspose2d(3, 6, 2, stride=2), nn.BatchNorm2d(6), nn.ReLU())
+        self.grouped = nn.Conv2d(6, 8, 3, groups=2)
+        self.depthwise = nn.Sequential(nn.Conv2d(8, 16, 3, groups=8), nn.BatchNorm2d(16), nn.ReLU())
+        self.down = nn.ConvTranspose2d(16, 6, 1)
+        self.split = nn.ConvTranspose2d(6, 6, 1, groups=2)
+        self.heads = nn.ModuleDict({"boxes": nn.Conv2d(6, 4, 1), "classes": nn.Conv2d(6, 2, 1)})
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = self.depthwise(self.grouped(self.up(x)).relu())
+        x = self.split(self.down(x).relu())
+        return {name: head(x) for name, head in self.heads.items()}
+
+
+def test_transposed_grouped_and_depthwise_convolutions():
+    model = Detector()
+    assert names(model) == ["up.0", "grouped", "down"]
+    up, grouped, _ = neurons(model)
+    assert (up.members[0].dim, up.members[0].weight.output_dim, up.units) == (1, 1, 6)
+    assert [(m.weight.name, m.role) for m in grouped.members] == [
+        ("grouped.weight", "weight"),
+        ("grouped.bias", "bias"),
+        ("depthwise.0.bias", "shift"),
+        ("depthwise.1.weight", "behind"),
+        ("depthwise.1.bias", "behind"),
+    ]
+    assert_silent(model, IMAGES)
+    assert {name: why[:9] for name, why in left_out_neurons(model).items() if name.endswith("weight")} == {
+        "depthwise.0.weight": "depthwise",
+        "split.weight": "a transpo",
+        "heads.boxes.weight": "an output",
+        "heads.classes.weight": "an output",
+    }
+
+
+@pytest.mark.parametrize("kind", ["mobilenetv3_small_050", "regnety_002", "nf_resnet26", "pvt_v2_b0", "starnet_s050"])
+def test_channels_of_real_networks_are_silent(kind):
+    torch.manual_seed(0)
+    assert_silent(timm.create_model(kind), torch.randn(1, 3, 64, 64))
+
+
+class Gated(nn.Module):
+    """An MLP whose hidden neurons are products, with names that say nothing."""
+
+    def __init__(self, multiply) -> None:
+        super().__init__()
+        self.a = nn.Sequential(nn.Linear(6, 16), nn.Identity())
+        self.b = nn.Linear(6, 16)
+        self.c, self.head = nn.Linear(8 if multiply is not two else 16, 6), nn.Linear(6, 3)
+        self.multiply = multiply
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x + self.c(self.multiply(self, x)))
+
+
+def two(mlp, x):
+    return mlp.a(x).sigmoid() * mlp.b(x)
+
+
+def chunks(mlp, x):
+    gate, value = mlp.b(x).chunk(2, dim=-1)
+    return value * nn.functional.gelu(gate)
+
+
+def slices(mlp, x):
+    both = mlp.a(x)
+    return both[..., 8:].sigmoid() * both[..., :8]
+
+
+def gated_linear_unit(mlp, x):
+    return nn.functional.glu(mlp.a(x))
+
+
+@pytest.mark.parametrize(
+    ("multiply", "owner", "units"), [(two, "", 16), (chunks, "b", 8), (slices, "a.0", 8), (gated_linear_unit, "a.0", 8)]
+)
+def test_what_is_multiplied_is_a_gated_mlp_whatever_it_is_called(multiply, owner, units):
+    model = lively(Gated(multiply))
+    target = next(target for target in neurons(model) if target.name == owner)
+    assert target.units == units
+    assert target.observed == (model.c, "input")
+    before = multiply(model, VECTORS)
+    prune(target, {0, 3})
+    after = multiply(model, VECTORS)
+    assert not after[:, [0, 3]].any()
+    left = [unit for unit in range(units) if unit not in (0, 3)]
+    assert torch.equal(after[:, left], before[:, left])
+
+
+def test_a_gate_of_something_else_is_left_out():
+    def gate(mlp, x):
+        return mlp.b(x).sigmoid()[..., :8] * x.mean(-1, keepdim=True)
+
+    reasons = left_out_neurons(Gated(gate))
+    assert reasons["b.weight"] == "multiplies something else than a layer like it"
+
+
+class ActorCritic(nn.Module):
+    """Two outputs, one of them behind an activation and as wide as what is read before; one for training only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 8), nn.Tanh())
+        self.policy, self.value, self.aux = nn.Linear(8, 8), nn.Linear(8, 1), nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x = self.body(x)
+        outputs = self.policy(x).tanh(), self.value(x)
+        return (*outputs, self.aux(x)) if self.training else outputs
+
+
+def pretraining() -> nn.Module:
+    return transformers.BertForPreTraining(bert().config)
+
+
+@pytest.mark.parametrize(
+    ("model", "expected", "heads"),
+    [
+        (ActorCritic(), ["body.0"], ["policy", "value", "aux"]),
+        (
+            pretraining(),
+            [
+                *[f"bert.encoder.layer.{i}.intermediate.dense" for i in range(2)],
+                "bert.pooler.dense",
+                "cls.predictions.transform.dense",
+            ],
+            ["cls.seq_relationship"],
+        ),
+        (nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.ReLU()), ["0"], ["2"]),
+    ],
+    ids=["actor-critic", "masked words and next sentence", "features"],
+)
+def test_an_output_is_no_hidden_layer(model, expected, heads):
+    assert names(model) == expected
+    assert {f"{head}.weight" for head in heads} <= left_out_neurons(model).keys()
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_hidden_units_of_recurrent_layers(kind):
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = kind(12, 5, num_layers=2, bidirectional=True, batch_first=True)
+            self.head = nn.Linear(10, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.rnn(x)[0])
+
+    model = lively(Tagger())
+    layers = ["rnn.l0", "rnn.l0_reverse", "rnn.l1", "rnn.l1_reverse"]
+    assert names(model) == layers
+    assert names(model, include=["rnn.weight_hh_l1"]) == ["rnn.l1"]
+    assert names(model, exclude=["rnn.l1*"]) == ["rnn.l0", "rnn.l0_reverse"]
+    before = model.rnn(SEQUENCES)[0]
+    for target in neurons(model, include=["rnn.l1*"]):
+        prune(target, {1, 3})
+    after, states = model.rnn(SEQUENCES)
+    assert not after[..., [1, 3, 6, 8]].any()
+    assert (after != before)[..., [0, 2, 4, 5, 7, 9]].any()
+    states = states[0] if isinstance(states, tuple) else states
+    assert not states[2:, :, [1, 3]].any()
+    assert states[:2].all()
+
+
+def test_recurrent_layers_that_are_no_units():
+    class Reader(nn.Module):
+        def __init__(self, **settings) -> None:
+            super().__init__()
+            self.rnn = nn.LSTM(12, 5, **settings)
+            self.mlp = dense(6, 8)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.rnn(x)[0], self.mlp(x[..., :6])
+
+    assert names(Reader()) == ["mlp.0"], "its states are outputs"
+    assert names(Reader(num_layers=2)) == ["rnn.l0", "mlp.0"]
+    assert names(Reader(proj_size=2)) == ["mlp.0"]
+    assert "proj_size" in left_out_neurons(Reader(proj_size=2))["rnn.weight_hr_l0"]
+
+
+class NormedLinear(nn.Linear):
+    """A dense layer with a norm of its own."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.ln, self.act = nn.LayerNorm(outputs), nn.Mish()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(self.ln(super().forward(x)))
+
+
+def test_class_names_say_nothing():
+    model = nn.Sequential(NormedLinear(6, 8), NormedLinear(8, 5), nn.Linear(5, 3))
+    assert_silent(model, VECTORS)
+    assert names(model) == ["0", "1"]
+    after = model[0](VECTORS)
+    assert not after[:, ::2].any()
+    assert after[:, 1::2].all()
+
+
+def test_layers_with_computed_weights_are_left_out():
+    model = dense(6, 8, 7, 5)
+    nn.utils.parametrizations.weight_norm(model[0])
+    nn.utils.parametrizations.spectral_norm(model[2])
+    assert names(model) == ["4"]
+    reasons = left_out_neurons(model)
+    assert {name for name, why in reasons.items() if "computed from other parameters" in why} == {
+        "0.bias",
+        "0.parametrizations.weight.original0",
+        "0.parametrizations.weight.original1",
+        "2.bias",
+        "2.parametrizations.weight.original",
+    }
+
+
+class Careless(nn.Module):
+    """Leaves something behind in every forward, and draws numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.last = 0, None
+        self.register_buffer("steps", torch.zeros(()))
+        self.mlp = dense(6, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        self.last = self.mlp(x) + torch.rand(1)
+        return self.last
+
+
+def test_looking_leaves_no_trace():
+    model = Careless().train()
+    random = torch.get_rng_state()
+    assert names(model) == ["mlp.0"]
+    assert (model.calls, model.last, model.training) == (0, None, True)
+    assert torch.equal(torch.get_rng_state(), random)
 
 
 @pytest.mark.parametrize(
