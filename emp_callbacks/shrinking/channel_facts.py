@@ -9,11 +9,7 @@ from torch import Tensor, nn
 
 from emp_callbacks.shrinking.links import channel_links
 from emp_callbacks.shrinking.regroup import Axis, alike
-from emp_callbacks.shrinking.surgery import (
-    groups_of,
-    mixes,
-    passes,
-)
+from emp_callbacks.shrinking.surgery import axes_of, groups_of, mixes, passes
 from emp_callbacks.shrinking.zero_inputs import zero_inputs
 from emp_callbacks.targets.units import UnitTarget
 
@@ -61,7 +57,7 @@ class ChannelFacts:
 
     def _packable(self) -> dict[nn.Module, tuple[set[Axis], set[Axis]]]:
         """Return grouped convolutions whose channels can be put into another order, with all axes that have them."""
-        convolutions = {m for m in self.cuttable if groups_of(m) > 1 and m not in self.passing}
+        convolutions = {m for m in self.cuttable if groups_of(m) > 1 and "inputs" in axes_of(m)}
         readers = {read.module for read in self.links.reads}
         read = {layer for read in self.links.reads for layer in read.mixed}
         packable = {}
