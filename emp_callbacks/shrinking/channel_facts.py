@@ -71,7 +71,7 @@ class ChannelFacts:
     def _free(self, module: nn.Module, axes: set[Axis], grouped: set[nn.Module]) -> bool:
         """Return whether a grouped convolution is the only one on these axes, which the model does not give out."""
         alone = [other for other, _ in axes if other in grouped] == [module]
-        return alone and not any(other in self.links.given_out for other, _ in axes)
+        return alone and not any((other, "outputs") in axes for other in self.links.given_out)
 
     def label(self, module: nn.Module) -> str:
         return f"{self.names[module]!r} ({type(module).__name__})"
