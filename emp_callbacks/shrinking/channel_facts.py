@@ -79,8 +79,5 @@ class ChannelFacts:
 
 def _rows(model: nn.Module, target: UnitTarget) -> dict[nn.Module, Tensor]:
     """Return the unit of each output of the target's layers; int64, shape (outputs,)."""
-    return {
-        model.get_submodule(member.weight.name.rpartition(".")[0]): member.unit_of
-        for member in target.members
-        if member.role == "weight"
-    }
+    owners = {p: module for module in model.modules() for p in module._parameters.values() if p is not None}
+    return {owners[m.weight.parameter]: m.unit_of for m in target.members if m.role == "weight"}
