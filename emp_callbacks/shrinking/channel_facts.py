@@ -13,7 +13,7 @@ from emp_callbacks.shrinking.surgery import axes_of, groups_of, mixes, passes
 from emp_callbacks.shrinking.zero_inputs import zero_inputs
 from emp_callbacks.targets.units import UnitTarget
 
-__all__ = ["ChannelFacts"]
+__all__ = ["ChannelFacts", "unit_rows"]
 
 
 class ChannelFacts:
@@ -47,7 +47,7 @@ class ChannelFacts:
         self.names = {module: name for name, module in model.named_modules()}
         self.cuttable = cuttable
         self.pruned = {target.name: pruned for target, pruned in layers}
-        self.rows = {target.name: _rows(model, target) for target, _ in layers}
+        self.rows = {target.name: unit_rows(model, target) for target, _ in layers}
         owners = {module for rows in self.rows.values() for module in rows}
         self.passing = {module for module in cuttable if passes(module) and module not in owners}
         mixing = [m for m in model.modules() if (mixes(m) and m not in self.passing)]
@@ -77,7 +77,7 @@ class ChannelFacts:
         return f"{self.names[module]!r} ({type(module).__name__})"
 
 
-def _rows(model: nn.Module, target: UnitTarget) -> dict[nn.Module, Tensor]:
+def unit_rows(model: nn.Module, target: UnitTarget) -> dict[nn.Module, Tensor]:
     """Return the unit of each output of the target's layers; int64, shape (outputs,)."""
     owners = {p: module for module in model.modules() for p in module._parameters.values() if p is not None}
     return {owners[m.weight.parameter]: m.unit_of for m in target.members if m.role == "weight"}

@@ -172,7 +172,7 @@ def groups_of(module: nn.Module) -> int:
 
 def why_whole(module: nn.Module) -> str:
     """Return why a module, or its inputs, cannot be cut."""
-    if isinstance(module, nn.RNNBase):
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         return "recurrent layers are not cut"
     if hasattr(module, "parametrizations"):
         return "its weight is parametrised"

@@ -408,6 +408,21 @@ def test_what_the_model_does_not_run_without_is_found_and_left_out():
     assert reasons(report)["first.4"].startswith("without its zeros the shrunk model's outputs differ by")
 
 
+def test_a_model_that_runs_with_its_own_weights_only_keeps_its_channels():
+    class Guarded(nn.Sequential):
+        def forward(self, x):
+            if self[4].weight.sum() != 0:
+                raise RuntimeError("other weights")
+            return super().forward(x)
+
+    model = Guarded(*mlp())
+    with torch.no_grad():
+        model[4].weight[:] = torch.tensor([[1.0], [-1.0]])
+    report = shrink(model, MLP_MASKS, POINTS)
+    assert removed(report) == {"0": 0, "2": 0}
+    assert reasons(report)["0"] == "the model cannot be followed with other weights (RuntimeError: other weights)"
+
+
 def test_a_model_that_is_not_repeatable_is_an_error():
     class Noisy(nn.Sequential):
         def forward(self, x):
