@@ -9,15 +9,11 @@ from torch import Tensor, nn
 
 from emp_callbacks.shrinking.links import channel_links
 from emp_callbacks.shrinking.regroup import Axis, alike
-from emp_callbacks.shrinking.surgery import (
-    groups_of,
-    mixes,
-    passes,
-)
+from emp_callbacks.shrinking.surgery import axes_of, groups_of, mixes, passes
 from emp_callbacks.shrinking.zero_inputs import zero_inputs
 from emp_callbacks.targets.units import UnitTarget
 
-__all__ = ["ChannelFacts"]
+__all__ = ["ChannelFacts", "unit_rows"]
 
 
 class ChannelFacts:
@@ -51,7 +47,7 @@ class ChannelFacts:
         self.names = {module: name for name, module in model.named_modules()}
         self.cuttable = cuttable
         self.pruned = {target.name: pruned for target, pruned in layers}
-        self.rows = {target.name: _rows(model, target) for target, _ in layers}
+        self.rows = {target.name: unit_rows(model, target) for target, _ in layers}
         owners = {module for rows in self.rows.values() for module in rows}
         self.passing = {module for module in cuttable if passes(module) and module not in owners}
         mixing = [m for m in model.modules() if (mixes(m) and m not in self.passing)]
@@ -61,7 +57,7 @@ class ChannelFacts:
 
     def _packable(self) -> dict[nn.Module, tuple[set[Axis], set[Axis]]]:
         """Return grouped convolutions whose channels can be put into another order, with all axes that have them."""
-        convolutions = {m for m in self.cuttable if groups_of(m) > 1 and m not in self.passing}
+        convolutions = {m for m in self.cuttable if groups_of(m) > 1 and "inputs" in axes_of(m)}
         readers = {read.module for read in self.links.reads}
         read = {layer for read in self.links.reads for layer in read.mixed}
         packable = {}
@@ -75,16 +71,13 @@ class ChannelFacts:
     def _free(self, module: nn.Module, axes: set[Axis], grouped: set[nn.Module]) -> bool:
         """Return whether a grouped convolution is the only one on these axes, which the model does not give out."""
         alone = [other for other, _ in axes if other in grouped] == [module]
-        return alone and not any(other in self.links.given_out for other, _ in axes)
+        return alone and not any((other, "outputs") in axes for other in self.links.given_out)
 
     def label(self, module: nn.Module) -> str:
         return f"{self.names[module]!r} ({type(module).__name__})"
 
 
-def _rows(model: nn.Module, target: UnitTarget) -> dict[nn.Module, Tensor]:
+def unit_rows(model: nn.Module, target: UnitTarget) -> dict[nn.Module, Tensor]:
     """Return the unit of each output of the target's layers; int64, shape (outputs,)."""
-    return {
-        model.get_submodule(member.weight.name.rpartition(".")[0]): member.unit_of
-        for member in target.members
-        if member.role == "weight"
-    }
+    owners = {p: module for module in model.modules() for p in module._parameters.values() if p is not None}
+    return {owners[m.weight.parameter]: m.unit_of for m in target.members if m.role == "weight"}

@@ -191,10 +191,12 @@ class _Search:
         yield everything, f"{label} reads it together with channels that stay"
 
     def _behind(self, read: Read, layer: nn.Module) -> str:
-        """Return what a layer's outputs pass last on their way."""
+        """Return what a layer's outputs pass last on their way, and what else reaches the same inputs."""
         before = takewhile(lambda other: other is not read, self.of.links.reads)
         passed = [other.module for other in before if other.module in self.of.passing and layer in other.sources]
-        return f", behind {self.of.label(passed[-1])}" if passed else ""
+        joined = [other for other in read.sources if other is not layer and other not in self.pruned]
+        behind = f", behind {self.of.label(passed[-1])}" if passed else ""
+        return behind + (f", joined with {self.of.label(joined[0])}" if joined else "")
 
     def _why_mixed(self, read: Read) -> str:
         if read.held:
@@ -210,7 +212,7 @@ class _Search:
 
     def _pack(self, module: nn.Module) -> bool:
         """Choose new groups of a convolution, take back the outputs that fill them up, and return whether any did."""
-        groups, inputs = groups_of(module), axis_size(module, "inputs")
+        groups, inputs = groups_of(module), int(module.in_channels)  # type: ignore[arg-type]
         kept = self._kept(module) if module in self.reads else torch.ones(inputs, dtype=torch.bool)
         alive = kept, ~self.going.get(module, torch.zeros(axis_size(module, "outputs"), dtype=torch.bool))
         if all(bool(side.all()) for side in alive):

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 __all__ = ["Links", "Read", "channel_links"]
 
 _SUBSETS = 64  # random sets of channels that tell apart what has several readers
-_SMALL = 1 << 16  # elements of a parameter up to which they are followed one by one
 _MATRIX = 1 << 27  # elements of the table of what may read what
 
 
@@ -147,9 +146,14 @@ def _random(like: Tensor, drawn: torch.Generator) -> Tensor:
     return (0.5 + torch.rand(like.shape, generator=drawn)).to(like)
 
 
-def _reached(x: Tensor, tensors: Sequence[Tensor], drawn: torch.Generator) -> list[Tensor]:
-    """Return those of the tensors that x depends on."""
-    found = torch.autograd.grad(x, tensors, _random(x, drawn), retain_graph=True, allow_unused=True)
+def _reached(
+    x: Tensor, tensors: Sequence[Tensor], drawn: torch.Generator, channels: Tensor | None = None, dim: int = 0
+) -> list[Tensor]:
+    """Return those of the tensors that x depends on, or that some of its channels do."""
+    weights = _random(x, drawn)
+    if channels is not None:
+        weights = weights * _along(channels, x, dim)
+    found = torch.autograd.grad(x, tensors, weights, retain_graph=True, allow_unused=True)
     return [tensor for tensor, gradient in zip(tensors, found, strict=True) if gradient is not None and gradient.any()]
 
 
@@ -192,27 +196,26 @@ def _read(
 ) -> Read:
     dim = channel_dim(module, x)
     read = Read(module, x.shape[dim], {}, {}, {})
-    large = [tensor for tensor in found if tensor in held and tensor.numel() > _SMALL]
-    read.held.update({held[tensor]: torch.ones(x.shape[dim], dtype=torch.bool) for tensor in large})
-    followed = [tensor for tensor in found if tensor not in read.held and not any(tensor is t for t in large)]
-    dims = [None if tensor in held else channel_dim(leaves[tensor], tensor) for tensor in followed]
-    for tensor, (outputs, inputs, mixed) in zip(followed, _links(x, dim, followed, dims, drawn), strict=True):
-        if tensor in held:
-            reaches = torch.zeros(x.shape[dim], dtype=torch.bool)
-            reaches[inputs] = True
-            read.held[held[tensor]] = reaches | bool(mixed.any())
-            continue
-        layer = leaves[tensor]
+    followed = [tensor for tensor in found if tensor in leaves]
+    dims = [channel_dim(leaves[leaf], leaf) for leaf in followed]
+    for leaf, (outputs, inputs, mixed) in zip(followed, _links(x, dim, followed, dims, drawn), strict=True):
+        layer = leaves[leaf]
         if layer in read.sources:  # a layer that is called more than once
             before = read.sources[layer]
             outputs, inputs = torch.cat([before[0], outputs]), torch.cat([before[1], inputs])
             mixed = mixed | read.mixed[layer]
         read.sources[layer], read.mixed[layer] = (outputs, inputs), mixed
+    others = [tensor for tensor in found if tensor in held]
+    for layer, (_, inputs) in read.sources.items() if others else ():
+        theirs = torch.zeros(read.inputs, dtype=torch.bool)
+        theirs[inputs] = True
+        for tensor in _reached(x, others, drawn, theirs | bool(read.mixed[layer].any()), dim):
+            read.held[held[tensor]] = read.held.get(held[tensor], torch.zeros_like(theirs)) | theirs
     return read
 
 
 def _links(
-    x: Tensor, dim: int, tensors: Sequence[Tensor], dims: Sequence[int | None], drawn: torch.Generator
+    x: Tensor, dim: int, tensors: Sequence[Tensor], dims: Sequence[int], drawn: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield, for each tensor, its channels and those of x that they reach, and bool which channels are mixed.
 
@@ -226,14 +229,12 @@ def _links(
         """Return, for each tensor, bool, shape (sets, channels): whether a channel reaches a set of inputs."""
         rows: list[list[Tensor]] = [[] for _ in tensors]
         weights = _random(x, drawn)
-        shape = [1] * x.dim()
-        shape[dim] = size
         for members in sets:
-            chosen = weights * members.to(x).reshape(shape)
+            chosen = weights * _along(members, x, dim)
             gradients = torch.autograd.grad(x, tensors, chosen, retain_graph=True, allow_unused=True)
             for row, tensor, at, gradient in zip(rows, tensors, dims, gradients, strict=True):
                 value = torch.zeros_like(tensor) if gradient is None else gradient
-                row.append(value.flatten().ne(0).cpu() if at is None else _hit(value, at))
+                row.append(_hit(value, at))
         return [torch.stack(row) for row in rows]
 
     single = hits(_bits(torch.arange(size)))
@@ -263,6 +264,13 @@ def _links(
             left = left.clone()
             left[named[few.any(1)]] = False
         yield outputs, inputs, left
+
+
+def _along(channels: Tensor, x: Tensor, dim: int) -> Tensor:
+    """Return one number per channel in a shape that multiplies x."""
+    shape = [1] * x.dim()
+    shape[dim] = len(channels)
+    return channels.to(x).reshape(shape)
 
 
 def _bits(numbers: Tensor) -> Tensor:

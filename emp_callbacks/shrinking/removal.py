@@ -8,14 +8,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from emp_callbacks.shrinking.channel_facts import ChannelFacts
+from emp_callbacks.shrinking.channel_facts import ChannelFacts, unit_rows
 from emp_callbacks.shrinking.channels import cut_channels
 from emp_callbacks.shrinking.equal_sizes import equal_counts
 from emp_callbacks.shrinking.example_run import evaluating, measured, outputs
 from emp_callbacks.shrinking.experts import cut_experts
 from emp_callbacks.shrinking.heads import cut_heads
 from emp_callbacks.shrinking.report import FOR_EQUAL_SIZES, ShrinkReport, ShrunkLayer
-from emp_callbacks.shrinking.surgery import Surgery, cuttable_modules, perform
+from emp_callbacks.shrinking.surgery import Surgery, cuttable_modules, mixes, perform, why_whole
 from emp_callbacks.shrinking.trial import Planned, largest_fit
 from emp_callbacks.shrinking.units import alive_units, unit_layer
 from emp_callbacks.targets import adapted_weights
@@ -118,12 +118,28 @@ class _Plans:
         self.names = list(self._layers)
         self._alive = {name: _alive(target, pruned) for name, (target, pruned) in self._layers.items()}
         self._heads = {name for name, (target, _) in self._layers.items() if _is_attention(target)}
+        self._left_out = {
+            name: f"{type(module).__name__}: {why_whole(module)}"
+            for name, (target, _) in self._layers.items()
+            for module in unit_rows(model, target)
+            if name not in self._heads and target.experts is None and not target.whole_experts and not mixes(module)
+        }
+        self._left_out |= {
+            name: "hidden neurons of stacked experts are not cut: all have as many"
+            for name, (target, _) in self._layers.items()
+            if target.experts is not None and not target.whole_experts
+        }
         channels = [
             (target, pruned & ~self._alive[name])
             for name, (target, pruned) in self._layers.items()
-            if name not in self._heads and target.experts is None and not target.whole_experts
+            if name not in self._heads and name not in self._left_out and not target.whole_experts
         ]
-        self._channels = ChannelFacts(model, channels, self._cuttable, run) if channels else None
+        self._channels: ChannelFacts | None = None
+        try:
+            self._channels = ChannelFacts(model, channels, self._cuttable, run) if channels else None
+        except Exception as error:  # of the model's own code, called with other weights
+            reason = f"the model cannot be followed with other weights ({type(error).__name__}: {error})"
+            self._left_out |= {target.name: reason for target, _ in channels}
 
     def cut(self, names: Sequence[str], most: Mapping[str, int] | None = None) -> Planned:
         """Return the cuts of some of the layers, of each at most so many units."""
@@ -135,10 +151,9 @@ class _Plans:
                 layers[name] = self._cut_heads(name, most, surgery)
             elif self._layers[name][0].whole_experts:
                 layers[name] = self._cut_experts(name, most, surgery)
-            elif self._layers[name][0].experts is not None:
-                layers[name] = self.left_out(name, "hidden neurons of stacked experts are not cut: all have as many")
-        channels = [name for name in names if name not in layers]
-        if channels and self._channels is not None:
+        layers |= {name: self.left_out(name, why) for name, why in self._left_out.items() if name in names}
+        if self._channels is not None:
+            channels = [name for name in names if name not in layers]
             layers |= {layer.name: layer for layer in cut_channels(self._channels, channels, surgery, most)}
         return Planned(surgery, {name: self._told(layers[name]) for name in names})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -174,7 +174,7 @@ def groups_of(module: nn.Module) -> int:
 
 def why_whole(module: nn.Module) -> str:
     """Return why a module, or its inputs, cannot be cut."""
-    if isinstance(module, nn.RNNBase):
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         return "recurrent layers are not cut"
     if hasattr(module, "parametrizations"):
         return "its weight is parametrised"
@@ -243,7 +243,8 @@ def _cut(name: str, module: nn.Module, axis: str, cut: Cut) -> None:
 
 def _cut_groups(name: str, module: nn.Module, axes: dict[str, Cut]) -> None:
     """Cut a grouped convolution; between channels of groups that were apart, its new weights are zero."""
-    sizes = {"groups": groups_of(module), **{axis: axis_size(module, axis) for axis in axes_of(module)}}
+    convolution: Any = module
+    sizes = {"groups": groups_of(module), "outputs": convolution.out_channels, "inputs": convolution.in_channels}
     cuts = {axis: axes.get(axis, Cut(size, list(range(size)))) for axis, size in sizes.items()}
     if any(cut.of != sizes[axis] for axis, cut in cuts.items()):
         raise ValueError(f"{name!r} has other groups, inputs or outputs; start from the dense architecture")

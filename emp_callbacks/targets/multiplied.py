@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import operator
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx, nn
 from torch.nn import functional
+
+from emp_callbacks.targets.tracing import traced
 
 Use = Literal["linear", "matmul", "conv", "conv_transpose", "reshaped", "other"]
 """Of a parameter: the input is multiplied with it as (..., outputs, inputs), as (..., inputs, outputs), as a kernel
@@ -34,8 +34,6 @@ _SCALED = (operator.mul, operator.truediv, torch.mul, torch.div, "mul", "div")
 _ASKED = ("shape", "dtype", "device", "ndim", "size", "dim", "numel")
 _TURNED = (torch.t, torch.transpose, "t", "transpose", "T", "mT")
 
-_known: WeakKeyDictionary[nn.Module, dict[str, Use] | None] = WeakKeyDictionary()
-
 
 def uses(module: nn.Module) -> dict[str, Use] | None:
     """Return what a module's forward pass does with each of its own parameters, by name; those it never reads lack.
@@ -45,27 +43,14 @@ def uses(module: nn.Module) -> dict[str, Use] | None:
     Returns:
         None where the pass cannot be followed, because what it does depends on its input.
     """
-    if module not in _known:
-        _known[module] = _traced(module)
-    return _known[module]
-
-
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:  # noqa: ARG002
-        return True  # only what the module itself does is asked for
-
-
-def _traced(module: nn.Module) -> dict[str, Use] | None:
-    twin = copy.copy(module)  # what the pass leaves in its module must not get into the user's
-    twin._buffers = {name: None if held is None else held.clone() for name, held in module._buffers.items()}
-    try:
-        graph = _Tracer().trace(twin)
-    except Exception:  # a forward pass may do anything at all with what it does not expect
+    graph = traced(module)
+    if graph is None:
         return None
     found: dict[str, Use] = {}
     for node in graph.nodes:
-        if node.op == "get_attr" and node.target in module._parameters:
-            found[node.target] = "other" if found.get(node.target) == "other" else _use(node, turned=False)
+        name = str(node.target).removeprefix("module.")
+        if node.op == "get_attr" and name in module._parameters:
+            found[name] = "other" if found.get(name) == "other" else _use(node, turned=False)
     return found
 
 
@@ -110,9 +95,4 @@ def _takes_matrix(user: fx.Node, node: fx.Node) -> bool:
 
 
 def _scales(user: fx.Node, node: fx.Node) -> bool:
-    return user.target in _SCALED and user.args[0] is node and all(map(_is_constant, user.all_input_nodes))
-
-
-def _is_constant(node: fx.Node) -> bool:
-    """Return whether a value depends on parameters alone, not on the input."""
-    return node.op == "get_attr" or (bool(node.all_input_nodes) and all(map(_is_constant, node.all_input_nodes)))
+    return user.target in _SCALED and user.args[0] is node and bool(user.meta["is_constant"])

@@ -9,7 +9,7 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from emp_callbacks.core.packing import pack_bits
 from emp_callbacks.finished.export import Source, export, prune
@@ -449,6 +449,57 @@ def test_a_hugging_face_folder(tmp_path):
     (tmp_path / "gpt2" / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config.json is no JSON"):
         prune(source, tmp_path / "new.safetensors", {"target": "neurons"})
+
+
+def scattered(model):
+    """Scale every matrix and its rows at random, so that no two layers lose as many units."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter *= 2 * torch.rand(()) * torch.rand(len(parameter), *[1] * (parameter.dim() - 1))
+    return model.eval()
+
+
+def test_transformers_itself_loads_what_uniform_shrank(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    dense = scattered(LlamaForCausalLM(LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **sizes)))
+    dense.save_pretrained(tmp_path / "dense")
+    settings = {"target": "neurons", "density": 0.5, "scope": "global"}
+    _, masked = prune(Source(str(tmp_path / "dense")), tmp_path / "masked.safetensors", settings)
+    _, report = prune(Source(str(tmp_path / "dense")), tmp_path / "small", settings, shrink_units=True, uniform=True)
+    small = LlamaForCausalLM.from_pretrained(tmp_path / "small").eval()
+    widths = [layer.mlp.gate_proj.out_features for layer in small.model.layers]
+    assert small.config.intermediate_size == widths[0] == widths[1] < 24
+    dense.load_state_dict(load_file(masked.path))
+    tokens = torch.arange(14).view(2, 7)
+    with torch.no_grad():
+        torch.testing.assert_close(small(tokens).logits, dense(tokens).logits, rtol=1e-5, atol=1e-5)
+    told = "\n".join(report_lines(report))
+    assert f"load it with transformers.LlamaForCausalLM.from_pretrained({str(tmp_path / 'small')!r})" in told
+    assert f"{report.shrunk.brought_back} units that could have gone" in told
+    assert report.shrunk.brought_back == 24 - 2 * (24 - widths[0]) > 0
+    assert sorted(os.listdir(tmp_path)) == ["dense", "masked.safetensors", "small"]
+    uneven = prune(Source(str(tmp_path / "dense")), tmp_path / "uneven", settings, shrink_units=True)[1]
+    assert (
+        uneven.loaded_by
+        == f"emp_callbacks.load_shrunk(model, {str(tmp_path / 'uneven')!r}), into the dense architecture"
+    )
+
+
+def test_timm_itself_builds_what_uniform_shrank(tmp_path):
+    settings = {"target": "neurons", "density": 0.5}
+    source = Source("timm:test_vit", input_size=(3, 160, 160))
+    _, report = prune(source, tmp_path / "vit.safetensors", settings, shrink_units=True, uniform=True)
+    call = report.loaded_by.split("; ")[0].removeprefix("model = ")
+    assert call.startswith("timm.create_model('test_vit', mlp_ratio=")
+    small = eval(call, {"timm": timm}).eval()
+    small.load_state_dict(load_file(report.path))
+    again = load_shrunk(timm.create_model("test_vit"), report.path).eval()
+    image = torch.randn(1, 3, 160, 160)
+    with torch.no_grad():
+        torch.testing.assert_close(small(image), again(image), rtol=1e-5, atol=1e-5)
+    assert report.shrunk.parameters[1] == sum(p.numel() for p in small.parameters()) < report.shrunk.parameters[0]
 
 
 @pytest.mark.parametrize(

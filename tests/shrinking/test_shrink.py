@@ -12,6 +12,7 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, Lla
 
 import emp_callbacks
 from emp_callbacks.shrinking import Cut, load_shrunk, pruned_units, shrink
+from emp_callbacks.shrinking.surgery import perform
 from emp_callbacks.targets import attention_heads, neurons
 
 TOKENS = {"input_ids": torch.arange(14).view(2, 7), "use_cache": False}
@@ -76,6 +77,14 @@ def removed(report):
     return {layer.name: layer.removed for layer in report.layers}
 
 
+def counts(report):
+    return [layer[:4] for layer in report.layers]
+
+
+def reasons(report):
+    return {layer.name: layer.reason for layer in report.layers}
+
+
 def mlp(activation=nn.ReLU):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), activation(), nn.Linear(6, 5), activation(), nn.Linear(5, 2))
@@ -125,7 +134,7 @@ def test_a_layer_keeps_one_unit():
     zero(model[0].bias, 0, *range(6))
     report = check(model, {"0": kept(6, *range(6))}, POINTS)
     assert model[0].out_features == 1
-    assert report.layers == (("0", 6, 6, 5, None),)
+    assert report.layers == (("0", 6, 6, 5, "a layer keeps one unit"),)
 
 
 def test_modes_and_frozen_parameters_stay_as_they_were():
@@ -289,18 +298,19 @@ def test_what_is_zero_only_on_the_example_stays():
     with torch.no_grad():
         model.b.bias[:2] = torch.tensor([-100.0, -100.0])  # silent here, for other inputs it is not
     report = shrink(model, {"a": kept(3, 0, 1)}, POINTS)
-    assert report.layers == (("a", 3, 2, 0, None),)
+    assert counts(report) == [("a", 3, 2, 0)]
+    assert "other values where 'out' (Linear) reads them, joined with 'b' (Linear)" in report.layers[0].reason
     zero(model.b.weight, 0, 1)
     zero(model.b.bias, 0, 1)
-    assert shrink(model, {"a": kept(3, 0, 1), "b": kept(3, 1)}, POINTS).layers == (
-        ("a", 3, 2, 1, None),
-        ("b", 3, 1, 1, None),
-    )
+    report = shrink(model, {"a": kept(3, 0, 1), "b": kept(3, 1)}, POINTS)
+    assert counts(report) == [("a", 3, 2, 1), ("b", 3, 1, 1)]
+    assert report.layers[0].reason == "joined with 'b' (Linear), which keeps these channels"
 
 
 def test_zeros_that_an_activation_changes_stay():
     report = shrink(mlp(nn.Sigmoid), MLP_MASKS, POINTS)
     assert removed(report) == {"0": 0, "2": 0}
+    assert reasons(report)["0"] == "its zeros are other values where '2' (Linear) reads them"
 
 
 def test_what_the_model_gives_out_stays():
@@ -319,21 +329,29 @@ def test_what_the_model_gives_out_stays():
             zero(parameter, 0, 1)
     report = shrink(model, {"hidden": kept(6, 1), "out": kept(3, 1)}, POINTS)
     assert removed(report) == {"hidden": 0, "out": 0}
+    assert set(reasons(report).values()) == {"the model gives its output out"}
 
 
-@pytest.mark.parametrize("between", [nn.PReLU(6), nn.RMSNorm(6)], ids=["PReLU", "RMSNorm"])
-def test_what_a_layer_of_an_unknown_kind_reads_stays(between):
+def test_channels_stay_in_front_of_a_norm_and_pass_a_prelu():
     model = mlp()
-    model[1] = between  # maps zeros to zeros, has a parameter per unit and cannot be cut
+    model[1] = nn.RMSNorm(6)  # maps zeros to zeros
     report = shrink(model, MLP_MASKS, POINTS)
-    assert report.layers == (("0", 6, 2, 0, None), ("2", 5, 1, 1, None))
+    assert counts(report) == [("0", 6, 2, 0), ("2", 5, 1, 1)]
+    assert report.layers[0].reason == "its output passes '1' (RMSNorm), which needs all of its channels"
     assert model[0].out_features == 6
+    model = mlp()
+    model[1] = nn.PReLU(6)
+    nn.init.uniform_(model[1].weight)
+    check(model, MLP_MASKS, POINTS)
+    assert model[1].num_parameters == 4
 
 
 def test_units_that_are_not_masked_stay():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
-    assert removed(shrink(model, {"0": kept(6, 0)}, POINTS)) == {"0": 0}
+    report = shrink(model, {"0": kept(6, 0)}, POINTS)
+    assert removed(report) == {"0": 0}
+    assert "1 of its units are not zero in this model (apply the masks first)" in report.layers[0].reason
 
 
 def test_heads_that_are_not_masked_are_an_error_and_the_model_is_as_before():
@@ -344,6 +362,203 @@ def test_heads_that_are_not_masked_are_an_error_and_the_model_is_as_before():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.blocks[0].attn.num_heads == 4
     assert outputs(model, IMAGES).shape == (2, 5)
+
+
+def test_attentions_that_cannot_shrink_are_left_out_and_the_rest_is_cut():
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True).eval()
+    zero(model.self_attn.out_proj.weight, 1, *range(4, 8))
+    for parameter in model.linear1.parameters():
+        zero(parameter, 0, 3, 4)
+    masks = {"self_attn": kept(4, 1), "linear1": kept(32, 3, 4)}
+    report = shrink(model, masks, (torch.randn(1, 3, 16),))
+    assert removed(report) == {"self_attn": 0, "linear1": 2}
+    assert "MultiheadAttention" in report.layers[0].reason
+
+
+class Stubborn(nn.Module):
+    """Blocks of two layers; the code of some counts on their number of channels."""
+
+    def __init__(self, *stubborn):
+        super().__init__()
+        self.first = nn.ModuleList(nn.Linear(4, 6) for _ in range(5))
+        self.second = nn.ModuleList(nn.Linear(6, 4) for _ in range(5))
+        self.stubborn = stubborn
+
+    def forward(self, x):
+        for index, (first, second) in enumerate(zip(self.first, self.second, strict=True)):
+            hidden = first(x).relu()
+            if index in self.stubborn:
+                hidden = hidden.view(len(x), 6)
+            x = x + second(hidden) * hidden.shape[-1] ** (0.5 if index == 4 else 0)
+        return x
+
+
+def test_what_the_model_does_not_run_without_is_found_and_left_out():
+    torch.manual_seed(0)
+    model = Stubborn(1, 3)
+    masks = {f"first.{index}": kept(6, index, 5) for index in range(5)}
+    for name, mask in masks.items():
+        for parameter in model.get_submodule(name).parameters():
+            zero(parameter, 0, *(~mask).nonzero().flatten().tolist())
+    report = check(model, masks, POINTS)
+    assert removed(report) == {"first.0": 2, "first.1": 0, "first.2": 2, "first.3": 0, "first.4": 0}
+    assert reasons(report)["first.0"] is None
+    assert reasons(report)["first.1"].startswith("the model does not run without them (RuntimeError: shape '[3, 6]'")
+    assert reasons(report)["first.4"].startswith("without its zeros the shrunk model's outputs differ by")
+
+
+def test_a_model_that_runs_with_its_own_weights_only_keeps_its_channels():
+    class Guarded(nn.Sequential):
+        def forward(self, x):
+            if self[4].weight.sum() != 0:
+                raise RuntimeError("other weights")
+            return super().forward(x)
+
+    model = Guarded(*mlp())
+    with torch.no_grad():
+        model[4].weight[:] = torch.tensor([[1.0], [-1.0]])
+    report = shrink(model, MLP_MASKS, POINTS)
+    assert removed(report) == {"0": 0, "2": 0}
+    assert reasons(report)["0"] == "the model cannot be followed with other weights (RuntimeError: other weights)"
+
+
+def test_a_model_that_is_not_repeatable_is_an_error():
+    class Noisy(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x) + torch.rand(())
+
+    with pytest.raises(ArithmeticError, match="gives other outputs each time"):
+        shrink(Noisy(*mlp()), MLP_MASKS, POINTS)
+
+
+class Bottleneck(nn.Module):
+    """A grouped convolution between two pointwise ones, with an excitation."""
+
+    def __init__(self, groups):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 12, 1, bias=False), nn.BatchNorm2d(12)
+        self.conv2, self.bn2 = nn.Conv2d(12, 12, 3, padding=1, groups=groups, bias=False), nn.BatchNorm2d(12)
+        self.squeeze, self.expand = nn.Conv2d(12, 4, 1), nn.Conv2d(4, 12, 1)
+        self.conv3 = nn.Conv2d(12, 5, 1)
+
+    def forward(self, x):
+        x = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu())).relu()
+        return self.conv3(x * self.expand(self.squeeze(x.mean((2, 3), keepdim=True)).relu()).sigmoid())
+
+
+IMAGE = (torch.linspace(-2, 2, 2 * 3 * 36).view(2, 3, 6, 6).sin(),)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "gone", "sizes"),
+    [
+        ((0, 3, 6, 9), (), (4, 0), (4, 8, 12)),  # one of each group
+        ((0, 1, 2, 3), (), (0, 0), (4, 12, 12)),  # all of one group, whose outputs stay
+        ((), (0, 3, 6, 9, 10), (0, 4), (4, 12, 8)),
+        ((0, 1, 2), (0, 1, 2), (3, 3), (3, 9, 9)),  # a group as a whole
+        ((0, 1, 6, 7), (0, 1, 6, 7), (4, 4), (2, 8, 8)),  # a sparse group joins a lively one
+        (range(12), range(12), (11, 11), (1, 1, 1)),
+    ],
+)
+def test_groups_of_a_convolution_by_hand(first, second, gone, sizes):
+    torch.manual_seed(0)
+    model = randomized(Bottleneck(4))
+    zero_layers(model, (("conv1", "bn1"), first), (("conv2", "bn2"), second))
+    masks = {name: kept(12, *pruned) for name, pruned in (("conv1", first), ("conv2", second)) if len(pruned)}
+    before = copy.deepcopy(model)
+    expected = outputs(model, IMAGE)
+    report = shrink(model, masks, IMAGE)
+    torch.testing.assert_close(outputs(model, IMAGE), expected, rtol=1e-5, atol=1e-5)
+    assert (removed(report).get("conv1", 0), removed(report).get("conv2", 0)) == gone
+    assert (model.conv2.groups, model.conv2.in_channels, model.conv2.out_channels) == sizes
+    assert model.conv2.weight.shape == (sizes[2], sizes[1] // sizes[0], 3, 3)
+    assert all(
+        "groups of 'conv2' (Conv2d) need equal" in why or "keeps one" in why for why in reasons(report).values() if why
+    )
+    perform(before, report.surgery)  # as `load_shrunk` does
+    torch.testing.assert_close(outputs(before, IMAGE), expected, rtol=1e-5, atol=1e-5)
+
+
+def zero_layers(model, *layers):
+    for names, pruned in layers:
+        for name in names if len(pruned) else ():
+            for parameter in model.get_submodule(name).parameters():
+                zero(parameter, 0, *pruned)
+
+
+class Mobile(nn.Module):
+    """Shuffled halves, a depthwise convolution, a concatenation with itself and a transposed convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.split, self.norm = nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8)
+        self.expand, self.bn1 = nn.Conv2d(4, 8, 1, bias=False), nn.BatchNorm2d(8)
+        self.deep = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
+        self.project = nn.Conv2d(8, 4, 1)
+        self.ghost, self.bn2 = nn.Conv2d(8, 6, 1, bias=False), nn.BatchNorm2d(6)
+        self.cheap = nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=False)
+        self.up = nn.ConvTranspose2d(12, 5, 2, stride=2)
+        self.head = nn.Conv2d(5, 2, 1)
+
+    def forward(self, x):
+        left, right = self.norm(self.split(x)).relu().chunk(2, 1)
+        right = self.project(self.deep(nn.functional.relu6(self.bn1(self.expand(right)))))
+        x = torch.cat([left, right], 1).unflatten(1, (2, 4)).transpose(1, 2).flatten(1, 2)
+        x = self.bn2(self.ghost(x)).relu()
+        return self.head(self.up(torch.cat([x, self.cheap(x)], 1)).relu())
+
+
+def test_channels_are_followed_through_what_a_model_does_between_layers():
+    torch.manual_seed(0)
+    model = randomized(Mobile())
+    pruned = {("split", "norm"): (1, 6), ("expand", "bn1"): (0, 5, 7), ("ghost", "bn2"): (2, 3)}
+    zero_layers(model, *pruned.items())
+    zero(model.up.weight, 1, 4)
+    zero(model.up.bias, 0, 4)
+    masks = {names[0]: kept(model.get_submodule(names[0]).out_channels, *gone) for names, gone in pruned.items()}
+    report = check(model, masks, IMAGE)
+    assert removed(report) == {"split": 0, "expand": 3, "ghost": 2}
+    assert "does not run" in reasons(report)["split"] or "differ" in reasons(report)["split"]
+    assert (model.deep.groups, model.cheap.groups, model.up.in_channels) == (5, 4, 8)
+
+
+def test_weight_standardised_convolutions_keep_their_inputs():
+    torch.manual_seed(0)
+    convolutions = [timm.layers.ScaledStdConv2d(3, 8, 3, padding=1), timm.layers.ScaledStdConv2d(8, 6, 3, padding=1)]
+    model = nn.Sequential(convolutions[0], nn.SiLU(), convolutions[1], nn.SiLU(), nn.Conv2d(6, 2, 1))
+    zero_layers(model, (("0",), (1, 2)), (("2",), (0, 5)))
+    report = check(model, {"0": kept(8, 1, 2), "2": kept(6, 0, 5)}, IMAGE)
+    assert removed(report) == {"0": 0, "2": 2}
+    assert reasons(report)["0"].endswith("reads it: its weights are standardised over all of its inputs")
+    assert convolutions[1].gain.shape == (4, 1, 1, 1)
+
+
+def test_reasons_name_the_norm_behind_a_depthwise_convolution():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, groups=8, bias=False)]
+    model = randomized(nn.Sequential(*layers, nn.BatchNorm2d(8), nn.Conv2d(8, 2, 1)))
+    zero_layers(model, (("0", "1"), (1, 2)))
+    report = shrink(model, {"0": kept(8, 1, 2)}, IMAGE)
+    assert removed(report) == {"0": 0}
+    assert reasons(report)["0"] == "its zeros are other values where '4' (Conv2d) reads them, behind '3' (BatchNorm2d)"
+
+
+def test_uniform_keeps_what_the_neediest_layer_needs():
+    model = llama()
+    layers = model.model.layers
+    for index, gone in ((0, range(8, 24)), (1, range(4))):
+        zero_layers(layers[index].mlp, (("gate_proj", "up_proj"), gone))
+    zero(layers[0].self_attn.o_proj.weight, 1, *range(8, 16))
+    masks = {"model.layers.0.mlp": kept(24, *range(8, 24)), "model.layers.1.mlp": kept(24, *range(4))}
+    masks["model.layers.0.self_attn"] = kept(2, 1)
+    expected = outputs(model, kwargs=TOKENS)
+    report = shrink(model, masks, kwargs=TOKENS, uniform=True)
+    torch.testing.assert_close(outputs(model, kwargs=TOKENS), expected, rtol=1e-5, atol=1e-5)
+    assert [layer.mlp.gate_proj.out_features for layer in layers] == [20, 20]
+    assert removed(report) == {"model.layers.0.mlp": 4, "model.layers.1.mlp": 4, "model.layers.0.self_attn": 0}
+    assert report.brought_back == 12 + 1  # the other attention needs both of its groups
+    assert reasons(report)["model.layers.0.mlp"] == "kept as zeros, for equal sizes"
 
 
 def test_tied_layers_stay():
@@ -361,14 +576,6 @@ def test_tied_layers_stay():
 def test_masks_of_another_model_are_errors(masks, message):
     with pytest.raises(ValueError, match=message):
         shrink(mlp(), masks, POINTS)
-
-
-def test_without_torch_pruning_the_error_names_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch_pruning", None)
-    with pytest.raises(ImportError, match=r"emp-callbacks\[shrink\]"):
-        shrink(mlp(), MLP_MASKS, POINTS)
-    masks = {name: mask for name, mask in VIT_MASKS.items() if "attn" in name}
-    assert shrink(masked_vit(), masks, IMAGES).layers  # heads need no graph
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------
@@ -396,9 +603,8 @@ torch.save(model(images).detach(), {str(tmp_path / "outputs.pt")!r})
     torch.testing.assert_close(torch.load(tmp_path / "outputs.pt"), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_loading_needs_no_torch_pruning(tmp_path, monkeypatch):
+def test_a_file_loads_into_the_dense_architecture(tmp_path):
     file = write(mlp(), MLP_MASKS, POINTS, tmp_path / "small.safetensors")
-    monkeypatch.setitem(sys.modules, "torch_pruning", None)
     fresh = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
     loaded = load_shrunk(fresh, file)
     assert loaded is fresh
