@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
 from collections.abc import Callable
@@ -74,9 +75,11 @@ def traced(module: nn.Module) -> fx.Graph | None:
 
 def _trace(module: nn.Module) -> fx.Graph | None:
     stand_in = object.__new__(type(module))
-    # What the forward sets of itself, it sets on the stand-in.
-    vars(stand_in).update({**vars(module), "training": False, "_modules": {**module._modules}})
-    vars(stand_in)["_buffers"] = {**module._buffers}
+    # What the forward sets of itself, or puts into a cache, it does to the stand-in.
+    own = {
+        name: copy.copy(held) if isinstance(held, dict | list | set) else held for name, held in vars(module).items()
+    }
+    vars(stand_in).update({**own, "training": False})
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
