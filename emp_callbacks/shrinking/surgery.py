@@ -119,13 +119,16 @@ def _inputs_are_apart(module: nn.Module) -> bool:
     inputs = torch.ones(1, *_least_input(module), dtype=weight.dtype, device=weight.device)
     inputs[:, 0 if transposed else slice(None, None, weight.shape[1])] = 0
     other[(0,) if transposed else (slice(None), 0)] += 1
-    forward: Callable[..., Tensor] = type(module).forward  # past hooks
-    before = forward(module, inputs)
-    module._parameters["weight"] = nn.Parameter(other, requires_grad=False)
+    forward: Callable[..., Any] = type(module).forward  # past hooks
     try:
-        return torch.equal(forward(module, inputs), before)
+        before = forward(module, inputs)
+        module._parameters["weight"] = nn.Parameter(other, requires_grad=False)
+        after = forward(module, inputs)
+    except Exception:  # a forward of somebody's own may want anything else: then nothing is known of its inputs
+        return False
     finally:
         module._parameters["weight"] = weight
+    return isinstance(before, Tensor) and isinstance(after, Tensor) and torch.equal(before, after)
 
 
 def _least_input(module: nn.Module) -> tuple[int, ...]:
@@ -274,8 +277,8 @@ def _cut_experts(name: str, module: nn.Module, cut: Cut) -> None:
     for tensor in along:
         _put(module, tensor, 0, cut)
     if not along:
-        held = [*module._modules.values()]
-        module._modules = {str(i): held[expert] for i, expert in enumerate(cut.kept)}
+        names, held = zip(*module._modules.items(), strict=True)
+        module._modules = {names[i]: held[expert] for i, expert in enumerate(cut.kept)}
     for attribute in {*EXPERT_COUNTS, "out_features"} & vars(module).keys():
         if vars(module)[attribute] == cut.of:
             setattr(module, attribute, len(cut.kept))

@@ -108,4 +108,4 @@ def _told(error: Exception) -> str:
         return f"without its zeros {text}"
     if isinstance(error, NotImplementedError):
         return text
-    return f"the model does not run without them ({type(error).__name__}: {text})"
+    return f"the forward pass needs them ({type(error).__name__}: {text})"

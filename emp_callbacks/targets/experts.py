@@ -123,12 +123,18 @@ def expert_groups(model: nn.Module, full_shape: FullShape) -> Iterator[ExpertGro
             child = innermost(given)
             stacked = stacked_experts(child, full_shape)
             # That modules in a list are alternatives, and not one after another, nothing but the name says.
-            listed = [str(index) for index in range(len(child._modules))]
-            alternatives = "expert" in name and len(listed) > 1 and [*child._modules] == listed
+            is_sequence = isinstance(child, nn.Sequential)
+            alternatives = "expert" in name and len(child._modules) > 1 and _are_alike(child) and not is_sequence
             if stacked is not None:
                 yield _group(parent, child, stacked.number, stacked, full_shape)
             elif alternatives:
-                yield _group(parent, child, len(listed), None, full_shape)
+                yield _group(parent, child, len(child._modules), None, full_shape)
+
+
+def _are_alike(module: nn.Module) -> bool:
+    """Return whether a module is a list or a dictionary of modules of one class."""
+    is_list = isinstance(module, nn.ModuleList | nn.ModuleDict) or all(map(str.isdigit, module._modules))
+    return is_list and len({type(child) for child in module.children()}) == 1
 
 
 def _group(

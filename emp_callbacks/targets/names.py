@@ -30,7 +30,8 @@ def known_names(name: str) -> list[str]:
         own.append(part)
         if tuple(own[-2:]) == _PEFT_MODEL:
             del own[-2:]
-    own = [part for part in own if part != _PEFT_LAYER]
+    # A part with numbers below it is somebody's Sequential: PEFT's base layers are no containers.
+    own = [part for part, below in zip(own, [*own[1:], ""], strict=True) if part != _PEFT_LAYER or below.isdigit()]
     return list(dict.fromkeys([".".join(own), ".".join(parts)]))
 
 

@@ -404,7 +404,7 @@ def test_what_the_model_does_not_run_without_is_found_and_left_out():
     report = check(model, masks, POINTS)
     assert removed(report) == {"first.0": 2, "first.1": 0, "first.2": 2, "first.3": 0, "first.4": 0}
     assert reasons(report)["first.0"] is None
-    assert reasons(report)["first.1"].startswith("the model does not run without them (RuntimeError: shape '[3, 6]'")
+    assert reasons(report)["first.1"].startswith("the forward pass needs them (RuntimeError: shape '[3, 6]'")
     assert reasons(report)["first.4"].startswith("without its zeros the shrunk model's outputs differ by")
 
 

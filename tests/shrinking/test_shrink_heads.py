@@ -134,7 +134,7 @@ STAY = {
         "the first layer makes the position bias for the heads of all layers",
     ),
     "bloom": (lambda: hf("bloom", n_head=4), TOKENS, r"the model makes its position bias \(ALiBi\)"),
-    "olmo2": (lambda: hf("olmo2", num_key_value_heads=4), TOKENS, "does not run without them|without its zeros"),
+    "olmo2": (lambda: hf("olmo2", num_key_value_heads=4), TOKENS, "the forward pass needs them|without its zeros"),
 }
 
 
