@@ -399,11 +399,11 @@ def test_channels_are_silent_behind_any_norm_of_their_own(norm):
 
 @pytest.mark.parametrize(
     "norm",
-    [nn.GroupNorm(2, 6, affine=False), nn.InstanceNorm2d(6, track_running_stats=True), nn.LayerNorm(32)],
+    [nn.GroupNorm(2, 6, affine=False), nn.InstanceNorm2d(6, track_running_stats=True), nn.LayerNorm(30)],
     ids=repr,
 )
 def test_a_norm_of_other_things_leaves_its_channels_out(norm):
-    model = nn.Sequential(nn.Conv2d(3, 6, 1), norm, nn.ReLU(), nn.Conv2d(6, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), norm, nn.ReLU(), nn.Conv2d(6, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
     assert names(model) == ["3"]
     assert "without trainable scale" in left_out_neurons(model)["0.weight"]
     with pytest.raises(ValueError, match="'0' is followed by a norm without trainable scale and shift of its own"):
