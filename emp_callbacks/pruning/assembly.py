@@ -100,7 +100,8 @@ def find_left_out(config: EMPConfig, backend: Backend, weights: Sequence[MaskedW
     masked = {weight.name for weight in weights}
     parameters = {canonical_name(name): p for name, p in backend.module.named_parameters()}
     usual = f"part of no chosen {config.target.replace('_', ' ').removesuffix('s')}"
-    reasons = left_out_neurons(backend.module, backend.full_shape) if config.target == "neurons" else {}
+    by_default = config.target == "neurons" and not config.include
+    reasons = left_out_neurons(backend.module, backend.full_shape) if by_default else {}
     return [
         LeftOut(name, reasons.get(name, usual), backend.full_shape(p).numel())
         for name, p in parameters.items()

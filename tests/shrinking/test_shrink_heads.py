@@ -125,8 +125,8 @@ def vit(kind, **settings):
 
 
 STAY = {
-    "beit": (lambda: vit("beit_base_patch16_224"), IMAGES, "the model does not run without them"),
-    "eva02": (lambda: vit("eva02_tiny_patch14_224", embed_dim=32), IMAGES, "the model does not run without them"),
+    "beit": (lambda: vit("beit_base_patch16_224"), IMAGES, "the forward pass needs them"),
+    "eva02": (lambda: vit("eva02_tiny_patch14_224", embed_dim=32), IMAGES, "the forward pass needs them"),
     "talking heads": (lambda: nn.Sequential(cait.TalkingHeadAttn(16, 4)), ROWS, "its heads mix what they attend to"),
     "t5": (
         lambda: transformers.T5EncoderModel(transformers.T5Config(**T5)),

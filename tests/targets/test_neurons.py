@@ -448,7 +448,7 @@ def test_transposed_grouped_and_depthwise_convolutions():
     model = Detector()
     assert names(model) == ["up.0", "grouped", "down"]
     up, grouped, _ = neurons(model)
-    assert (up.members[0].dim, up.members[0].weight.output_dim, up.units) == (1, 1, 6)
+    assert (up.members[0].dims[0], up.members[0].weight.output_dim, up.units) == (1, 1, 6)
     assert [(m.weight.name, m.role) for m in grouped.members] == [
         ("grouped.weight", "weight"),
         ("grouped.bias", "bias"),
