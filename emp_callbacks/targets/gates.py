@@ -86,7 +86,7 @@ def _products(search: UnitSearch, flow: Dataflow, module: nn.Module, graph: fx.G
         is_glu = called(node) == "glu" or isinstance(flow.callee(place), nn.GLU)
         if is_glu and len(operands) == 1:
             parts, of = _sources(flow, operands), 2
-        elif called(node) in ("mul", "multiply") and len(operands) == 2:
+        elif called(node) in ("mul", "multiply") and len(operands) == 2 and not factors(flow, place):
             halves = [_half(search, flow, one) for one in operands]
             known = [half for half in halves if half is not None]
             if {which for _, which in known} == {0, 1} and known[0][0] is known[1][0]:
