@@ -183,7 +183,7 @@ def _given_out(
 
 def _hit(gradient: Tensor, dim: int) -> Tensor:
     rows = gradient.movedim(dim, 0)
-    return (rows.reshape(len(rows), -1) != 0).any(1).cpu()
+    return rows.reshape(len(rows), -1).any(1).cpu()
 
 
 def _read(
@@ -233,8 +233,8 @@ def _links(
             chosen = weights * _along(members, x, dim)
             gradients = torch.autograd.grad(x, tensors, chosen, retain_graph=True, allow_unused=True)
             for row, tensor, at, gradient in zip(rows, tensors, dims, gradients, strict=True):
-                value = torch.zeros_like(tensor) if gradient is None else gradient
-                row.append(_hit(value, at))
+                none = torch.zeros(tensor.shape[at], dtype=torch.bool)
+                row.append(none if gradient is None else _hit(gradient, at))
         return [torch.stack(row) for row in rows]
 
     single = hits(_bits(torch.arange(size)))

@@ -17,7 +17,7 @@ from emp_callbacks.shrinking.heads import cut_heads
 from emp_callbacks.shrinking.report import FOR_EQUAL_SIZES, ShrinkReport, ShrunkLayer
 from emp_callbacks.shrinking.surgery import Surgery, cuttable_modules, mixes, perform, why_whole
 from emp_callbacks.shrinking.trial import Planned, largest_fit
-from emp_callbacks.shrinking.units import alive_units, unit_layer
+from emp_callbacks.shrinking.units import alive_units, unit_layer, unit_layers
 from emp_callbacks.targets import adapted_weights
 from emp_callbacks.targets.units import UnitTarget
 
@@ -111,10 +111,12 @@ class _Plans:
 
     def __init__(self, model: nn.Module, kept: Mapping[str, Tensor], run: Callable[..., Any]) -> None:
         self._model, self._cuttable = model, cuttable_modules(model)
+        known = {(target.name, target.units): target for target in unit_layers(model)}
         self._layers: dict[str, tuple[UnitTarget, Tensor]] = {}
         for name, mask in kept.items():
             if not mask.all():
-                self._layers[name] = unit_layer(model, name, len(mask)), ~mask.cpu()
+                target = known.get((name, len(mask))) or unit_layer(model, name, len(mask))
+                self._layers[name] = target, ~mask.cpu()
         self.names = list(self._layers)
         self._alive = {name: _alive(target, pruned) for name, (target, pruned) in self._layers.items()}
         self._heads = {name for name, (target, _) in self._layers.items() if _is_attention(target)}
