@@ -21,12 +21,14 @@ import fnmatch
 import gc
 import json
 import re
+import signal
 import sys
 import time
 import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -224,7 +226,26 @@ def short(message: object) -> str:
 # ---- all criteria of a family and target ----------------------------------------------------------------------------
 
 
-def run_target(family: Family, target: str, criteria: list[str]) -> Row:
+@contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the block after so many seconds; 0: never."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"took longer than {seconds:g} s")
+
+    if not seconds:
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def run_target(family: Family, target: str, criteria: list[str], limit: float = 0) -> Row:
     """Return the cell of one family and target.
 
     It holds "layers" and "units", "kept" by criterion, "left_out" of weights, "shrink" of units, and "told"; or "none",
@@ -233,16 +254,8 @@ def run_target(family: Family, target: str, criteria: list[str]) -> Row:
     cell: Row = {}
     for criterion in criteria:
         try:
-            trial = Trial(family, target, criterion)
-            cell |= trial.found()
-            cell.setdefault("kept", {})[criterion] = sum(int(mask.sum()) for mask in trial.pruner.masks.values())
-            cell["told"] = list(dict.fromkeys([*cell.get("told", ()), *trial.told]))
-            if criterion != criteria[0]:
-                continue
-            if target == "weights":
-                cell["left_out"] = trial.left_out()
-            else:
-                cell["shrink"] = trial.shrunk()
+            with limited(limit):
+                cell |= run_trial(family, target, criterion, cell, is_first=criterion == criteria[0])
         except (ValueError, NotImplementedError) as error:
             cell.setdefault("refused", {})[criterion] = short(error)
         except Exception as error:  # the sweep goes on, and ends with status 1
@@ -253,6 +266,17 @@ def run_target(family: Family, target: str, criteria: list[str]) -> Row:
         del cell["refused"]
         cell["none"] = next(iter(refused.values())).partition(":")[0]
     return {key: value for key, value in cell.items() if value != []}
+
+
+def run_trial(family: Family, target: str, criterion: str, cell: Row, *, is_first: bool) -> Row:
+    """Return what one criterion adds to the cell; the first also says what is left out, and is shrunk."""
+    trial = Trial(family, target, criterion)
+    kept = sum(int(mask.sum()) for mask in trial.pruner.masks.values())
+    told = list(dict.fromkeys([*cell.get("told", ()), *trial.told]))
+    added = {**trial.found(), "kept": {**cell.get("kept", {}), criterion: kept}, "told": told}
+    if not is_first:
+        return added
+    return {**added, **({"left_out": trial.left_out()} if target == "weights" else {"shrink": trial.shrunk()})}
 
 
 def fault(error: Exception) -> str:
@@ -269,14 +293,14 @@ def criteria_of(target: str, wanted: list[str] | None = None) -> list[str]:
     return [criterion for criterion in fitting if wanted is None or criterion in wanted]
 
 
-def run_family(name: str, targets: list[str], criteria: list[str] | None = None) -> Row:
+def run_family(name: str, targets: list[str], criteria: list[str] | None = None, limit: float = 0) -> Row:
     """Return the row of a family: its parameters, seconds, and one cell for each target."""
     started = time.perf_counter()
     family = FAMILIES[name]
     row: Row = {"parameters": sum(p.numel() for p in family.build().parameters())}
     for target in targets:
         if chosen := criteria_of(target, criteria):
-            row[target] = run_target(family, target, chosen)
+            row[target] = run_target(family, target, chosen, limit)
     return {**row, "seconds": round(time.perf_counter() - started, 1)}
 
 
@@ -414,6 +438,7 @@ def parsed() -> argparse.Namespace:
     add("--table", type=Path, metavar="FILE", help="Markdown page of the results")
     add("--show", type=Path, metavar="FILE", help="read these results instead of running anything")
     add("--compare", type=Path, metavar="FILE", help="print the summary beside that of these earlier results")
+    add("--limit", type=float, default=120, help="seconds of a family, target and criterion; more is a fault (120)")
     add("--threads", type=int, default=1, help="of torch (default: 1)")
     return parser.parse_args()
 
@@ -435,7 +460,7 @@ def run(options: argparse.Namespace, console: Console) -> Row:
         raise SystemExit(f"no family matches {options.families}; they are {', '.join(FAMILIES)}")
     held = json.loads(options.out.read_text())["families"] if options.out and options.out.exists() else {}
     for name in track(names, "families", console=console):
-        row = run_family(name, targets, options.criteria)
+        row = run_family(name, targets, options.criteria, options.limit)
         held[name] = {**held.get(name, {}), **row}
         for _, target, criterion, why in faults_of({name: row}):
             console.print(escape(f"FAULT {name}, {target}, {criterion}: {why}"))
