@@ -159,7 +159,7 @@ class Trial:
         stays: Counter[str] = Counter()
         for layer in report.layers:
             if layer.removed < layer.pruned:
-                stays[str(getattr(layer, "reason", "")) or "not told"] += layer.pruned - layer.removed
+                stays[in_general(getattr(layer, "reason", ""))] += layer.pruned - layer.removed
         return {
             "pruned": sum(layer.pruned for layer in report.layers),
             "removed": sum(layer.removed for layer in report.layers),
@@ -219,6 +219,13 @@ def ours(caught: list[warnings.WarningMessage]) -> list[str]:
     """Return what this package warned of, at the line that called it, which is here; not that tiny models are tiny."""
     texts = [short(one.message) for one in caught if one.filename == __file__]
     return list(dict.fromkeys(text for text in texts if not re.match(SAID_OF_A_REFRESH, text)))
+
+
+def in_general(reason: str) -> str:
+    """Return a reason without the names of modules and the words of torch's own errors; "not told" of none."""
+    text = re.sub(r"'[^']*' \((\w+)\)", r"a \1", reason)
+    text = re.sub(r"\((\w+Error)\b.*\)", r"(\1)", re.sub(r"'[^']*'", "'...'", text))
+    return short("; ".join(dict.fromkeys(re.split(r"; |, (?=joined)", text)))) if reason else "not told"
 
 
 def short(message: object) -> str:
@@ -328,6 +335,9 @@ def summary(rows: Mapping[str, Row]) -> dict[str, int]:
             bool(one.get("removed")) and one["removed"] == one["pruned"] for one in shrunk
         )
         counts[f"shrinks of {target} refused"] = sum("refused" in one for one in shrunk)
+        counts[f"shrinks of {target} that only say that the model does not run"] = sum(
+            any("does not run" in why for why in (*one.get("stays", ()), one.get("refused", ""))) for one in shrunk
+        )
     return {"families": len(rows), **counts, "faults": sum(1 for _ in faults_of(rows))}
 
 
