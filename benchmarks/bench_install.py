@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).parents[1]
-EXTRAS = ("core", "lightning", "study", "hf", "shrink", "deepspeed", "all")
+EXTRAS = ("core", "lightning", "study", "hf", "deepspeed", "all")
 IMPORTS = {
     "torch": "import torch",
     "emp_callbacks": "import emp_callbacks",

@@ -21,12 +21,14 @@ if TYPE_CHECKING:
     from emp_callbacks.schedule import Ramp
     from emp_callbacks.shrinking import load_shrunk, pruned_units, shrink
     from emp_callbacks.shrinking.semi_structured import to_semi_structured
+    from emp_callbacks.targets import AttentionLayout, check_attention, register_attention
     from emp_callbacks.trajectory import PruneEvent, Trajectory
 
 __version__ = "0.1.0"
 
 # Imported at first use: torch and Lightning cost seconds that `emp --help` need not pay, nor a plain loop Lightning.
 _HOMES = {
+    "AttentionLayout": "targets",
     "Distillation": "distillation",
     "Ramp": "schedule",
     "EMPCallback": "integrations.lightning",
@@ -38,6 +40,7 @@ _HOMES = {
     "MissingEvidence": "layer",
     "PruneEvent": "trajectory",
     "Trajectory": "trajectory",
+    "check_attention": "targets",
     "effective_number": "core.effective_number",
     "emp_mask": "core.selection",
     "keep_count": "core.effective_number",
@@ -45,12 +48,14 @@ _HOMES = {
     "mass_bound": "core.bounds",
     "preserved_mass": "core.selection",
     "pruned_units": "shrinking",
+    "register_attention": "targets",
     "shrink": "shrinking",
     "tight_mass_bound": "core.bounds",
     "to_semi_structured": "shrinking.semi_structured",
 }
 
 __all__ = [
+    "AttentionLayout",
     "Distillation",
     "EMPCallback",
     "EMPConfig",
@@ -62,6 +67,7 @@ __all__ = [
     "PruneEvent",
     "Ramp",
     "Trajectory",
+    "check_attention",
     "effective_number",
     "emp_mask",
     "keep_count",
@@ -69,6 +75,7 @@ __all__ = [
     "mass_bound",
     "preserved_mass",
     "pruned_units",
+    "register_attention",
     "shrink",
     "tight_mass_bound",
     "to_semi_structured",

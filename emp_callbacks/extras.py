@@ -20,7 +20,6 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     ),
     "hf": ("transformers", "accelerate"),
     "deepspeed": ("deepspeed",),
-    "shrink": ("torch_pruning",),
 }
 """Extra -> the packages that it brings, by the names under which they are imported."""
 

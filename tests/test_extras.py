@@ -203,25 +203,6 @@ def test_hf_is_enough_for_a_folder_of_transformers(tmp_path, wheel):
 
 
 @pytest.mark.processes
-def test_shrink_is_enough_to_take_channels_out(tmp_path, wheel):
-    code = """
-    import torch
-    from emp_callbacks import EMPPruner, pruned_units, shrink
-    torch.manual_seed(0)
-    net = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 2)).eval()
-    with torch.no_grad():
-        net[0].weight[::2] *= 0.01
-        net[0].bias[::2] *= 0.01
-    pruner = EMPPruner(net, target="neurons", exclude=["2"])
-    pruner.refresh()
-    pruner.finalize()
-    report = shrink(net, pruned_units(net), torch.ones(1, 8))
-    print(net[0].out_features < 6)
-    """
-    assert run("shrink", code, tmp_path, wheel)[-1] == "True"
-
-
-@pytest.mark.processes
 @pytest.mark.skipif(not is_installed("deepspeed"), reason="DeepSpeed is not installed")
 def test_deepspeed_is_enough_to_import_it_beside_the_hook(tmp_path, wheel):
     code = "import deepspeed; from emp_callbacks import EMPHook; print(EMPHook.__name__)"
