@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 RECORD = json.loads((ROOT / "benchmarks/results/architectures.json").read_text())
 PAGE = ROOT / "docs/architectures.md"
 
-# Depthwise and densely connected convolutions, windows with tables, a table per head, experts, latent attention, two stacks.
+# Depthwise and densely connected convolutions, windows, a table per head, experts, latent attention, two stacks.
 SAMPLE = [
     *("timm/mobilenetv4", "timm/densenet", "timm/swin", "timm/levit"),
     *("transformers/gpt2", "transformers/mixtral", "transformers/deepseek_v3", "transformers/t5"),
