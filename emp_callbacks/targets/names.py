@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+from itertools import pairwise
 
 # What wrappers put into names and a user did not write.
 _WRAPPER_NAMES = (
@@ -31,7 +32,7 @@ def known_names(name: str) -> list[str]:
         if tuple(own[-2:]) == _PEFT_MODEL:
             del own[-2:]
     # A part with numbers below it is somebody's Sequential: PEFT's base layers are no containers.
-    own = [part for part, below in zip(own, [*own[1:], ""], strict=True) if part != _PEFT_LAYER or below.isdigit()]
+    own = [part for part, below in pairwise([*own, ""]) if part != _PEFT_LAYER or below.isdigit()]
     return list(dict.fromkeys([".".join(own), ".".join(parts)]))
 
 

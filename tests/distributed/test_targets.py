@@ -40,6 +40,7 @@ SETTINGS = {
     "features-dynamic": {"target": "features", "dynamic": True, "beta": 0.8},
     "experts": {"target": "experts", "density": 0.6, "mode": "freeze"},
     "experts-global": {"target": "experts", "criterion": "taylor", "scope": "global", "beta": 0.8},
+    "experts-neurons": {"target": "neurons", "include": ["*experts"], "beta": 0.8},
     "experts-wanda-row": {"criterion": "wanda", "scope": "row", "include": ["*experts*"]},
     "experts-pattern": {"pattern": "1:2", "include": ["*experts*"]},
     "edges": {"target": "attention_edges", "criterion": "attention_logit"},

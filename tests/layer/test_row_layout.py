@@ -6,7 +6,7 @@ import torch
 from emp_callbacks.core.effective_number import score_moments
 from emp_callbacks.core.row_selection import RowMatrix, find_rows, row_sums, top_rows
 from emp_callbacks.layer.row_layout import row_layout
-from emp_callbacks.layer.segment import Span
+from emp_callbacks.layer.segment import Segment, Span
 
 SHAPES = [
     ((5, 4), 0, False),
@@ -90,3 +90,28 @@ def test_rows_cut_up_in_any_way_keep_what_whole_rows_keep(shape, output_dim, sta
     (thresholds,) = find_rows([RowMatrix(parts, parts, keep, moments, rows.shape[1], scores.dtype)])
     for layout, (_, at) in zip(layouts, cuts, strict=True):
         assert torch.equal(layout.flat([thresholds.mask(part) for part in layout.parts]), wanted[at])
+
+
+@pytest.mark.parametrize("positions", [7, torch.tensor([3, 50, 8, 59])])
+def test_a_segment_knows_where_its_elements_lie_along_several_dimensions(positions):
+    shape = (3, 5, 4)
+    segment = Segment(
+        name="experts",
+        shape=torch.Size(shape),
+        output_dim=2,
+        stacked=True,
+        positions=positions,
+        replicated=False,
+        counted=slice(0, 4),
+        owner=torch.zeros(4),
+        view=lambda tensor: tensor,
+    )
+    flat = torch.arange(7, 11) if isinstance(positions, int) else positions
+    index = torch.unravel_index(flat, shape)
+    for dims in ((0,), (2,), (0, 1), (0, 2)):
+        expected = torch.zeros(4, dtype=torch.int64)
+        for dim in dims:
+            expected = expected * shape[dim] + index[dim]
+        assert torch.equal(segment.indices_along(*dims), expected)
+    assert torch.equal(segment.row_indices(), index[0] * 4 + index[2])
+    assert (segment.matrices, segment.rows, segment.input_dim) == (3, 12, 1)
