@@ -201,8 +201,9 @@ def alone(name):
 def test_torch_strategies_give_the_masks_of_one_process(world_size, way, name, ranks):
     expected = alone(name)
     assert any(keep < n for _, n, keep, *_ in expected["rows"]), "a mask that keeps all compares nothing"
+    in_single_precision = any(word in name for word in ("activation", "wanda", "experts"))  # a router's softmax, too
     for result in ranks(on_torch, world_size):
-        compare(result[way, name], expected, 1e-9 if "activation" not in name and "wanda" not in name else 1e-5)
+        compare(result[way, name], expected, 1e-5 if in_single_precision else 1e-9)
 
 
 @pytest.mark.skipif(not HAS_DEEPSPEED, reason="DeepSpeed is not installed")
