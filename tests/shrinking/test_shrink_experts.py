@@ -4,8 +4,10 @@ from safetensors.torch import save_file
 
 from emp_callbacks import EMPPruner, load_shrunk, pruned_units, shrink
 from emp_callbacks.shrinking.experts import past_removed_experts
-from tests.targets.mixtures import CONFIGS, ids, language_model
+from tests.targets.mixtures import CONFIGS, ids, language_model, needs_stacked_experts
 from tests.targets.test_experts import Listed
+
+pytestmark = needs_stacked_experts
 
 
 def masked(family, density=0.5, **settings):
