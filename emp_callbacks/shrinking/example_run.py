@@ -29,8 +29,13 @@ def _tensors(held: Any) -> Iterator[Tensor]:
     if isinstance(held, Tensor) and held.is_floating_point():
         yield held
     elif isinstance(held, (Mapping, list, tuple)):
-        for value in held.values() if isinstance(held, Mapping) else held:
+        for value in _apart_from_caches(held) if isinstance(held, Mapping) else held:
             yield from _tensors(value)
+
+
+def _apart_from_caches(held: Mapping[Any, Any]) -> Iterator[Any]:
+    """Yield what a model gives out but the keys and values of its heads, of which fewer are left, for the next call."""
+    return (value for name, value in held.items() if name != "past_key_values")
 
 
 @torch.no_grad()

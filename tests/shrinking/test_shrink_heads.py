@@ -8,7 +8,7 @@ import transformers
 from safetensors.torch import save_file
 from timm.models import cait, levit, tiny_vit
 from torch import nn
-from transformers import AutoConfig, AutoModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
 
 from emp_callbacks.shrinking import load_shrunk, pruned_units, shrink
 from emp_callbacks.targets import AttentionLayout, attention_heads, register_attention
@@ -23,6 +23,8 @@ T5 = {"d_model": 16, "d_kv": 4, "d_ff": 8, "num_heads": 4, "num_layers": 2, "voc
 
 
 def hf(kind, **settings):
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers knows no {kind}")
     return AutoModel.from_config(AutoConfig.for_model(kind, **{**SIZES, **settings}))
 
 

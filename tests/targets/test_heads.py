@@ -166,6 +166,8 @@ SIZES = {
 
 
 def hf(kind: str, **changes) -> nn.Module:
+    if kind not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"this transformers knows no {kind}")
     default = transformers.AutoConfig.for_model(kind)
     own = {name: value for name, value in SIZES.items() if name in vars(default) and name not in default.attribute_map}
     return transformers.AutoModel.from_config(transformers.AutoConfig.for_model(kind, **{**own, **changes}))
