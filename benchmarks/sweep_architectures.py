@@ -335,8 +335,9 @@ def summary(rows: Mapping[str, Row]) -> dict[str, int]:
             bool(one.get("removed")) and one["removed"] == one["pruned"] for one in shrunk
         )
         counts[f"shrinks of {target} refused"] = sum("refused" in one for one in shrunk)
-        counts[f"shrinks of {target} that only say that the model does not run"] = sum(
-            any("does not run" in why for why in (*one.get("stays", ()), one.get("refused", ""))) for one in shrunk
+        counts[f"shrinks of {target} in which something stays only since the forward fails without it"] = sum(
+            any("needs them" in why or "does not run" in why for why in (*one.get("stays", ()), one.get("refused", "")))
+            for one in shrunk
         )
     return {"families": len(rows), **counts, "faults": sum(1 for _ in faults_of(rows))}
 

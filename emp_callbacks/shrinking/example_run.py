@@ -21,7 +21,12 @@ def outputs(
 ) -> list[Tensor]:
     """Return the floating-point tensors in what the model gives for the example, with other parameters if given."""
     with nullcontext() if torch.is_grad_enabled() else _asking_for_nothing(model):
-        held = model(*args, **kwargs) if parameters is None else functional_call(model, parameters, args, kwargs)
+        # torch ties parameters by name: of a module with two names it would put the second one's stand-in back.
+        held = (
+            model(*args, **kwargs)
+            if parameters is None
+            else functional_call(model, parameters, args, kwargs, tie_weights=False)
+        )
     return list(_tensors(held))
 
 

@@ -667,3 +667,14 @@ def test_files_that_are_not_shrunk_models_are_errors(tmp_path):
         load_shrunk(mlp(), tmp_path / "dense.safetensors")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         load_shrunk(mlp(), tmp_path / "none.safetensors")
+
+
+def test_a_module_under_two_names_is_as_it_was():
+    torch.manual_seed(0)
+    shared = nn.Linear(4, 4)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4), shared, nn.ReLU(), shared)
+    zero_layers(model, (("0",), (1, 2)))
+    held = dict(model.named_parameters(remove_duplicate=False))
+    report = check(model, {"0": kept(6, 1, 2)}, POINTS)
+    assert removed(report) == {"0": 2}
+    assert shared.weight is held["3.weight"]
