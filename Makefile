@@ -1,6 +1,6 @@
 # make quickstart   train, prune and compare on the built-in data, then say where the report is
 # make test-quick   the tests that start no process and compile nothing (2 minutes on two cores)
-# make test         lint and all tests (24 minutes on two cores)
+# make test         lint and all tests (30 minutes on two cores)
 # make lint         ruff, mypy, import-linter
 # make gpu          the tests that need a CUDA device, and benchmarks/bench_gpu.py (8 minutes), in $(PYTHON) as it is
 # make test-minimum all tests but DeepSpeed's, on the lowest versions that pyproject.toml allows and the oldest Python

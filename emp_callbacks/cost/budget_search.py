@@ -16,9 +16,10 @@ from emp_callbacks.config import EMPConfig, settled
 from emp_callbacks.core.effective_number import check_beta
 from emp_callbacks.core.masked_values import zero_pruned
 from emp_callbacks.core.packing import pack_bits
+from emp_callbacks.core.random_numbers import random_numbers_kept
 from emp_callbacks.cost.bracket import Bracket, End, Tried
 from emp_callbacks.cost.curvature import mean_loss
-from emp_callbacks.cost.unchanged import random_numbers_kept, unchanged
+from emp_callbacks.cost.unchanged import unchanged
 from emp_callbacks.layer.mask_mode import Observe
 from emp_callbacks.pruning.refresh import Selection
 from emp_callbacks.pruning.refresher import Refresher

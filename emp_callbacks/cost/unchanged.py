@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["random_numbers_kept", "unchanged"]
+from emp_callbacks.core.random_numbers import random_numbers_kept
+
+__all__ = ["unchanged"]
 
 
 @contextmanager
@@ -50,17 +50,3 @@ def unchanged(model: nn.Module, owners: Sequence[Tensor]) -> Iterator[list[Tenso
             model.train(was_training)
             for module, mode in modes:
                 module.training = mode
-
-
-@contextmanager
-def random_numbers_kept() -> Iterator[None]:
-    """After the block the generators of Python, numpy and torch (CPU and CUDA) stand where they stood before it."""
-    ours, theirs = random.getstate(), np.random.get_state()
-    used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    devices = list(range(torch.cuda.device_count())) if used else []
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(ours)
-        np.random.set_state(theirs)

@@ -10,8 +10,9 @@ from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import fx, nn
+
+from emp_callbacks.core.random_numbers import random_numbers_kept
 
 _IN_PLACE = {"iadd", "isub", "imul", "itruediv"}
 
@@ -80,7 +81,7 @@ def _trace(module: nn.Module) -> fx.Graph | None:
         name: copy.copy(held) if isinstance(held, dict | list | set) else held for name, held in vars(module).items()
     }
     vars(stand_in).update({**own, "training": False})
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with random_numbers_kept(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             graph = _Tracer().trace(_Call(stand_in))

@@ -12,9 +12,9 @@ from torch.nn import functional
 from emp_callbacks import EMPPruner
 from emp_callbacks.backends import detect_backend
 from emp_callbacks.config import EMPConfig
+from emp_callbacks.core.random_numbers import random_numbers_kept
 from emp_callbacks.cost.bracket import Bracket, Tried
 from emp_callbacks.cost.budget_search import smallest_budget
-from emp_callbacks.cost.unchanged import random_numbers_kept
 from emp_callbacks.layer.mask_mode import Observe
 from emp_callbacks.pruning.refresher import Refresher
 

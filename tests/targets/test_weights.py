@@ -1,3 +1,6 @@
+import random
+
+import numpy as np
 import pytest
 import timm
 import torch
@@ -93,6 +96,7 @@ class Own(nn.Module):
 
     def forward(self, x):
         self.calls += 1
+        random.random(), np.random.rand(), torch.rand(())
         self.count.add_(1)
         self.cache["last"] = x
         self.last = x = (x + self.table_of_weights) * self.weight
@@ -111,9 +115,11 @@ def test_output_dimension_of_each_layer_kind():
 
 def test_what_a_module_multiplies_with_is_a_weight_whatever_it_is_called():
     model = Own()
+    numbers = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     assert names(model) == ["first", "second", "stack", "kernel", "spline"]
     assert (model.calls, model.cache, float(model.count)) == (0, {}, 0.0), "the forward pass is read, not run"
     assert not hasattr(model, "last")
+    assert numbers == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
 
 
 class NormedLinear(nn.Linear):
