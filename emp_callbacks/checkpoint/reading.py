@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from emp_callbacks.checkpoint.safe_unpickling import load_inert
 from emp_callbacks.targets.experts import routers, stacked_experts
 from emp_callbacks.targets.names import canonical_name
-from emp_callbacks.targets.weights import own_shape
+from emp_callbacks.targets.shapes import own_shape
 
 __all__ = [
     "TIED_KEY",

@@ -12,6 +12,7 @@ from emp_callbacks.shrinking.report import ShrunkLayer
 from emp_callbacks.shrinking.surgery import Surgery, axes_of, cut_of
 from emp_callbacks.targets.attention_parts import Attention, per_head
 from emp_callbacks.targets.heads import find_attention
+from emp_callbacks.targets.shapes import own_shape
 from emp_callbacks.targets.unit_search import UnitSearch, is_layer
 from emp_callbacks.targets.units import UnitTarget
 
@@ -44,7 +45,7 @@ def cut_heads(
     left = ~pruned
     if pruned.all():  # an attention without heads is none
         left[0] = True
-    search = UnitSearch(model, lambda parameter: parameter.shape)
+    search = UnitSearch(model, own_shape)
     found = find_attention(search, model.get_submodule(target.name))
     assert found is not None
     try:

@@ -120,21 +120,14 @@ class _Plans:
         self.names = list(self._layers)
         self._alive = {name: _alive(target, pruned) for name, (target, pruned) in self._layers.items()}
         self._heads = {name for name, (target, _) in self._layers.items() if _is_attention(target)}
-        self._left_out = {
-            name: f"{type(module).__name__}: {why_whole(module)}"
-            for name, (target, _) in self._layers.items()
-            for module in unit_rows(model, target)
-            if name not in self._heads and target.experts is None and not target.whole_experts and not mixes(module)
-        }
-        self._left_out |= {
-            name: "hidden neurons of stacked experts are not cut: all have as many"
-            for name, (target, _) in self._layers.items()
-            if target.experts is not None and not target.whole_experts
-        }
+        self._experts = {name for name, (target, _) in self._layers.items() if target.whole_experts}
+        others = {name: of for name, of in self._layers.items() if name not in self._heads | self._experts}
+        why_not = {name: _why_not(model, target) for name, (target, _) in others.items()}
+        self._left_out = {name: why for name, why in why_not.items() if why is not None}
         channels = [
             (target, pruned & ~self._alive[name])
-            for name, (target, pruned) in self._layers.items()
-            if name not in self._heads and name not in self._left_out and not target.whole_experts
+            for name, (target, pruned) in others.items()
+            if name not in self._left_out
         ]
         self._channels: ChannelFacts | None = None
         try:
@@ -151,7 +144,7 @@ class _Plans:
         for name in names:
             if name in self._heads:
                 layers[name] = self._cut_heads(name, most, surgery)
-            elif self._layers[name][0].whole_experts:
+            elif name in self._experts:
                 layers[name] = self._cut_experts(name, most, surgery)
         layers |= {name: self.left_out(name, why) for name, why in self._left_out.items() if name in names}
         if self._channels is not None:
@@ -188,6 +181,14 @@ class _Plans:
         )
         pruned = int(self._layers[layer.name][1].sum())
         return layer._replace(pruned=pruned, reason="; ".join(reasons) or None)
+
+
+def _why_not(model: nn.Module, target: UnitTarget) -> str | None:
+    """Return why neurons or channels of a layer cannot be cut, whatever reads them; None if they may."""
+    if target.experts is not None:
+        return "hidden neurons of stacked experts are not cut: all have as many"
+    whole = [module for module in unit_rows(model, target) if not mixes(module)]
+    return f"{type(whole[-1]).__name__}: {why_whole(whole[-1])}" if whole else None
 
 
 def _alive(target: UnitTarget, pruned: Tensor) -> Tensor:

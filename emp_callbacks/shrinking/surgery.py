@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from emp_callbacks.targets import unit_search
 from emp_callbacks.targets.matrices import is_conv1d
 
 __all__ = [
@@ -22,7 +23,6 @@ __all__ = [
     "cut_of",
     "cuttable_modules",
     "groups_of",
-    "is_conv1d",
     "is_depthwise",
     "mixes",
     "passes",
@@ -154,10 +154,8 @@ def _axes_by_class(module: nn.Module) -> dict[str, Axis]:
 
 
 def is_depthwise(module: nn.Module) -> bool:
-    """Return whether a module is a convolution of each channel alone."""
-    if not isinstance(module, _ConvNd) or isinstance(module, _ConvTransposeNd):
-        return False
-    return 1 < module.groups == module.in_channels == module.out_channels
+    """Return whether a module is a convolution of each channel alone, with one output for each."""
+    return unit_search.is_depthwise(module) and module.in_channels == module.out_channels
 
 
 def mixes(module: nn.Module) -> bool:

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from emp_callbacks.targets.attention_parts import Attention, NotUnderstoodError
 from emp_callbacks.targets.heads import find_attention
+from emp_callbacks.targets.shapes import own_shape
 from emp_callbacks.targets.unit_search import UnitSearch
 
 
@@ -63,7 +64,7 @@ def check_attention(model: nn.Module, *args: Any, **kwargs: Any) -> list[Attenti
         >>> [(check.heads, check.wrong) for check in check_attention(nn.Sequential(Attention()), torch.ones(1, 3, 8))]
         [(2, ())]
     """
-    search = UnitSearch(model, lambda parameter: parameter.shape)
+    search = UnitSearch(model, own_shape)
     found = []
     for module in search.modules():
         try:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from emp_callbacks.targets.experts import ExpertGroup, StackedExperts, expert_groups, stacked_experts
+from emp_callbacks.targets.shapes import FullShape, own_shape
 from emp_callbacks.targets.unit_search import UnitSearch
 from emp_callbacks.targets.units import MemberTarget, Role, UnitTarget
 
@@ -16,7 +17,7 @@ def experts(
     model: nn.Module,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
-    full_shape: Callable[[nn.Parameter], torch.Size] = lambda parameter: parameter.shape,
+    full_shape: FullShape = own_shape,
 ) -> list[UnitTarget]:
     """Return the mixture-of-experts layers of a model with their experts as units, in the model's own order.
 

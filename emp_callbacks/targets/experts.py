@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from emp_callbacks.targets.multiplied import uses
+from emp_callbacks.targets.shapes import FullShape
 from emp_callbacks.targets.wrappers import inner, innermost
-
-FullShape = Callable[[nn.Parameter], torch.Size]
 
 
 class StackedExperts(NamedTuple):
@@ -63,9 +62,7 @@ def stacked_experts(module: nn.Module, full_shape: FullShape) -> StackedExperts 
     up, down = cubes
     fits = [turned for turned in (False, True) if _hidden(shapes[up], shapes[down], turned) is not None]
     if len(fits) == 2:
-        told = module.__dict__.get(
-            "is_transposed", {"linear": False, "matmul": True}.get((uses(module) or {}).get(up, ""))
-        )
+        told = module.__dict__.get("is_transposed", {"linear": False, "matmul": True}.get(uses(module).get(up, "")))
         fits = [told] if isinstance(told, bool) else []
     if not fits:
         return None
@@ -122,17 +119,16 @@ def expert_groups(model: nn.Module, full_shape: FullShape) -> Iterator[ExpertGro
         for name, given in parent.named_children():
             child = innermost(given)
             stacked = stacked_experts(child, full_shape)
-            # That modules in a list are alternatives, and not one after another, nothing but the name says.
-            is_sequence = isinstance(child, nn.Sequential)
-            alternatives = "expert" in name and len(child._modules) > 1 and _are_alike(child) and not is_sequence
             if stacked is not None:
                 yield _group(parent, child, stacked.number, stacked, full_shape)
-            elif alternatives:
+            elif "expert" in name and _are_alike(child):  # that these are alternatives nothing but the name says
                 yield _group(parent, child, len(child._modules), None, full_shape)
 
 
 def _are_alike(module: nn.Module) -> bool:
-    """Return whether a module is a list or a dictionary of modules of one class."""
+    """Return whether a module is a list or a dictionary of several modules of one class, not called in order."""
+    if isinstance(module, nn.Sequential) or len(module._modules) < 2:
+        return False
     is_list = isinstance(module, nn.ModuleList | nn.ModuleDict) or all(map(str.isdigit, module._modules))
     return is_list and len({type(child) for child in module.children()}) == 1
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
-import torch
 from torch import nn
 
 from emp_callbacks.targets.adapter_members import adapter_columns
@@ -20,6 +19,7 @@ from emp_callbacks.targets.attention_parts import (
     projections,
 )
 from emp_callbacks.targets.names import few, matches
+from emp_callbacks.targets.shapes import FullShape, own_shape
 from emp_callbacks.targets.unit_search import UnitSearch, has, is_layer, own, units_dim
 from emp_callbacks.targets.units import UnitTarget
 
@@ -34,7 +34,7 @@ def attention_heads(
     model: nn.Module,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
-    full_shape: Callable[[nn.Parameter], torch.Size] = lambda parameter: parameter.shape,
+    full_shape: FullShape = own_shape,
 ) -> list[UnitTarget]:
     """Return the attention modules of a model with their heads as units, in the model's own order.
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import nn
 
+from emp_callbacks.targets.shapes import FullShape, own_shape
 from emp_callbacks.targets.unit_search import UnitSearch, chain, has, is_layer, own
 from emp_callbacks.targets.units import UnitTarget
 
@@ -16,7 +17,7 @@ def kan_nodes(
     model: nn.Module,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
-    full_shape: Callable[[nn.Parameter], torch.Size] = lambda parameter: parameter.shape,
+    full_shape: FullShape = own_shape,
 ) -> list[UnitTarget]:
     """Return the hidden nodes of Kolmogorov-Arnold networks (Liu et al. 2024), in the model's own order.
 

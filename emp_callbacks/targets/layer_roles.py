@@ -23,6 +23,7 @@ from emp_callbacks.targets.unit_search import (
     is_layer,
     own,
 )
+from emp_callbacks.targets.weights import FROZEN
 
 OUTPUT = "an output of the model, or nothing is seen that reads it"
 STREAM = "writes into a residual stream, or no activation or dense layer is seen to read it"
@@ -31,7 +32,6 @@ EXCITATION = "computes factors for other channels, as squeeze-and-excitation doe
 GATE = "multiplies something else than a layer like it"
 EMBEDDING = "cuts an image into patches or makes tokens of it"
 DEPTHWISE = "depthwise: its channels are those of the layer before"
-FROZEN = "frozen (requires_grad=False)"
 TIED = "tied to an embedding"
 
 _UNITWISE: set[Kind] = {"pass", "norm", "activation"}

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from emp_callbacks.targets.experts import stacked_experts
 from emp_callbacks.targets.multiplied import uses
+from emp_callbacks.targets.shapes import FullShape
 
 __all__ = ["A_FUNCTION", "NOT_A_WEIGHT", "VECTOR", "is_conv1d", "no_matrix", "outputs_of"]
 
@@ -24,7 +22,6 @@ _OTHER = (nn.Embedding, nn.EmbeddingBag, _NormBase, nn.GroupNorm, nn.LayerNorm, 
 # Of what a forward pass does with a parameter: the dimension of its outputs, from the end.
 _OUTPUTS = {"linear": -2, "matmul": -1}
 
-FullShape = Callable[[nn.Parameter], torch.Size]
 Owned = list[tuple[str, nn.Module]]
 """Every name of a parameter, and the module that holds it under that name."""
 
@@ -42,14 +39,14 @@ def no_matrix(parameter: nn.Parameter, owned: Owned, full_shape: FullShape) -> s
 
 def _no_matrix_of(module: nn.Module, name: str, parameter: nn.Parameter, full_shape: FullShape) -> str | None:
     if _is_standard(module, name):
-        return A_FUNCTION if (uses(module) or {}).get(name) == "other" else None
+        return A_FUNCTION if uses(module).get(name) == "other" else None
     if sum(size > 1 for size in full_shape(parameter)) < 2:
         return VECTOR
     if isinstance(module, nn.MultiheadAttention):
         return None
     if (experts := stacked_experts(module, full_shape)) is not None:
         return None if experts.holds(parameter) else VECTOR
-    use = (uses(module) or {}).get(name)
+    use = uses(module).get(name)
     if use is None:  # the pass cannot be followed: nothing is left but what its author calls it
         return None if "weight" in name else NOT_A_WEIGHT
     return NOT_A_WEIGHT if use == "other" else None
@@ -77,7 +74,7 @@ def outputs_of(module: nn.Module, name: str, parameter: nn.Parameter, full_shape
         return 1, False
     if isinstance(module, (*_MULTIPLYING, *_RECURRENT)):
         return 0, False
-    use, dims = (uses(module) or {}).get(name), len(full_shape(parameter))
+    use, dims = uses(module).get(name), len(full_shape(parameter))
     if use in _OUTPUTS and 2 <= dims <= 3:
         return dims + _OUTPUTS[use], dims == 3
     return (1 if use == "conv_transpose" else 0), False

@@ -35,18 +35,15 @@ _ASKED = ("shape", "dtype", "device", "ndim", "size", "dim", "numel")
 _TURNED = (torch.t, torch.transpose, "t", "transpose", "T", "mT")
 
 
-def uses(module: nn.Module) -> dict[str, Use] | None:
-    """Return what a module's forward pass does with each of its own parameters, by name; those it never reads lack.
+def uses(module: nn.Module) -> dict[str, Use]:
+    """Return what a module's forward pass does with its own parameters, by name, as far as that is seen.
 
-    Only symbolic: nothing is computed, so that it does not matter where the values are.
-
-    Returns:
-        None where the pass cannot be followed, because what it does depends on its input.
+    Only symbolic: nothing is computed, so that it does not matter where the values are. Those lack that it never reads,
+    and all of a pass that cannot be followed, because what it does depends on its input.
     """
-    graph = traced(module)
-    if graph is None:
-        return None
     found: dict[str, Use] = {}
+    if (graph := traced(module)) is None:
+        return found
     for node in graph.nodes:
         name = str(node.target).removeprefix("module.")
         if node.op == "get_attr" and name in module._parameters:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -12,8 +12,9 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from emp_callbacks.targets.adapter_members import adapter_rows
 from emp_callbacks.targets.expert_units import expert_neurons
-from emp_callbacks.targets.layer_roles import FROZEN, OUTPUT, LayerRoles
+from emp_callbacks.targets.layer_roles import OUTPUT, LayerRoles
 from emp_callbacks.targets.recurrent import recurrent_layers
+from emp_callbacks.targets.shapes import FullShape, own_shape
 from emp_callbacks.targets.unit_search import (
     UnitSearch,
     blocks,
@@ -25,8 +26,8 @@ from emp_callbacks.targets.unit_search import (
     units_dim,
 )
 from emp_callbacks.targets.units import MemberTarget, UnitTarget
+from emp_callbacks.targets.weights import FROZEN
 
-FullShape = Callable[[nn.Parameter], torch.Size]
 _WOKEN = "followed by a norm without trainable scale and shift of its own, which makes something of a zero"
 _PARAMETRISED = "its weight is computed from other parameters (a parametrisation, or quantized)"
 _GROUPED = "a transposed convolution of several groups, of which no slice of the weight is an output channel"
@@ -66,7 +67,7 @@ def neurons(
     model: nn.Module,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
-    full_shape: FullShape = lambda parameter: parameter.shape,
+    full_shape: FullShape = own_shape,
 ) -> list[UnitTarget]:
     """Return the layers of a model whose hidden neurons or channels are units, in the model's own order.
 
@@ -131,7 +132,7 @@ def neurons(
     return chosen
 
 
-def left_out_neurons(model: nn.Module, full_shape: FullShape = lambda parameter: parameter.shape) -> dict[str, str]:
+def left_out_neurons(model: nn.Module, full_shape: FullShape = own_shape) -> dict[str, str]:
     """Return the parameters of the layers that `neurons` leaves out by default, and why: name -> reason."""
     found = _find(model, full_shape)
     reasons = {

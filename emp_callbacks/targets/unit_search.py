@@ -14,6 +14,7 @@ from emp_callbacks.targets.activation_modules import is_activation
 from emp_callbacks.targets.adapters import adapted, adapter_paths
 from emp_callbacks.targets.matrices import is_conv1d
 from emp_callbacks.targets.names import check_patterns, known_names, matches
+from emp_callbacks.targets.shapes import FullShape
 from emp_callbacks.targets.units import MemberTarget, Role, UnitTarget
 from emp_callbacks.targets.weights import WeightTarget
 from emp_callbacks.targets.wrappers import inner, innermost
@@ -32,7 +33,7 @@ class UnitSearch:
         full_shape: Gives the shape that a parameter has in the unsharded model.
     """
 
-    def __init__(self, model: nn.Module, full_shape: Callable[[nn.Parameter], torch.Size]) -> None:
+    def __init__(self, model: nn.Module, full_shape: FullShape) -> None:
         self.model = model
         self._full_shape = full_shape
         self._names: dict[nn.Module | nn.Parameter, list[str]] = {}

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-import torch
 from torch import nn
 
 from emp_callbacks.targets.adapters import adapter_parameters
@@ -14,6 +13,7 @@ from emp_callbacks.targets.experts import routers
 from emp_callbacks.targets.matrices import A_FUNCTION, NOT_A_WEIGHT, Owned, no_matrix, outputs_of
 from emp_callbacks.targets.names import check_patterns, few, known_names, matches
 from emp_callbacks.targets.parametrised import GAIN, WeightNormed, parametrised, weight_norms
+from emp_callbacks.targets.shapes import FullShape, own_shape
 
 
 class WeightTarget(NamedTuple):
@@ -64,12 +64,6 @@ NO_MULTIPLE = "its inputs are no multiple of the pattern's M"
 SURPRISING = (FROZEN, NOT_UPDATED, NOT_FLOATING, NOT_A_WEIGHT, A_FUNCTION, PARAMETRISED, NO_MULTIPLE)
 
 Updates = Callable[[nn.Parameter], bool]
-FullShape = Callable[[nn.Parameter], torch.Size]
-
-
-def own_shape(parameter: nn.Parameter) -> torch.Size:
-    """Return the shape of a parameter that is not sharded."""
-    return parameter.shape
 
 
 def anything(parameter: nn.Parameter) -> bool:  # noqa: ARG001

@@ -7,8 +7,8 @@ from emp_callbacks import EMPPruner
 from emp_callbacks.targets import prunable_weights
 from emp_callbacks.targets.expert_units import expert_neurons, experts
 from emp_callbacks.targets.experts import stacked_experts
+from emp_callbacks.targets.shapes import own_shape
 from emp_callbacks.targets.unit_search import UnitSearch
-from emp_callbacks.targets.weights import own_shape
 from tests.targets.mixtures import CONFIGS, Classifier, ids, language_model, needs_stacked_experts
 
 TURNED = {"GptOss"}  # (experts, input, output)
