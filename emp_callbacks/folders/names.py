@@ -84,7 +84,7 @@ class FileNames:
         if {*made} != {source.name for source in sources}:
             raise NotImplementedError(
                 f"{parameter} is made from {few([source.name for source in sources])}, and transformers would write it "
-                f"as {few(made)}; load the folder with transformers, save it again, and prune that"
+                f"as {few([*made])}; load the folder with transformers, save it again, and prune that"
             )
         return made
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -109,6 +109,14 @@ class Skeleton:
             yield
         finally:
             self.unload(owners)
+
+    def call(self, inputs: Mapping[str, Tensor]) -> Any:
+        """Return what the model returns for one sample; it keeps no keys and values for a next one."""
+        given = {
+            name: value.to(self.device, self.dtype) if value.is_floating_point() else value.to(self.device)
+            for name, value in inputs.items()
+        }
+        return self.model(**given, **({"use_cache": False} if hasattr(self.config, "use_cache") else {}))
 
     def load(self, owners: Iterable[nn.Module]) -> None:
         """Give the parameters that modules hold themselves their values; what is one parameter stays one."""
