@@ -15,7 +15,7 @@ from torch import Tensor
 
 from emp_callbacks.checkpoint.safe_unpickling import load_inert
 
-__all__ = ["FolderFiles", "TensorInfo", "is_weights_folder"]
+__all__ = ["DTYPE_NAMES", "FolderFiles", "TensorInfo", "is_weights_folder"]
 
 # Of each format the file that holds all, and the index where there are several.
 _FORMATS = ("model.safetensors", "pytorch_model.bin")
@@ -33,6 +33,8 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+"""How safetensors calls a dtype."""
 _LONGEST_HEADER = 100_000_000  # bytes, as safetensors itself has it
 
 
@@ -76,6 +78,7 @@ class FolderFiles:
     Attributes:
         folder: As given.
         files: The names of the files with weights.
+        indexed: Whether an index names them.
         infos: Name -> where the tensor is.
 
     Raises:
@@ -86,6 +89,7 @@ class FolderFiles:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.files, told = _files(folder)
+        self.indexed = bool(told)
         self._loaded: tuple[str, Mapping[str, Tensor]] | None = None
         self.infos: dict[str, TensorInfo] = {}
         for file in self.files:

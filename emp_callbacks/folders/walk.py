@@ -91,9 +91,10 @@ class BlockWalk:
     def _keep(self, i: int, number: int, made: Any) -> None:
         """Keep what a call returned for a sample, and only the shapes of what no later call reads."""
         answers = self._answers[i]
-        answers.append(_kept(made, self._answers[i - 1][number] if i else None))
-        for before, reader in enumerate(self._last_reader[: len(answers)]):
-            if reader <= number:
+        last = self._answers[i - 1][number] if i else None
+        answers.append(_kept(made, last) if self._last_reader[number] > number else _shapes(made))
+        for before, reader in enumerate(self._last_reader[:number]):
+            if reader == number:
                 answers[before] = _shapes(answers[before])
 
 

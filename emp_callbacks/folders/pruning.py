@@ -1,0 +1,349 @@
+"""EMP once on a model in a folder: block after block is read, pruned and written."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from glob import escape
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from emp_callbacks.config import EMPConfig
+from emp_callbacks.criteria import make_criterion
+from emp_callbacks.folders.output import FolderOutput, check_out
+from emp_callbacks.folders.samples import Samples
+from emp_callbacks.folders.skeleton import Skeleton
+from emp_callbacks.folders.units import Unit, find_units
+from emp_callbacks.folders.walk import BlockWalk, Visit
+from emp_callbacks.pruning.pruner import EMPPruner
+from emp_callbacks.targets.names import few
+from emp_callbacks.targets.weights import WeightTarget, prunable_weights
+
+__all__ = ["FolderReport", "LayerRow", "Order", "Progress", "prune_folder"]
+
+Order = Literal["sequential", "dense"]
+"""Whether a block sees what the pruned blocks before it return, as Wanda has it, or the dense ones, as the EMP paper."""
+
+
+class Progress(Protocol):
+    """What is told of long work."""
+
+    def begin(self, what: str, total: int) -> None:
+        """Say what begins, and how many steps it has."""
+
+    def advance(self, steps: int = 1) -> None:
+        """Say that some steps are done."""
+
+
+class Silent:
+    """Tells nobody."""
+
+    def begin(self, what: str, total: int) -> None:
+        """Take no notice."""
+
+    def advance(self, steps: int = 1) -> None:
+        """Take no notice."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRow:
+    """What was decided on one weight.
+
+    Attributes:
+        name: Of the parameter in the model.
+        n: Weights.
+        n_eff: Effective number, with scope "row" summed over the rows.
+        keep: Weights that stay.
+        preserved_mass: Share of the scores that stay, in [0, 1].
+        note: What was out of the ordinary.
+    """
+
+    name: str
+    n: int
+    n_eff: float
+    keep: int
+    preserved_mass: float
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderReport:
+    """What was written.
+
+    Attributes:
+        out: The folder.
+        rows: Each pruned weight, in the order of the model.
+        settings: What was done, as plain JSON types.
+        seconds: Of this call, without what an interrupted one before it had done.
+        notes: What a reader must know.
+    """
+
+    out: Path
+    rows: tuple[LayerRow, ...]
+    settings: Mapping[str, Any]
+    seconds: float
+    notes: tuple[str, ...]
+
+    @property
+    def density(self) -> float:
+        """Kept share of the weights that were scored, in [0, 1]."""
+        return sum(row.keep for row in self.rows) / sum(row.n for row in self.rows)
+
+
+def prune_folder(
+    folder: Path,
+    out: Path,
+    config: EMPConfig,
+    *,
+    samples: Samples | None = None,
+    order: Order = "sequential",
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> FolderReport | None:
+    """Prune the weights of a Hugging Face folder once and write a folder that `from_pretrained` loads.
+
+    One block's weights are in memory at a time, and of criteria that read inputs what the last block returned for each
+    sample. A call that was killed is taken up behind its last finished block by the same call.
+
+    Args:
+        folder: The folder.
+        out: The folder to write; it is absent or whole.
+        config: What is pruned and how, see `EMPConfig.once`: target "weights", and scope "row" or "tensor" or a
+            pattern, since blocks are decided one after another.
+        samples: What the model is called with, for criteria that read inputs.
+        order: What the next block sees.
+        dtype: In which the model computes; None: its own. Tensors are written in the dtype that they had.
+        device: On which it computes.
+        rank: Number of this process.
+        world_size: Number of processes among which blocks are spread, for criteria that read nothing.
+        overwrite: Whether a folder that emp wrote may be replaced.
+        progress: Is told how far it is.
+
+    Returns:
+        What was written; None in other processes than the first.
+
+    Raises:
+        FileExistsError: `out` exists.
+        OSError: A file is missing, or cannot be read or written.
+        ValueError: A setting is invalid, or the folder is damaged.
+        NotImplementedError: The model cannot be followed block by block.
+        FloatingPointError: A score is NaN or Inf.
+    """
+    begun, told = time.monotonic(), progress or Silent()
+    check_out(out, overwrite=overwrite)
+    needs = make_criterion(config.criterion, config.target).needs
+    _check(config, needs, samples, world_size)
+    skeleton = Skeleton(folder, dtype, device)
+    plan = _Plan(skeleton, config)
+    settings = _settings(config, skeleton, samples if needs else None, order)
+    told.begin("copying", sum(info.nbytes for info in skeleton.files.infos.values()))
+    output = FolderOutput(
+        skeleton.files,
+        out,
+        settings,
+        rank=rank,
+        world_size=world_size,
+        overwrite=overwrite,
+        on_copied=told.advance,
+    )
+    if needs:
+        assert samples is not None
+        _in_turn(plan, output, samples.inputs, order, told)
+    else:
+        _each_alone(plan, output, rank, world_size, told)
+    if rank:
+        return None
+    output.wait_for(len(plan.units))
+    rows = [LayerRow(**row) for unit in plan.units for row in output.done[unit.name]]
+    seconds = time.monotonic() - begun
+    notes = (*plan.notes, *(samples.notes if samples and needs else ()))
+    report = FolderReport(out=out, rows=tuple(rows), settings=settings, seconds=seconds, notes=notes)
+    output.finish({**settings, "density": report.density, "rows": [asdict(row) for row in rows]})
+    return report
+
+
+def _check(config: EMPConfig, needs: str | None, samples: Samples | None, world_size: int) -> None:
+    if needs not in (None, "inputs"):
+        raise ValueError(
+            f"criterion {config.criterion_name!r} reads {needs}, and a folder is read block by block, forward only: use "
+            "'wanda' or 'magnitude', or a recipe that holds the whole model (--config RECIPE)"
+        )
+    if needs and (samples is None or not samples.inputs):
+        raise ValueError(f"criterion {config.criterion_name!r} reads the inputs of layers; name a text with --text FILE")
+    if needs and world_size > 1:
+        raise ValueError(
+            f"criterion {config.criterion_name!r} needs the blocks one after another, so that {world_size} processes "
+            "would wait for each other: start one (python -m, or emp, in place of torchrun)"
+        )
+
+
+class _Plan:
+    """What is pruned of a model, and what is in memory with it.
+
+    Attributes:
+        units: The units that hold something that is pruned.
+        all_units: All of them.
+        names: Unit -> name in the unit -> name in the model, of what is pruned there.
+        notes: What a reader must know.
+    """
+
+    def __init__(self, skeleton: Skeleton, config: EMPConfig) -> None:
+        self.skeleton, self.config = skeleton, config
+        targets, self.notes = _targets(skeleton, config)
+        self._chosen = {target.parameter: target.name for target in targets}
+        self.set_units(find_units(skeleton.model, set(self._chosen)))
+        held = {name for names in self.names.values() for name in names.values()}
+        if apart := [name for name in self._chosen.values() if name not in held]:
+            self.notes.append(f"left out, as they lie beside blocks in one module: {few(apart)}")
+        if config.include is None:  # what cannot be scored is told before anything is read
+            EMPPruner(skeleton.model, config=replace(config, include=[escape(name) for name in held])).detach()
+
+    def set_units(self, units: Sequence[Unit]) -> None:
+        """Take the units as the model calls them."""
+        self.all_units = list(units)
+        self.names = {}
+        for unit in units:
+            own = {
+                name: self._chosen[parameter]
+                for name, parameter in self.skeleton.empty_parameters(unit.module).items()
+                if parameter in self._chosen
+            }
+            if own:
+                self.names[unit] = own
+
+    @property
+    def units(self) -> list[Unit]:
+        return list(self.names)
+
+    def prunes(self, unit: Unit) -> bool:
+        """Return whether something in a unit is pruned."""
+        empty = self.skeleton.empty_parameters(unit.module)
+        return any(parameter in self._chosen for parameter in empty.values())
+
+    def pruner(self, unit: Unit) -> EMPPruner:
+        """Return what prunes a loaded unit."""
+        include = [escape(name) for name in self.names[unit]]
+        return EMPPruner(unit.module, config=replace(self.config, include=include, exclude=None))
+
+
+def _targets(skeleton: Skeleton, config: EMPConfig) -> tuple[list[WeightTarget], list[str]]:
+    """Return the weights to prune; by default not the head that makes words of what the last block returned."""
+    targets = prunable_weights(skeleton.model, config.include, config.exclude)
+    head = None if config.include else skeleton.model.get_output_embeddings()
+    words = {} if head is None else {parameter: None for parameter in head.parameters()}
+    kept = [target for target in targets if target.parameter not in words]
+    apart = [target.name for target in targets if target.parameter in words]
+    return kept, [f"left out: {few(apart)}, the output embedding; --include names it"] if apart and kept else []
+
+
+def _in_turn(plan: _Plan, output: FolderOutput, inputs: Sequence[Mapping[str, Tensor]], order: Order, told: Any) -> None:
+    """Prune the units in the order in which the model calls them, by what they are called with."""
+    walk = BlockWalk(plan.skeleton, plan.all_units, inputs, together=plan.prunes, on_run=told.advance)
+    plan.set_units(walk.order)
+    last = max(number for number, unit in enumerate(walk.order) if unit in plan.names)
+    twice = 2 * len(plan.names) if order == "sequential" else len(plan.names)
+    told.begin("pruning", (last + 1 - len(plan.names) + twice) * len(inputs))
+    for number, visit in enumerate(walk.visits()):
+        if visit.unit not in plan.names:
+            visit.run(keep=True)
+        elif visit.unit.name in output.done:
+            _go_past(plan, output, visit, order, told, len(inputs))
+        else:
+            _prune_visited(plan, output, visit, order, is_last=number == last)
+        if number == last:
+            break
+
+
+def _go_past(plan: _Plan, output: FolderOutput, visit: Visit, order: Order, told: Any, samples: int) -> None:
+    """Run samples through a unit that an earlier call finished."""
+    if order == "sequential":
+        with torch.no_grad():
+            for name, full in plan.names[visit.unit].items():
+                value = plan.skeleton.names.assemble(plan.skeleton.own_name(full), output.read)
+                visit.unit.module.get_parameter(name).copy_(value)
+        told.advance(samples)
+    visit.run(keep=True)
+
+
+def _prune_visited(plan: _Plan, output: FolderOutput, visit: Visit, order: Order, *, is_last: bool) -> None:
+    pruner = plan.pruner(visit.unit)
+    visit.run(keep=order == "dense")
+    _refresh(plan, output, visit.unit, pruner)
+    if order == "sequential" and not is_last:
+        visit.run(keep=True)
+
+
+def _each_alone(plan: _Plan, output: FolderOutput, rank: int, world_size: int, told: Any) -> None:
+    """Prune every so many-th unit: none needs another."""
+    own = [unit for unit in plan.units[rank::world_size] if unit.name not in output.done]
+    told.begin("pruning", len(own))
+    for unit in own:
+        with plan.skeleton.loaded([unit.module]):
+            _refresh(plan, output, unit, plan.pruner(unit))
+        told.advance()
+
+
+def _refresh(plan: _Plan, output: FolderOutput, unit: Unit, pruner: EMPPruner) -> None:
+    """Choose what stays of a loaded unit, and write it."""
+    pruner.refresh()
+    masks, names = pruner.masks, plan.names[unit]
+    for name, full in names.items():
+        for in_file, mask in plan.skeleton.names.split(plan.skeleton.own_name(full), masks[name]).items():
+            output.write(in_file, plan.skeleton.files.read(in_file).masked_fill_(~mask.cpu(), 0))
+    rows = [
+        LayerRow(
+            name=names[layer.name],
+            n=layer.n,
+            n_eff=event.n_eff if event.scope == "row" else layer.n_eff,
+            keep=layer.keep,
+            preserved_mass=layer.preserved_mass,
+            note=event.note,
+        )
+        for event in pruner.last_events
+        for layer in event.layers
+    ]
+    pruner.finalize()
+    output.note(unit.name, [asdict(row) for row in rows])
+
+
+def _settings(config: EMPConfig, skeleton: Skeleton, samples: Samples | None, order: Order) -> dict[str, Any]:
+    """Return what decides on what is written, as plain JSON types."""
+    from emp_callbacks import __version__
+
+    names = ("target", "scope", "beta", "density", "pattern", "min_density", "include", "exclude")
+    told: dict[str, Any] = {"emp_version": __version__, "criterion": config.criterion_name}
+    told |= {name: getattr(config, name) for name in names}
+    told["dtype"] = str(skeleton.dtype).removeprefix("torch.")
+    if samples is not None:
+        told |= {"order": order, "samples": len(samples.inputs), "samples_sha256": _digest(samples.inputs)}
+    return told
+
+
+def _digest(inputs: Sequence[Mapping[str, Tensor]]) -> str:
+    digest = hashlib.sha256()
+    for one in inputs:
+        for name, value in sorted(one.items()):
+            digest.update(name.encode())
+            digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def rows_by_kind(rows: Sequence[LayerRow]) -> Iterator[tuple[str, list[LayerRow]]]:
+    """Yield kinds of layers, their names with the numbers of blocks and experts left open, and their rows."""
+    kinds: dict[str, list[LayerRow]] = {}
+    for row in rows:
+        kinds.setdefault(".".join("*" if part.isdigit() else part for part in row.name.split(".")), []).append(row)
+    yield from kinds.items()
+
+
+Report = Callable[[FolderReport], None]
+Modules = Sequence[nn.Module]
