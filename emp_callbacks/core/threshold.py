@@ -260,7 +260,7 @@ def _kth_highest(
         width = min(most, done)
         looks = list(zip(group_of.tolist(), prefix.tolist(), strict=True))
         # Targets of one group that have the same leading bits so far share a look.
-        found = {(g, start): _digits(scores[g], start, done, width, dtype) for g, start in dict.fromkeys(looks)}
+        found = {(g, start): count_digits(scores[g], start, done, width, dtype) for g, start in dict.fromkeys(looks)}
         # In numpy, on one thread: waiting for another one takes longer than all of this.
         counts = all_sum(torch.from_numpy(np.stack([found[look].numpy() for look in looks]))).numpy()
         at_least = counts[:, ::-1].cumsum(1)[:, ::-1]  # scores whose digit is >= the bin's
@@ -272,7 +272,7 @@ def _kth_highest(
     return torch.from_numpy(prefix), torch.from_numpy(need), torch.from_numpy(ties)
 
 
-def _digits(scores: Sequence[Tensor], prefix: int, done: int, width: int, dtype: torch.dtype) -> Tensor:
+def count_digits(scores: Sequence[Tensor], prefix: int, done: int, width: int, dtype: torch.dtype) -> Tensor:
     """Return how often each digit of some bits follows a prefix, shape (2^width,), int64, on the CPU."""
     whole, shift = 63 if dtype == torch.float64 else 31, done - width
     counts = torch.zeros(1 << width, dtype=torch.int64)
