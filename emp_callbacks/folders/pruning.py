@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from glob import escape
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,18 +16,20 @@ from torch import Tensor, nn
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.criteria import make_criterion
 from emp_callbacks.folders.output import FolderOutput, check_out
-from emp_callbacks.folders.samples import Samples
 from emp_callbacks.folders.skeleton import Skeleton
 from emp_callbacks.folders.units import Unit, find_units
 from emp_callbacks.folders.walk import BlockWalk, Visit
 from emp_callbacks.pruning.pruner import EMPPruner
 from emp_callbacks.targets.names import few
-from emp_callbacks.targets.weights import WeightTarget, prunable_weights
+from emp_callbacks.targets.weights import prunable_weights
+
+if TYPE_CHECKING:
+    from emp_callbacks.folders.samples import Samples
 
 __all__ = ["FolderReport", "LayerRow", "Order", "Progress", "prune_folder"]
 
 Order = Literal["sequential", "dense"]
-"""Whether a block sees what the pruned blocks before it return, as Wanda has it, or the dense ones, as the EMP paper."""
+"""Whether a block sees what the pruned blocks before it return (Wanda), or what the dense ones do (the EMP paper)."""
 
 
 class Progress(Protocol):
@@ -174,11 +176,13 @@ def prune_folder(
 def _check(config: EMPConfig, needs: str | None, samples: Samples | None, world_size: int) -> None:
     if needs not in (None, "inputs"):
         raise ValueError(
-            f"criterion {config.criterion_name!r} reads {needs}, and a folder is read block by block, forward only: use "
-            "'wanda' or 'magnitude', or a recipe that holds the whole model (--config RECIPE)"
+            f"criterion {config.criterion_name!r} reads {needs}, and a folder is read block by block, forward only: "
+            "use 'wanda' or 'magnitude', or a recipe that holds the whole model (--config RECIPE)"
         )
     if needs and (samples is None or not samples.inputs):
-        raise ValueError(f"criterion {config.criterion_name!r} reads the inputs of layers; name a text with --text FILE")
+        raise ValueError(
+            f"criterion {config.criterion_name!r} reads the inputs of layers; name a text with --text FILE"
+        )
     if needs and world_size > 1:
         raise ValueError(
             f"criterion {config.criterion_name!r} needs the blocks one after another, so that {world_size} processes "
@@ -198,8 +202,8 @@ class _Plan:
 
     def __init__(self, skeleton: Skeleton, config: EMPConfig) -> None:
         self.skeleton, self.config = skeleton, config
-        targets, self.notes = _targets(skeleton, config)
-        self._chosen = {target.parameter: target.name for target in targets}
+        chosen, self.notes = _chosen(skeleton, config)
+        self._chosen = {parameter: skeleton.own_names[parameter] for parameter in chosen}
         self.set_units(find_units(skeleton.model, set(self._chosen)))
         held = {name for names in self.names.values() for name in names.values()}
         if apart := [name for name in self._chosen.values() if name not in held]:
@@ -235,24 +239,28 @@ class _Plan:
         return EMPPruner(unit.module, config=replace(self.config, include=include, exclude=None))
 
 
-def _targets(skeleton: Skeleton, config: EMPConfig) -> tuple[list[WeightTarget], list[str]]:
+def _chosen(skeleton: Skeleton, config: EMPConfig) -> tuple[list[nn.Parameter], list[str]]:
     """Return the weights to prune; by default not the head that makes words of what the last block returned."""
     targets = prunable_weights(skeleton.model, config.include, config.exclude)
     head = None if config.include else skeleton.model.get_output_embeddings()
-    words = {} if head is None else {parameter: None for parameter in head.parameters()}
-    kept = [target for target in targets if target.parameter not in words]
+    words = set() if head is None else {*head.parameters()}
     apart = [target.name for target in targets if target.parameter in words]
-    return kept, [f"left out: {few(apart)}, the output embedding; --include names it"] if apart and kept else []
+    chosen = [target.parameter for target in targets if target.parameter not in words]
+    if not chosen:
+        raise ValueError(f"nothing but the output embedding, {few(apart)}, is left to prune; --include names it")
+    return chosen, [f"left out: {few(apart)}, the output embedding; --include names it"] if apart else []
 
 
-def _in_turn(plan: _Plan, output: FolderOutput, inputs: Sequence[Mapping[str, Tensor]], order: Order, told: Any) -> None:
+def _in_turn(
+    plan: _Plan, output: FolderOutput, inputs: Sequence[Mapping[str, Tensor]], order: Order, told: Any
+) -> None:
     """Prune the units in the order in which the model calls them, by what they are called with."""
-    walk = BlockWalk(plan.skeleton, plan.all_units, inputs, together=plan.prunes, on_run=told.advance)
+    walk = BlockWalk(plan.skeleton, plan.all_units, inputs[0], together=plan.prunes)
     plan.set_units(walk.order)
     last = max(number for number, unit in enumerate(walk.order) if unit in plan.names)
     twice = 2 * len(plan.names) if order == "sequential" else len(plan.names)
     told.begin("pruning", (last + 1 - len(plan.names) + twice) * len(inputs))
-    for number, visit in enumerate(walk.visits()):
+    for number, visit in enumerate(walk.visits(inputs, on_run=told.advance)):
         if visit.unit not in plan.names:
             visit.run(keep=True)
         elif visit.unit.name in output.done:
@@ -268,7 +276,7 @@ def _go_past(plan: _Plan, output: FolderOutput, visit: Visit, order: Order, told
     if order == "sequential":
         with torch.no_grad():
             for name, full in plan.names[visit.unit].items():
-                value = plan.skeleton.names.assemble(plan.skeleton.own_name(full), output.read)
+                value = plan.skeleton.names.assemble(full, output.read)
                 visit.unit.module.get_parameter(name).copy_(value)
         told.advance(samples)
     visit.run(keep=True)
@@ -297,7 +305,7 @@ def _refresh(plan: _Plan, output: FolderOutput, unit: Unit, pruner: EMPPruner) -
     pruner.refresh()
     masks, names = pruner.masks, plan.names[unit]
     for name, full in names.items():
-        for in_file, mask in plan.skeleton.names.split(plan.skeleton.own_name(full), masks[name]).items():
+        for in_file, mask in plan.skeleton.names.split(full, masks[name]).items():
             output.write(in_file, plan.skeleton.files.read(in_file).masked_fill_(~mask.cpu(), 0))
     rows = [
         LayerRow(
@@ -343,7 +351,3 @@ def rows_by_kind(rows: Sequence[LayerRow]) -> Iterator[tuple[str, list[LayerRow]
     for row in rows:
         kinds.setdefault(".".join("*" if part.isdigit() else part for part in row.name.split(".")), []).append(row)
     yield from kinds.items()
-
-
-Report = Callable[[FolderReport], None]
-Modules = Sequence[nn.Module]

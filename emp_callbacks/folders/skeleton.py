@@ -40,6 +40,7 @@ class Skeleton:
         names: How parameters and tensors belong together.
         dtype: In which the model computes.
         unused: Tensors of the files that are no part of the model.
+        own_names: Empty parameter -> the one of its names under which the files hold it.
 
     Raises:
         ImportError: transformers or accelerate is not installed.
@@ -62,7 +63,7 @@ class Skeleton:
             for name, parameter in module._parameters.items()
             if parameter is not None
         }
-        self._own_name = self._names_with_sources()
+        self.own_names = self._names_with_sources()
         for name, buffer in self.model.named_buffers():
             if self.names.of(name):
                 buffer.copy_(self.names.assemble(name, self.files.read))
@@ -85,7 +86,7 @@ class Skeleton:
 
     def file_names(self, parameter: nn.Parameter) -> tuple[str, ...]:
         """Return the names of the tensors that a parameter, as the model holds it while empty, is made from."""
-        return self.names.of(self._own_name[parameter])
+        return self.names.of(self.own_names[parameter])
 
     def empty_parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
         """Return the empty parameters of a module, each once, by their names in it."""
@@ -127,7 +128,7 @@ class Skeleton:
                     continue
                 empty = self._empty[owner, name]
                 if empty not in made:
-                    made[empty] = nn.Parameter(self._value(self._own_name[empty]), requires_grad=empty.requires_grad)
+                    made[empty] = nn.Parameter(self._value(self.own_names[empty]), requires_grad=empty.requires_grad)
                 owner._parameters[name] = made[empty]
 
     def unload(self, owners: Iterable[nn.Module]) -> None:

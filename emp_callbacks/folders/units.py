@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 __all__ = ["Unit", "find_units", "merged", "split"]
 
@@ -44,16 +45,20 @@ def find_units(model: nn.Module, chosen: Collection[nn.Parameter] = ()) -> list[
 
 
 def _found(name: str, module: nn.Module, chosen: Collection[nn.Parameter]) -> Iterator[Unit]:
-    if isinstance(module, nn.ModuleList):
+    if _is_list(module):
         yield from (Unit(_join(name, key), entry) for key, entry in module.named_children() if _holds_any(entry))
         return
     own = list(module.parameters(recurse=False))
-    listed = any(isinstance(one, nn.ModuleList) for one in module.modules())
+    listed = any(map(_is_list, module.modules()))
     if name and not listed and any(one in chosen or one.numel() >= LARGE for one in own):
         yield Unit(name, module)
         return
     for key, child in module.named_children():
         yield from _found(_join(name, key), child, chosen)
+
+
+def _is_list(module: nn.Module) -> bool:
+    return isinstance(module, nn.ModuleList) and not isinstance(module, ParametrizationList)
 
 
 def _holds_any(module: nn.Module) -> bool:

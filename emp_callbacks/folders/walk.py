@@ -33,10 +33,9 @@ class BlockWalk:
     Args:
         skeleton: The model, empty.
         units: What is in memory one after the other, see `find_units`; changed to what the model calls once.
-        inputs: Keyword arguments of the model's forward, one sample each, on the CPU.
+        example: Keyword arguments of the model's forward, for a sample that shows what reads what.
         together: Whether a unit that is called more than once in a pass becomes a part of what is called once: so must
             be whatever is pruned.
-        on_run: Called after each sample that passed a block.
 
     Attributes:
         units: The units.
@@ -50,43 +49,54 @@ class BlockWalk:
         self,
         skeleton: Skeleton,
         units: Sequence[Unit],
-        inputs: Sequence[Inputs],
+        example: Inputs,
         *,
         together: Callable[[Unit], bool] = lambda _: False,
-        on_run: Callable[[], None] = lambda: None,
     ) -> None:
-        self._skeleton, self._inputs, self._on_run = skeleton, inputs, on_run
-        self.units, self.order, self._last_reader = _traced(skeleton, list(units), inputs[0], together)
-        self._answers: list[list[Any]] = [[] for _ in inputs]
+        self._skeleton = skeleton
+        self.units, self.order, self._last_reader = _traced(skeleton, list(units), example, together)
+        self._inputs: Sequence[Inputs] = ()
+        self._answers: list[list[Any]] = []
 
-    def visits(self, on_output: Callable[[int, Any], None] | None = None) -> Iterator[Visit]:
+    def visits(
+        self,
+        inputs: Sequence[Inputs],
+        *,
+        on_run: Callable[[], None] = lambda: None,
+        on_output: Callable[[int, Any], None] = lambda _, __: None,
+    ) -> Iterator[Visit]:
         """Yield each call in turn, the unit's weights loaded meanwhile.
 
         Args:
+            inputs: Keyword arguments of the model's forward, one sample each, on the CPU.
+            on_run: Called after each sample that passed a unit.
             on_output: Takes the number of a sample and what the model returned for it, at the last visit.
         """
+        self._inputs, self._answers = inputs, [[] for _ in inputs]
         held = {owner for unit in self.units for owner in unit.module.modules()}
         rest = [owner for owner in self._skeleton.model.modules() if owner not in held]
         self._skeleton.load(rest)
         try:
             for number, unit in enumerate(self.order):
                 with self._skeleton.loaded([unit.module]):
-                    yield Visit(unit, partial(self._run, number, on_output))
+                    yield Visit(unit, partial(self._run, number, on_run, on_output))
         finally:
             self._skeleton.unload(rest)
-            self._answers = [[] for _ in self._inputs]
+            self._inputs, self._answers = (), []
 
     @torch.no_grad()
-    def _run(self, number: int, on_output: Callable[[int, Any], None] | None, *, keep: bool) -> None:
+    def _run(
+        self, number: int, on_run: Callable[[], None], on_output: Callable[[int, Any], None], *, keep: bool
+    ) -> None:
         calls = _Calls(self.units, len(self.order))
         with calls.caught():
             for i, inputs in enumerate(self._inputs):
                 made, output = calls.replay(self._skeleton, inputs, self._answers[i], number)
                 if keep:
                     self._keep(i, number, made)
-                    if output is not None and on_output is not None:
+                    if output is not None:
                         on_output(i, output)
-                self._on_run()
+                on_run()
 
     def _keep(self, i: int, number: int, made: Any) -> None:
         """Keep what a call returned for a sample, and only the shapes of what no later call reads."""
