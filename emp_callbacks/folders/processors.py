@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from emp_callbacks.extras import needs
@@ -81,8 +82,8 @@ def processor_of(folder: Path, loader: str, what: str) -> Any:
         # Left unset, transformers would ask at the terminal whether to run the code.
         return getattr(transformers, loader).from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers package raises plain Exceptions
-        told = str(error).strip().partition("\n")[0]
+        told = shorten(str(error), 240, placeholder=" ...")
         if "trust_remote_code" in str(error):
             told = "it would run code from files, which is refused"
-        remedy = "copy its files again from where the model came from"
+        remedy = "copy its files again from where the model is from, or install what they need"
         raise ValueError(f"the {what} of {folder} cannot be used: {told}; {remedy}") from error

@@ -189,7 +189,7 @@ def read_each(
 
 def counted(found: int, asked: int, unit: str) -> tuple[str, ...]:
     """Return the note that there are fewer than were asked for, if so."""
-    return (f"{found} {unit} instead of {asked}",) if found < asked else ()
+    return (f"{found} of the {asked} {unit} that were asked for",) if found < asked else ()
 
 
 def model_inputs(made: Mapping[str, Any]) -> dict[str, Tensor]:

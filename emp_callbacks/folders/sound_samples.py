@@ -25,6 +25,7 @@ from emp_callbacks.folders.samples import (
 )
 from emp_callbacks.folders.text_calls import MOST_TEXT, decoder_start
 from emp_callbacks.folders.text_file import text_pieces
+from emp_callbacks.targets.names import few
 
 __all__ = ["sound_samples"]
 
@@ -85,7 +86,7 @@ def sound_samples(
 
     inputs, damaged = read_each(spread(files, count), read, (OSError, ValueError, EOFError, wave.Error, RuntimeError))
     if cut:
-        notes += (f"the first {_LONGEST:.0f} seconds of {len(cut)} longer clips",)
+        notes += (f"cut after {_LONGEST:.0f} seconds: {few([str(path) for path in cut])}",)
     return Samples(inputs, "seconds of sound", counted(len(inputs), count, "clips") + notes + damaged)
 
 

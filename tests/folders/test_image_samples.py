@@ -56,7 +56,7 @@ def test_images_are_taken_evenly_spaced(count, taken, folder, images):
 
 def test_fewer_images_than_asked_for_are_said(folder, images):
     config = write_folder(folder, "ViTForImageClassification")
-    assert image_samples(folder, config, images).notes == ("6 images instead of 128",)
+    assert image_samples(folder, config, images).notes == ("6 of the 128 images that were asked for",)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK"])
@@ -87,7 +87,7 @@ def test_images_that_cannot_be_read_are_named_and_left_out(folder, images):
     (images / "README.md").write_text("not an image either, and not meant as one")
     samples = image_samples(folder, config, images, count=6)
     assert len(samples.inputs) == 4
-    assert samples.notes[0] == "4 images instead of 6"
+    assert samples.notes[0] == "4 of the 6 images that were asked for"
     assert samples.notes[1].startswith("left out, because they cannot be read: ")
     assert [name in samples.notes[1] for name in ("1.png", "4.png", "0.png", "README")] == [True, True, False, False]
     for path in images.rglob("*.png"):

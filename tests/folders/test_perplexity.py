@@ -6,7 +6,7 @@ import transformers
 from torch.nn.functional import cross_entropy, log_softmax
 
 from emp_callbacks.folders.perplexity import Scored, perplexity_of, perplexity_windows
-from tests.folders.tiny import TEXT, TEXT_MODELS, write_folder
+from tests.folders.tiny import TEXT, TEXT_MODELS, run, write_folder
 
 WITH_A_HEAD = [name for name in TEXT_MODELS if name != "BertModel"]
 CAUSAL = [name for name, (config, _) in TEXT_MODELS.items() if "LM" in name and "Masked" not in name]
@@ -42,7 +42,7 @@ def ids_of(folder, text=TEXT):
 
 @torch.no_grad()
 def losses(model, scored):
-    return [scored.loss(i, model(**inputs, use_cache=False).logits) for i, inputs in enumerate(scored.inputs)]
+    return [scored.loss(i, run(model, inputs).logits) for i, inputs in enumerate(scored.inputs)]
 
 
 @pytest.mark.parametrize("name", WITH_A_HEAD)
@@ -54,7 +54,7 @@ def test_a_window_costs_what_the_model_itself_says_of_the_same_labels(name, fold
         # A causal model shifts its labels itself.
         labels = targets.roll(1) if name in CAUSAL else targets
         with torch.no_grad():
-            expected = model(**inputs, labels=labels[None], use_cache=False).loss.item()
+            expected = run(model, inputs, labels=labels[None]).loss.item()
         assert count == int((targets >= 0).sum())
         assert nll / count == pytest.approx(expected, rel=1e-5)
         assert nll / count > 1.0

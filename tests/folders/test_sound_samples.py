@@ -164,7 +164,7 @@ def test_long_clips_are_cut_and_that_is_said(folder, sounds):
     write_wav(sounds / "1.wav", tone(300, seconds=31, rate=RATE))
     samples = sound_samples(folder, config, sounds, count=3)
     assert [inputs["input_values"].shape[1] for inputs in samples.inputs] == [8000, 30 * RATE, 8000]
-    assert samples.notes == ("the first 30 seconds of 1 longer clips",)
+    assert samples.notes == (f"cut after 30 seconds: {sounds / '1.wav'}",)
 
 
 def test_sounds_that_cannot_be_read_are_named_and_left_out_with_their_lines(folder, sounds, tmp_path):
@@ -178,7 +178,7 @@ def test_sounds_that_cannot_be_read_are_named_and_left_out_with_their_lines(fold
     assert [inputs["decoder_input_ids"].tolist() for inputs in samples.inputs] == [
         [bpe_tokenizer("<s> $A")("value")["input_ids"]]
     ]
-    assert samples.notes[0] == "1 clips instead of 3"
+    assert samples.notes[0] == "1 of the 3 clips that were asked for"
     assert "0.wav (" in samples.notes[1]
     assert "1.wav (shorter than 0.1 seconds)" in samples.notes[1]
 

@@ -1,5 +1,7 @@
 """Folders of tiny models with random weights, as transformers writes them, without the weights."""
 
+import inspect
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoConfig,
@@ -62,7 +64,7 @@ class WordPieces:
 TEXT_MODELS = {
     "LlamaForCausalLM": (LlamaConfig(**SMALL, **WORDS, **TOKENS), bpe_tokenizer("<s> $A")),
     "GPT2LMHeadModel": (
-        GPT2Config(vocab_size=VOCABULARY, n_positions=64, n_embd=16, n_layer=2, n_head=2),
+        GPT2Config(**TOKENS, vocab_size=VOCABULARY, n_positions=64, n_embd=16, n_layer=2, n_head=2),
         bpe_tokenizer(),
     ),
     "GPTNeoXForCausalLM": (GPTNeoXConfig(**SMALL, **WORDS), bpe_tokenizer()),
@@ -115,3 +117,9 @@ def write_folder(folder, name):
     config.save_pretrained(folder)
     processor.save_pretrained(folder)
     return AutoConfig.from_pretrained(folder, local_files_only=True)
+
+
+def run(model, inputs, **more):
+    """Call a model without a cache of keys and values, where its forward has one."""
+    takes = inspect.signature(model.forward).parameters
+    return model(**inputs, **more, **{"use_cache": False} if "use_cache" in takes else {})
