@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from emp_callbacks.cli.console import make_console
+from emp_callbacks.cli.folder import is_for_folders, prune_folder
 from emp_callbacks.cli.options import export_parser, inspect_parser, prune_parser
 from emp_callbacks.cli.recipes import find_recipe
 
@@ -102,6 +103,10 @@ def _already_pruned(density: float) -> list[str]:
 def prune(words: list[str]) -> None:
     """Prune a finished model once."""
     options = prune_parser().parse_args(words)
+    if is_for_folders(options):
+        with _said_in_notes():
+            prune_folder(options)
+        return
     from emp_callbacks.finished.budget import budget_table
     from emp_callbacks.finished.export import prune
     from emp_callbacks.pruning.signatures import signatures_of

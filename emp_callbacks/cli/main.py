@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from emp_callbacks.cli import finished, recipes, study
+from emp_callbacks.cli import finished, folder, recipes, study
 from emp_callbacks.cli.console import printable
 from emp_callbacks.cli.errors import for_the_user
 
@@ -28,6 +28,7 @@ commands:
   inspect   show N_eff and what EMP would keep of a checkpoint or a timm model
   prune     prune a finished model once, and write its weights
   export    write the masked weights of a run as plain safetensors
+  perplexity  measure a language model in a Hugging Face folder, of any size
 
 studies on trained models, pruned once:
   sweep-beta        is beta = 1 where the metric begins to fall?
@@ -56,6 +57,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "inspect": finished.inspect,
     "prune": finished.prune,
     "export": finished.export,
+    "perplexity": folder.perplexity,
 }
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 
+from emp_callbacks.cli.folder_options import add_shown
+from emp_callbacks.cli.new_parser import new_parser
+
 __all__ = [
     "compare_parser",
     "criteria_parser",
@@ -17,22 +20,12 @@ __all__ = [
 ]
 
 
-def _parser(command: str, summary: str, examples: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
-        prog=f"emp {command}",
-        description=summary,
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-
-
 def compare_parser() -> argparse.ArgumentParser:
     """Return the options of `emp compare`."""
     from emp_callbacks.study.arms import ARMS
 
     arms = "\n".join(f"  {name:<18} {arm.summary}" for name, arm in ARMS.items())
-    parser = _parser(
+    parser = new_parser(
         "compare",
         "Train a recipe with several ways of pruning and several seeds, alike in everything else, and report.",
         f"""\
@@ -62,7 +55,7 @@ The same command again continues an interrupted study and reuses its finished ru
 
 def sweep_parser() -> argparse.ArgumentParser:
     """Return the options of `emp sweep-beta`."""
-    parser = _parser(
+    parser = new_parser(
         "sweep-beta",
         "Train each recipe densely and prune it once by EMP for several beta: is beta = 1 where the metric falls?",
         f"""\
@@ -88,7 +81,7 @@ examples:
 
 def criteria_parser() -> argparse.ArgumentParser:
     """Return the options of `emp compare-criteria`."""
-    parser = _parser(
+    parser = new_parser(
         "compare-criteria",
         "Train each recipe densely, prune once by every criterion that fits, and report N_eff, metric and overlap.",
         f"""\
@@ -109,7 +102,7 @@ examples:
 
 def violations_parser() -> argparse.ArgumentParser:
     """Return the options of `emp violations`."""
-    parser = _parser(
+    parser = new_parser(
         "violations",
         "Train each recipe densely, prune its weights once by several criteria and beta, and set the measured change "
         "of the loss beside every bound.",
@@ -151,7 +144,7 @@ def _add_once(parser: argparse.ArgumentParser, name: str) -> None:
 
 def recipes_parser() -> argparse.ArgumentParser:
     """Return the options of `emp recipes`."""
-    parser = _parser(
+    parser = new_parser(
         "recipes",
         "List the recipes that come with the package, or copy one out to edit. Wherever a command takes --config, the "
         "name of one does: emp compare --config quickstart.",
@@ -164,7 +157,7 @@ def recipes_parser() -> argparse.ArgumentParser:
 
 def report_parser() -> argparse.ArgumentParser:
     """Return the options of `emp report`."""
-    parser = _parser(
+    parser = new_parser(
         "report",
         "Write report.html and the pictures of a finished run again.",
         "examples:\n  emp report runs/quickstart\n  emp report lightning_logs/version_0",
@@ -179,7 +172,7 @@ def report_parser() -> argparse.ArgumentParser:
 
 def inspect_parser() -> argparse.ArgumentParser:
     """Return the options of `emp inspect`."""
-    parser = _parser(
+    parser = new_parser(
         "inspect",
         "Show N_eff of weights, and what EMP would keep of them, without training anything.",
         """\
@@ -222,7 +215,7 @@ Files are read as tensors only; code in them never runs.""",
 
 def prune_parser() -> argparse.ArgumentParser:
     """Return the options of `emp prune`."""
-    parser = _parser(
+    parser = new_parser(
         "prune",
         "Prune a finished model once by EMP, and write its weights as safetensors.",
         """\
@@ -231,6 +224,8 @@ examples:
   emp prune timm:resnet18 --pretrained --target neurons --shrink --out small.safetensors
   emp prune last.ckpt --config recipes/quickstart.yaml --target heads --criterion taylor --out pruned.safetensors
   emp prune last.ckpt --config recipes/quickstart.yaml --beta auto --tolerance 0.02 --out pruned.safetensors
+  emp prune llama --criterion wanda --scope row --text train.txt --out llama-pruned
+  emp prune llama --criterion magnitude --scope row --include '*.mlp.*' --density 0.5 --out llama-pruned
 
 With --config, what the recipe's EMPCallback says is the default of each setting. Criteria that read gradients, inputs
 or activations take them from --batches of the recipe's training data; the weights are not trained.
@@ -264,6 +259,7 @@ Heads and neurons need modules: --config RECIPE, timm:NAME, or a Hugging Face fo
     parser.add_argument(
         "--batches", type=int, default=32, help="training batches for criteria that read data, and for --tolerance (32)"
     )
+    add_shown(parser)
     return parser
 
 
@@ -273,7 +269,7 @@ def _beta(text: str) -> float | str:
 
 def export_parser() -> argparse.ArgumentParser:
     """Return the options of `emp export`."""
-    parser = _parser(
+    parser = new_parser(
         "export",
         "Write the masked weights of a run as plain safetensors: no callback, no reparametrisation.",
         """\

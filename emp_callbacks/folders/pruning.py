@@ -8,17 +8,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from glob import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.criteria import make_criterion
+from emp_callbacks.folders.global_choice import GlobalChoice
+from emp_callbacks.folders.layer_row import LayerRow
 from emp_callbacks.folders.output import FolderOutput, check_out
+from emp_callbacks.folders.progress import Progress, Silent
 from emp_callbacks.folders.skeleton import Skeleton
 from emp_callbacks.folders.units import Unit, find_units
 from emp_callbacks.folders.walk import BlockWalk, Visit
+from emp_callbacks.pruning.groups import KeepRule
 from emp_callbacks.pruning.pruner import EMPPruner
 from emp_callbacks.targets.names import few
 from emp_callbacks.targets.weights import prunable_weights
@@ -26,51 +30,10 @@ from emp_callbacks.targets.weights import prunable_weights
 if TYPE_CHECKING:
     from emp_callbacks.folders.samples import Samples
 
-__all__ = ["FolderReport", "LayerRow", "Order", "Progress", "prune_folder"]
+__all__ = ["FolderReport", "Order", "prune_folder"]
 
 Order = Literal["sequential", "dense"]
 """Whether a block sees what the pruned blocks before it return (Wanda), or what the dense ones do (the EMP paper)."""
-
-
-class Progress(Protocol):
-    """What is told of long work."""
-
-    def begin(self, what: str, total: int) -> None:
-        """Say what begins, and how many steps it has."""
-
-    def advance(self, steps: int = 1) -> None:
-        """Say that some steps are done."""
-
-
-class Silent:
-    """Tells nobody."""
-
-    def begin(self, what: str, total: int) -> None:
-        """Take no notice."""
-
-    def advance(self, steps: int = 1) -> None:
-        """Take no notice."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerRow:
-    """What was decided on one weight.
-
-    Attributes:
-        name: Of the parameter in the model.
-        n: Weights.
-        n_eff: Effective number, with scope "row" summed over the rows.
-        keep: Weights that stay.
-        preserved_mass: Share of the scores that stay, in [0, 1].
-        note: What was out of the ordinary.
-    """
-
-    name: str
-    n: int
-    n_eff: float
-    keep: int
-    preserved_mass: float
-    note: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +43,7 @@ class FolderReport:
     Attributes:
         out: The folder.
         rows: Each pruned weight, in the order of the model.
+        architecture: Name of the model's class in transformers.
         settings: What was done, as plain JSON types.
         seconds: Of this call, without what an interrupted one before it had done.
         notes: What a reader must know.
@@ -87,6 +51,7 @@ class FolderReport:
 
     out: Path
     rows: tuple[LayerRow, ...]
+    architecture: str
     settings: Mapping[str, Any]
     seconds: float
     notes: tuple[str, ...]
@@ -94,7 +59,8 @@ class FolderReport:
     @property
     def density(self) -> float:
         """Kept share of the weights that were scored, in [0, 1]."""
-        return sum(row.keep for row in self.rows) / sum(row.n for row in self.rows)
+        kept: float = sum(row.keep for row in self.rows)
+        return kept / sum(row.n for row in self.rows)
 
 
 def prune_folder(
@@ -119,8 +85,8 @@ def prune_folder(
     Args:
         folder: The folder.
         out: The folder to write; it is absent or whole.
-        config: What is pruned and how, see `EMPConfig.once`: target "weights", and scope "row" or "tensor" or a
-            pattern, since blocks are decided one after another.
+        config: What is pruned and how, see `EMPConfig.once`: target "weights". Criteria that read inputs decide block
+            after block: scope "row" or "tensor", or a pattern.
         samples: What the model is called with, for criteria that read inputs.
         order: What the next block sees.
         dtype: In which the model computes; None: its own. Tensors are written in the dtype that they had.
@@ -168,7 +134,14 @@ def prune_folder(
     rows = [LayerRow(**row) for unit in plan.units for row in output.done[unit.name]]
     seconds = time.monotonic() - begun
     notes = (*plan.notes, *(samples.notes if samples and needs else ()))
-    report = FolderReport(out=out, rows=tuple(rows), settings=settings, seconds=seconds, notes=notes)
+    report = FolderReport(
+        out=out,
+        rows=tuple(rows),
+        architecture=type(skeleton.model).__name__,
+        settings=settings,
+        seconds=seconds,
+        notes=notes,
+    )
     output.finish({**settings, "density": report.density, "rows": [asdict(row) for row in rows]})
     return report
 
@@ -182,6 +155,11 @@ def _check(config: EMPConfig, needs: str | None, samples: Samples | None, world_
     if needs and (samples is None or not samples.inputs):
         raise ValueError(
             f"criterion {config.criterion_name!r} reads the inputs of layers; name a text with --text FILE"
+        )
+    if needs and config.scope == "global":
+        raise ValueError(
+            f"scope 'global' compares all weights, and criterion {config.criterion_name!r} sees one block after "
+            "another; use --scope row, as Wanda and the EMP paper do, or --scope tensor"
         )
     if needs and world_size > 1:
         raise ValueError(
@@ -252,7 +230,7 @@ def _chosen(skeleton: Skeleton, config: EMPConfig) -> tuple[list[nn.Parameter], 
 
 
 def _in_turn(
-    plan: _Plan, output: FolderOutput, inputs: Sequence[Mapping[str, Tensor]], order: Order, told: Any
+    plan: _Plan, output: FolderOutput, inputs: Sequence[Mapping[str, Tensor]], order: Order, told: Progress
 ) -> None:
     """Prune the units in the order in which the model calls them, by what they are called with."""
     walk = BlockWalk(plan.skeleton, plan.all_units, inputs[0], together=plan.prunes)
@@ -271,7 +249,7 @@ def _in_turn(
             break
 
 
-def _go_past(plan: _Plan, output: FolderOutput, visit: Visit, order: Order, told: Any, samples: int) -> None:
+def _go_past(plan: _Plan, output: FolderOutput, visit: Visit, order: Order, told: Progress, samples: int) -> None:
     """Run samples through a unit that an earlier call finished."""
     if order == "sequential":
         with torch.no_grad():
@@ -290,23 +268,44 @@ def _prune_visited(plan: _Plan, output: FolderOutput, visit: Visit, order: Order
         visit.run(keep=True)
 
 
-def _each_alone(plan: _Plan, output: FolderOutput, rank: int, world_size: int, told: Any) -> None:
+def _each_alone(plan: _Plan, output: FolderOutput, rank: int, world_size: int, told: Progress) -> None:
     """Prune every so many-th unit: none needs another."""
     own = [unit for unit in plan.units[rank::world_size] if unit.name not in output.done]
+    choice = _global_choice(plan, told) if own and plan.config.scope == "global" else None
     told.begin("pruning", len(own))
     for unit in own:
         with plan.skeleton.loaded([unit.module]):
-            _refresh(plan, output, unit, plan.pruner(unit))
+            pruner = plan.pruner(unit)
+            if choice is None:
+                _refresh(plan, output, unit, pruner)
+            else:
+                names = plan.names[unit]
+                chosen = {name: choice.of(names[name], scores) for name, scores in pruner.scores().items()}
+                masks = {name: mask for name, (mask, _) in chosen.items()}
+                _write(plan, output, unit, masks, [row for _, row in chosen.values()])
         told.advance()
 
 
+def _global_choice(plan: _Plan, told: Progress) -> GlobalChoice:
+    """Return what stays where all weights of the model compete."""
+
+    def scores() -> Iterator[tuple[str, Tensor]]:
+        told.begin("scoring", len(plan.units))
+        for unit in plan.units:
+            with plan.skeleton.loaded([unit.module]):
+                for name, value in plan.pruner(unit).scores().items():
+                    yield plan.names[unit][name], value
+            told.advance()
+
+    config = plan.config
+    rule = KeepRule(beta=config.beta_at(0), density=config.density_at(0), min_density=config.min_density)
+    return GlobalChoice(scores, rule, plan.skeleton.dtype)
+
+
 def _refresh(plan: _Plan, output: FolderOutput, unit: Unit, pruner: EMPPruner) -> None:
-    """Choose what stays of a loaded unit, and write it."""
+    """Choose what stays of a loaded unit, whose weights compete among themselves, and write it."""
     pruner.refresh()
-    masks, names = pruner.masks, plan.names[unit]
-    for name, full in names.items():
-        for in_file, mask in plan.skeleton.names.split(full, masks[name]).items():
-            output.write(in_file, plan.skeleton.files.read(in_file).masked_fill_(~mask.cpu(), 0))
+    names = plan.names[unit]
     rows = [
         LayerRow(
             name=names[layer.name],
@@ -320,6 +319,15 @@ def _refresh(plan: _Plan, output: FolderOutput, unit: Unit, pruner: EMPPruner) -
         for layer in event.layers
     ]
     pruner.finalize()
+    _write(plan, output, unit, pruner.masks, rows)
+
+
+def _write(
+    plan: _Plan, output: FolderOutput, unit: Unit, masks: Mapping[str, Tensor], rows: Sequence[LayerRow]
+) -> None:
+    for name, full in plan.names[unit].items():
+        for in_file, mask in plan.skeleton.names.split(full, masks[name]).items():
+            output.write(in_file, plan.skeleton.files.read(in_file).masked_fill_(~mask.cpu(), 0))
     output.note(unit.name, [asdict(row) for row in rows])
 
 
@@ -343,11 +351,3 @@ def _digest(inputs: Sequence[Mapping[str, Tensor]]) -> str:
             digest.update(name.encode())
             digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def rows_by_kind(rows: Sequence[LayerRow]) -> Iterator[tuple[str, list[LayerRow]]]:
-    """Yield kinds of layers, their names with the numbers of blocks and experts left open, and their rows."""
-    kinds: dict[str, list[LayerRow]] = {}
-    for row in rows:
-        kinds.setdefault(".".join("*" if part.isdigit() else part for part in row.name.split(".")), []).append(row)
-    yield from kinds.items()

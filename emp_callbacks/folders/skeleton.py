@@ -17,7 +17,7 @@ from emp_callbacks.extras import needs
 from emp_callbacks.folders.names import FileNames
 from emp_callbacks.targets.names import few
 
-__all__ = ["Skeleton"]
+__all__ = ["Skeleton", "configuration_of"]
 
 _QUANTIZED = "quantization_config"
 
@@ -51,7 +51,7 @@ class Skeleton:
     def __init__(self, folder: Path, dtype: torch.dtype | None = None, device: torch.device | None = None) -> None:
         needs(f"building the model of {folder}", "hf", "transformers", "accelerate")
         self.folder, self.device = folder, device or torch.device("cpu")
-        self.config = _configuration(folder)
+        self.config = configuration_of(folder)
         self.files = FolderFiles(folder)
         self.dtype = dtype or _own_dtype(self.config, self.files)
         self.model = _empty_model(folder, self.config, self.dtype)
@@ -143,7 +143,8 @@ class Skeleton:
         return value.to(self.device, self.dtype) if value.is_floating_point() else value.to(self.device)
 
 
-def _configuration(folder: Path) -> Any:
+def configuration_of(folder: Path) -> Any:
+    """Return the configuration of a folder's model; weights that cannot be pruned are refused."""
     from transformers import AutoConfig
 
     path = folder / "config.json"

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 from torch import nn
-from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 __all__ = ["Unit", "find_units", "merged", "split"]
 
@@ -48,7 +48,8 @@ def _found(name: str, module: nn.Module, chosen: Collection[nn.Parameter]) -> It
     if _is_list(module):
         yield from (Unit(_join(name, key), entry) for key, entry in module.named_children() if _holds_any(entry))
         return
-    own = list(module.parameters(recurse=False))
+    # Of a parametrised layer the parameters lie in a module inside, which is not called by itself.
+    own = list(module.parameters(recurse=is_parametrized(module)))
     listed = any(map(_is_list, module.modules()))
     if name and not listed and any(one in chosen or one.numel() >= LARGE for one in own):
         yield Unit(name, module)
