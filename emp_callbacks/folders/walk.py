@@ -40,6 +40,7 @@ class BlockWalk:
     Attributes:
         units: The units.
         order: The unit of each call, in the order of the calls.
+        last_readers: For each call, the last one that reads what it returned.
 
     Raises:
         NotImplementedError: A block reads what another computed inside.
@@ -54,7 +55,7 @@ class BlockWalk:
         together: Callable[[Unit], bool] = lambda _: False,
     ) -> None:
         self._skeleton = skeleton
-        self.units, self.order, self._last_reader = _traced(skeleton, list(units), example, together)
+        self.units, self.order, self.last_readers = _traced(skeleton, list(units), example, together)
         self._inputs: Sequence[Inputs] = ()
         self._answers: list[list[Any]] = []
 
@@ -84,6 +85,11 @@ class BlockWalk:
             self._skeleton.unload(rest)
             self._inputs, self._answers = (), []
 
+    def bytes_held(self, number: int) -> int:
+        """Return the memory in which what a call returned is kept now, for all samples."""
+        leaves = [leaf for answers in self._answers for leaf in tree_leaves(answers[number])]
+        return sum(leaf.untyped_storage().nbytes() for leaf in leaves if isinstance(leaf, Tensor))
+
     @torch.no_grad()
     def _run(
         self, number: int, on_run: Callable[[], None], on_output: Callable[[int, Any], None], *, keep: bool
@@ -102,8 +108,8 @@ class BlockWalk:
         """Keep what a call returned for a sample, and only the shapes of what no later call reads."""
         answers = self._answers[i]
         last = self._answers[i - 1][number] if i else None
-        answers.append(_kept(made, last) if self._last_reader[number] > number else _shapes(made))
-        for before, reader in enumerate(self._last_reader[:number]):
+        answers.append(_kept(made, last) if self.last_readers[number] > number else _shapes(made))
+        for before, reader in enumerate(self.last_readers[:number]):
             if reader == number:
                 answers[before] = _shapes(answers[before])
 
