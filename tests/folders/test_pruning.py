@@ -10,9 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from torch import nn
-
-transformers = pytest.importorskip("transformers")
 
 from emp_callbacks.checkpoint.folder_files import FolderFiles
 from emp_callbacks.config import EMPConfig
@@ -23,10 +22,10 @@ from tests.folders.tiny import KINDS, called, made, samples
 BETA = 0.9
 
 
-def pruned(folder, out, *, inputs=None, order="sequential", **settings):
+def pruned(folder, out, *, inputs=None, order="sequential", dtype=torch.float64, **settings):
     settings.setdefault("scope", "row")
     shown = None if inputs is None else SimpleNamespace(inputs=inputs, notes=())
-    return prune_folder(folder, out, EMPConfig().once(**settings), samples=shown, order=order, dtype=torch.float64)
+    return prune_folder(folder, out, EMPConfig().once(**settings), samples=shown, order=order, dtype=dtype)
 
 
 def reloaded(kind, out):
@@ -244,7 +243,7 @@ def test_a_base_models_folder_whose_names_lack_the_prefix(tmp_path):
 
 def test_experts_are_written_under_the_names_of_their_files(tmp_path):
     made("mixtral", tmp_path / "dense")
-    told = pruned(tmp_path / "dense", tmp_path / "out", criterion="wanda", inputs=samples("mixtral", 8))
+    told = pruned(tmp_path / "dense", tmp_path / "out", criterion="wanda", inputs=samples("mixtral", 8), dtype=None)
     before, after = FolderFiles(tmp_path / "dense"), FolderFiles(tmp_path / "out")
     assert before.infos == after.infos
     assert not any("gate." in row.name for row in told.rows)
