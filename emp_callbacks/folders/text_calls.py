@@ -16,8 +16,8 @@ from emp_callbacks.setting_checks import check_fraction
 
 __all__ = ["MOST_TEXT", "Text", "TextCall", "decoder_start", "read_text", "text_kind"]
 
-MOST_TEXT = 32 << 20
-"""Bytes of text that are tokenised at most: 30 times what 128 windows of 2,048 tokens are."""
+MOST_TEXT = 16 << 20
+"""Bytes of text that are tokenised at most: more than ten times what 128 windows of 2,048 tokens take."""
 
 Kind = Literal["causal", "encoder", "encoder-decoder"]
 
@@ -130,9 +130,9 @@ def read_text(
 ) -> Text:
     """Return the tokens of a text, as the tokenizer of a model's folder makes them.
 
-    The whole text is tokenised at once, as Wanda, SparseGPT and GPTQ do, and cut afterwards. What is longer than 2 MiB
-    is tokenised in pieces that end with a line, and past 32 MiB it is not read. The tokenizer's prefix (BOS) stands
-    once before the text of a causal model, so that only the window at its very start has it, as in those papers' code.
+    The whole text is tokenised at once, as Wanda, SparseGPT and GPTQ do, and cut afterwards. What is longer than
+    1.5 MiB is tokenised in pieces that end with a line, and past 16 MiB it is not read. The tokenizer's prefix (BOS)
+    stands once before the text of a causal model, so that only the window at its very start has it, as in those papers' code.
 
     Args:
         folder: With the tokenizer's files.

@@ -192,7 +192,6 @@ def test_what_cannot_be_scored_is_refused(name, settings, message, folder, text)
         ("BertLMHeadModel", "BertForMaskedLM"),
         ("XLNetLMHeadModel", "GPT2LMHeadModel"),
         ("GPT2ForSequenceClassification", "GPT2LMHeadModel"),
-        ("T5EncoderModel", "GPT2LMHeadModel"),
     ],
 )
 def test_an_architecture_whose_losses_would_mean_nothing_is_refused(name, of, folder, text):
