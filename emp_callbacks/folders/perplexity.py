@@ -37,7 +37,7 @@ class Scored:
         unit: What a window is made of.
     """
 
-    inputs: Sequence[Mapping[str, Tensor]]
+    inputs: Sequence[Mapping[str, Tensor]] = field(repr=False)
     targets: Sequence[Tensor] = field(repr=False)
     kind: str
     notes: tuple[str, ...] = ()

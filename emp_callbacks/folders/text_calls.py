@@ -132,7 +132,8 @@ def read_text(
 
     The whole text is tokenised at once, as Wanda, SparseGPT and GPTQ do, and cut afterwards. What is longer than
     1.5 MiB is tokenised in pieces that end with a line, and past 16 MiB it is not read. The tokenizer's prefix (BOS)
-    stands once before the text of a causal model, so that only the window at its very start has it, as in those papers' code.
+    stands once before the text of a causal model, so that only the window at its very start has it, as in those
+    papers' code.
 
     Args:
         folder: With the tokenizer's files.
