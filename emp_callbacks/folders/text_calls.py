@@ -28,6 +28,7 @@ _LENGTHS = (
     "max_encoder_position_embeddings",
     "max_decoder_position_embeddings",
 )
+_PLAIN = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
 # Their positions begin behind padding_idx, so the embedding has that many rows more than tokens fit.
 _PADDED_POSITIONS = frozenset(
     (
@@ -154,8 +155,8 @@ def read_text(
     call = _text_call(config, reader)
     found = [torch.tensor(call.prefix if call.kind == "causal" else (), dtype=torch.int32)]
     for piece in text_pieces(files, MOST_TEXT, notes, progress):
-        told = reader(piece, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        found.append(torch.tensor(told["input_ids"], dtype=torch.int32))
+        # Without a name, what the tokenizer says beside the tokens (400 bytes for each) is gone before the next piece.
+        found.append(torch.tensor(reader(piece, **_PLAIN)["input_ids"], dtype=torch.int32))
     ids = torch.cat(found).long()
     _check_known(ids[len(found[0]) :], reader, config, files)
     return Text(ids, call, _limit(config, call.kind), tuple(notes))
