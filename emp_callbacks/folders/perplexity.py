@@ -37,7 +37,7 @@ class Scored:
         unit: What a window is made of.
     """
 
-    inputs: Sequence[Mapping[str, Tensor]]
+    inputs: Sequence[Mapping[str, Tensor]] = field(repr=False)
     targets: Sequence[Tensor] = field(repr=False)
     kind: str
     notes: tuple[str, ...] = ()
@@ -141,7 +141,6 @@ def perplexity_windows(
     room = read.call.room(length)
     if len(ids) < room:
         notes += (f"one window of all {len(ids)} tokens of the text instead of windows of {room}",)
-        room = len(ids)
     spans = _spans(len(ids), room, _checked_stride(stride, room, read))
     if limit is not None and limit < len(spans):
         notes += (f"the first {limit} of {len(spans)} windows",)
@@ -193,12 +192,14 @@ def _checked_stride(stride: int | None, room: int, read: Text) -> int:
 def _spans(count: int, room: int, stride: int) -> list[tuple[int, int]]:
     """Return where windows begin and end: whole ones behind each other, or overlapping ones up to the end.
 
+    A text that is shorter than a window is one.
+
     Raises:
         ValueError: The text is too short to score a token.
     """
     if count < 2:
         raise ValueError(f"the text has {count} tokens to score, and one needs another before it; give a longer text")
-    last = count - room + (1 if stride == room else stride)
+    last = max(count - room, 0) + (1 if stride == room else stride)
     return [(begin, min(begin + room, count)) for begin in range(0, last, stride)]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ class Samples:
         notes: What a reader must know, a line each.
     """
 
-    inputs: Sequence[Mapping[str, Tensor]]
+    inputs: Sequence[Mapping[str, Tensor]] = field(repr=False)
     unit: str
     notes: tuple[str, ...] = ()
 
@@ -138,7 +138,8 @@ def image_samples(folder: Path, config: Any, images: Path, *, count: int = 128) 
         return model_inputs(processor(pixels.view(*pixels.shape[:2], channels).movedim(-1, 0), return_tensors="pt"))
 
     # What Pillow says of a damaged file depends on the format.
-    inputs, notes = read_each(spread(media_files(images, readable), count), read, (OSError, ValueError, SyntaxError))
+    damage = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+    inputs, notes = read_each(spread(media_files(images, readable), count), read, damage)
     return Samples(inputs, "images", counted(len(inputs), count, "images") + notes)
 
 

@@ -84,7 +84,7 @@ def sound_samples(
         made = extractor(sound[: int(_LONGEST * rate)], sampling_rate=rate, return_tensors="pt")
         return model_inputs(made) | said.get(path, {})
 
-    inputs, damaged = read_each(spread(files, count), read, (OSError, ValueError, EOFError, wave.Error, RuntimeError))
+    inputs, damaged = read_each(spread(files, count), read, (OSError, ValueError, RuntimeError))
     if cut:
         notes += (f"cut after {_LONGEST:.0f} seconds: {few([str(path) for path in cut])}",)
     return Samples(inputs, "seconds of sound", counted(len(inputs), count, "clips") + notes + damaged)
@@ -124,9 +124,12 @@ def _read(path: Path) -> tuple[Sound, int]:
 
         sound, rate = soundfile.read(path, dtype="float32", always_2d=True)
         return sound.mean(axis=1), int(rate)
-    with path.open("rb") as file, wave.open(file) as opened:
-        width, rate, channels = opened.getsampwidth(), opened.getframerate(), opened.getnchannels()
-        data = np.frombuffer(opened.readframes(opened.getnframes()), np.uint8)
+    try:
+        with path.open("rb") as file, wave.open(file) as opened:
+            width, rate, channels = opened.getsampwidth(), opened.getframerate(), opened.getnchannels()
+            data = np.frombuffer(opened.readframes(opened.getnframes()), np.uint8)
+    except (wave.Error, EOFError) as error:
+        raise ValueError(f"no PCM: {error or 'it ends too early'}; the soundfile package reads other kinds") from error
     # Little-endian samples of any width become the high bytes of int32; those of one byte are unsigned.
     wide = np.zeros((len(data) // width, 4), np.uint8)
     wide[:, 4 - width :] = data[: len(wide) * width].reshape(-1, width) ^ (0x80 if width == 1 else 0)

@@ -16,8 +16,8 @@ from emp_callbacks.setting_checks import check_fraction
 
 __all__ = ["MOST_TEXT", "Text", "TextCall", "decoder_start", "read_text", "text_kind"]
 
-MOST_TEXT = 32 << 20
-"""Bytes of text that are tokenised at most: 30 times what 128 windows of 2,048 tokens are."""
+MOST_TEXT = 16 << 20
+"""Bytes of text that are tokenised at most: more than ten times what 128 windows of 2,048 tokens take."""
 
 Kind = Literal["causal", "encoder", "encoder-decoder"]
 
@@ -28,6 +28,7 @@ _LENGTHS = (
     "max_encoder_position_embeddings",
     "max_decoder_position_embeddings",
 )
+_PLAIN = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
 # Their positions begin behind padding_idx, so the embedding has that many rows more than tokens fit.
 _PADDED_POSITIONS = frozenset(
     (
@@ -130,9 +131,10 @@ def read_text(
 ) -> Text:
     """Return the tokens of a text, as the tokenizer of a model's folder makes them.
 
-    The whole text is tokenised at once, as Wanda, SparseGPT and GPTQ do, and cut afterwards. What is longer than 2 MiB
-    is tokenised in pieces that end with a line, and past 32 MiB it is not read. The tokenizer's prefix (BOS) stands
-    once before the text of a causal model, so that only the window at its very start has it, as in those papers' code.
+    The whole text is tokenised at once, as Wanda, SparseGPT and GPTQ do, and cut afterwards. What is longer than
+    1.5 MiB is tokenised in pieces that end with a line, and past 16 MiB it is not read. The tokenizer's prefix (BOS)
+    stands once before the text of a causal model, so that only the window at its very start has it, as in those
+    papers' code.
 
     Args:
         folder: With the tokenizer's files.
@@ -153,8 +155,8 @@ def read_text(
     call = _text_call(config, reader)
     found = [torch.tensor(call.prefix if call.kind == "causal" else (), dtype=torch.int32)]
     for piece in text_pieces(files, MOST_TEXT, notes, progress):
-        told = reader(piece, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        found.append(torch.tensor(told["input_ids"], dtype=torch.int32))
+        # Without a name, what the tokenizer says beside the tokens (400 bytes for each) is gone before the next piece.
+        found.append(torch.tensor(reader(piece, **_PLAIN)["input_ids"], dtype=torch.int32))
     ids = torch.cat(found).long()
     _check_known(ids[len(found[0]) :], reader, config, files)
     return Text(ids, call, _limit(config, call.kind), tuple(notes))

@@ -152,7 +152,7 @@ def test_what_is_not_scored_is_said(folder, text):
     )
     assert perplexity_windows(folder, config, text, limit=5).notes == (f"the first 5 of {count // 64} windows",)
     text.write_text("one two three")
-    short = perplexity_windows(folder, config, text)
+    short = perplexity_windows(folder, config, text, stride=50)
     size = ids_of(folder, "one two three").shape[1]
     assert short.notes == (f"one window of all {size} tokens of the text instead of windows of 64",)
     assert [inputs["input_ids"].shape for inputs in short.inputs] == [(1, size)]
@@ -192,7 +192,6 @@ def test_what_cannot_be_scored_is_refused(name, settings, message, folder, text)
         ("BertLMHeadModel", "BertForMaskedLM"),
         ("XLNetLMHeadModel", "GPT2LMHeadModel"),
         ("GPT2ForSequenceClassification", "GPT2LMHeadModel"),
-        ("T5EncoderModel", "GPT2LMHeadModel"),
     ],
 )
 def test_an_architecture_whose_losses_would_mean_nothing_is_refused(name, of, folder, text):

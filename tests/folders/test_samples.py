@@ -72,6 +72,14 @@ def test_an_encoder_gets_in_every_window_what_the_tokenizer_puts_around_a_text(f
     assert not torch.isin(found[:, 1:-1], torch.tensor([reader.cls_token_id, reader.sep_token_id])).any()
 
 
+def test_the_encoder_of_an_encoder_decoder_alone_gets_what_is_behind_a_text(folder, text):
+    config = write_folder(folder, "T5ForConditionalGeneration")
+    config.architectures, config.is_encoder_decoder = ["T5EncoderModel"], False
+    samples = text_samples(folder, config, text, count=5, length=32)
+    assert tokens(samples)[:, -1].tolist() == [config.eos_token_id] * 5
+    assert run(model_of(config), samples.inputs[0])[0].shape == (1, 32, 16)
+
+
 @pytest.mark.parametrize("name", ["T5ForConditionalGeneration", "BartForConditionalGeneration"])
 def test_a_decoder_is_taught_what_follows_what_the_encoder_reads(name, folder, text):
     config = write_folder(folder, name)
