@@ -107,9 +107,12 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--test", type=Path, required=True, metavar="FILE", help="text that perplexity is of")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the table")
     parser.add_argument("--samples", type=int, default=128, help="calibration sequences (128)")
-    parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence, of both texts (2048)")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a calibration sequence (2048)")
+    parser.add_argument("--test-length", type=int, help="tokens of a test window (as --length)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="which layers (both)")
-    return parser.parse_args(words)
+    options = parser.parse_args(words)
+    options.test_length = options.test_length or options.length
+    return options
 
 
 # ---- one row --------------------------------------------------------------------------------------------------------
@@ -137,7 +140,7 @@ def measured(folder: Path, options: argparse.Namespace) -> Row:
     """Return the perplexity of a folder on the test text."""
     started = time.perf_counter()
     told = options.out / "perplexity.json"
-    words = ["perplexity", str(folder), "--text", str(options.test), "--length", str(options.length)]
+    words = ["perplexity", str(folder), "--text", str(options.test), "--length", str(options.test_length)]
     run([*words, "--json", str(told)], options.out)
     return {
         "density": 1.0,
@@ -218,6 +221,7 @@ def settings_of(options: argparse.Namespace) -> Row:
         "test": hashlib.sha256(options.test.read_bytes()).hexdigest(),
         "samples": options.samples,
         "length": options.length,
+        "test_length": options.test_length,
     }
 
 
