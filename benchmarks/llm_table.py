@@ -29,6 +29,7 @@ from matplotlib.figure import Figure
 
 from emp_callbacks.checkpoint.folder_files import FolderFiles
 from emp_callbacks.cli.main import main as emp
+from emp_callbacks.folders.output import RECORD
 
 PARTS = {"MLP only": ["--include", "*.mlp.*"], "all linear layers": []}
 ORDERS = {"one pass": ["--order", "dense"], "sequential": []}
@@ -126,7 +127,9 @@ def pruned_row(arm: Arm, table: Table, options: argparse.Namespace) -> Row:
     words = [*PARTS[arm.part], "--criterion", arm.criterion, "--scope", arm.scope, *budget]
     words += [*data, *ORDERS[arm.order]] if arm.order != NO_ORDER else []
     run(["prune", str(options.folder), *words, "--out", str(out)], options.out)
-    row = {**asdict(arm), **kept_in(options.folder, out), **measured(out, options)}
+    told = json.loads((out / RECORD).read_text())["rows"]
+    n_eff = sum(layer["n_eff"] for layer in told) / sum(layer["n"] for layer in told)
+    row = {**asdict(arm), "n_eff_fraction": n_eff, **measured(out, options), **kept_in(options.folder, out)}
     shutil.rmtree(out)
     return {**row, "seconds": time.perf_counter() - started}
 
@@ -227,15 +230,20 @@ def settings_of(options: argparse.Namespace) -> Row:
 
 def markdown(rows: dict[str, Row]) -> str:
     """Return the rows in Markdown."""
-    head = ("layers", "criterion", "scope", "inputs", "kept", "density", "perplexity", "change from dense")
+    head = ("layers", "criterion", "scope", "inputs", "kept", "N_eff / N", "density", "perplexity", "change from dense")
     dense = rows[DENSE]["perplexity"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", f"| | dense | | | | 1 | {dense:.4g} | |"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", f"| | dense | | | | | 1 | {dense:.4g} | |"]
     for row in rows.values():
         if row is rows[DENSE]:
             continue
         change = row["perplexity"] - dense
         cells = [row["part"], row["criterion"], row["scope"], row["order"], kept_as(row, rows)]
-        cells += [f"{row['density']:.4f}", f"{row['perplexity']:.4g}", f"{change:+.3g} ({change / dense:+.1%})"]
+        cells += [
+            f"{row['n_eff_fraction']:.4f}",
+            f"{row['density']:.4f}",
+            f"{row['perplexity']:.4g}",
+            f"{change:+.3g} ({change / dense:+.1%})",
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
