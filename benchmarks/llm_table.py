@@ -7,14 +7,13 @@ density, equal to what EMP-magnitude and EMP-Wanda came to; magnitude over the w
 Each for the MLP alone, as in the paper, and for all linear layers; Wanda's inputs from one pass of the dense model, as
 in the paper (`one pass`), and from blocks behind pruned ones, as Wanda itself has it (`sequential`).
 
-Prunes with `emp prune` and measures with `emp perplexity`. A row that stands in OUT/llm_table.json is not computed
-again. Writes OUT/llm_table.json, .md and .png; one pruned folder lies in OUT at a time.
+Prunes and measures block by block, as `emp prune` and `emp perplexity` do. A row that stands in OUT/llm_table.json is
+not computed again. Writes OUT/llm_table.json, .md and .png; one pruned folder lies in OUT at a time.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import json
 import os
@@ -25,14 +24,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from matplotlib.figure import Figure
+from transformers import AutoConfig
 
 from emp_callbacks.checkpoint.folder_files import FolderFiles
-from emp_callbacks.cli.main import main as emp
-from emp_callbacks.folders.output import RECORD
+from emp_callbacks.config import EMPConfig
+from emp_callbacks.folders.perplexity import perplexity_of, perplexity_windows
+from emp_callbacks.folders.pruning import prune_folder
+from emp_callbacks.folders.samples import text_samples
+from emp_callbacks.folders.skeleton import Skeleton
+from emp_callbacks.folders.units import find_units
+from emp_callbacks.folders.walk import BlockWalk
 
-PARTS = {"MLP only": ["--include", "*.mlp.*"], "all linear layers": []}
-ORDERS = {"one pass": ["--order", "dense"], "sequential": []}
+PARTS: dict[str, list[str] | None] = {"MLP only": ["*.mlp.*"], "all linear layers": None}
+ORDERS = {"one pass": "dense", "sequential": "sequential"}
 NO_ORDER = "-"  # magnitude reads no data
 HALF = 0.5
 DENSE = "dense"
@@ -110,6 +116,10 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=128, help="calibration sequences (128)")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a calibration sequence (2048)")
     parser.add_argument("--test-length", type=int, help="tokens of a test window (as --length)")
+    parser.add_argument(
+        "--first", action="store_true", help="the first windows of the text, as the paper has, not random"
+    )
+    parser.add_argument("--device", type=torch.device, help="where the model computes (cpu)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="which layers (both)")
     options = parser.parse_args(words)
     options.test_length = options.test_length or options.length
@@ -122,13 +132,23 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
 def pruned_row(arm: Arm, table: Table, options: argparse.Namespace) -> Row:
     """Prune as a row says, measure, and delete what was pruned."""
     started, out = time.perf_counter(), options.out / "pruned"
-    budget = [] if arm.keep == "N_eff" else ["--density", repr(density_for(arm, table))]
-    data = ["--text", str(options.calibration), "--samples", str(options.samples), "--length", str(options.length)]
-    words = [*PARTS[arm.part], "--criterion", arm.criterion, "--scope", arm.scope, *budget]
-    words += [*data, *ORDERS[arm.order]] if arm.order != NO_ORDER else []
-    run(["prune", str(options.folder), *words, "--out", str(out)], options.out)
-    told = json.loads((out / RECORD).read_text())["rows"]
-    n_eff = sum(layer["n_eff"] for layer in told) / sum(layer["n"] for layer in told)
+    budget = {} if arm.keep == "N_eff" else {"density": density_for(arm, table)}
+    config = EMPConfig(every_n_steps=1).once(
+        criterion=arm.criterion, scope=arm.scope, include=PARTS[arm.part], **budget
+    )
+    samples = None
+    if arm.order != NO_ORDER:
+        samples = text_samples(
+            options.folder,
+            AutoConfig.from_pretrained(options.folder, local_files_only=True),
+            options.calibration,
+            count=options.samples,
+            length=options.length,
+            first=options.first,
+        )
+    order = ORDERS.get(arm.order, "dense")
+    report = prune_folder(options.folder, out, config, samples=samples, order=order, device=options.device)
+    n_eff = sum(layer.n_eff for layer in report.rows) / sum(layer.n for layer in report.rows)
     row = {**asdict(arm), "n_eff_fraction": n_eff, **measured(out, options), **kept_in(options.folder, out)}
     shutil.rmtree(out)
     return {**row, "seconds": time.perf_counter() - started}
@@ -142,26 +162,19 @@ def density_for(arm: Arm, table: Table) -> float:
 def measured(folder: Path, options: argparse.Namespace) -> Row:
     """Return the perplexity of a folder on the test text."""
     started = time.perf_counter()
-    told = options.out / "perplexity.json"
-    words = ["perplexity", str(folder), "--text", str(options.test), "--length", str(options.test_length)]
-    run([*words, "--json", str(told)], options.out)
+    skeleton = Skeleton(folder, device=options.device)
+    scored = perplexity_windows(folder, skeleton.config, options.test, length=options.test_length)
+    losses = []
+    walk = BlockWalk(skeleton, find_units(skeleton.model), scored.inputs[0])
+    for visit in walk.visits(scored.inputs, on_output=lambda i, output: losses.append(scored.loss(i, output.logits))):
+        visit.run(keep=True)
+    total, tokens = (sum(each) for each in zip(*losses, strict=True))
     return {
         "density": 1.0,
-        "perplexity": json.loads(told.read_text())["perplexity"],
+        "perplexity": perplexity_of(total, tokens),
+        "tokens": tokens,
         "seconds": time.perf_counter() - started,
     }
-
-
-def run(words: list[str], out: Path) -> None:
-    """Run an `emp` command; what it prints goes to OUT/emp.log.
-
-    Raises:
-        RuntimeError: It failed.
-    """
-    with (out / "emp.log").open("a") as log, contextlib.redirect_stdout(log):
-        print("emp", *words, flush=True)
-        if code := emp(words):
-            raise RuntimeError(f"emp {' '.join(words)} ended with {code}")
 
 
 def kept_in(dense: Path, pruned: Path) -> Row:
@@ -223,6 +236,7 @@ def settings_of(options: argparse.Namespace) -> Row:
         "calibration": hashlib.sha256(options.calibration.read_bytes()).hexdigest(),
         "test": hashlib.sha256(options.test.read_bytes()).hexdigest(),
         "samples": options.samples,
+        "first": options.first,
         "length": options.length,
         "test_length": options.test_length,
     }

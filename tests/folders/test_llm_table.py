@@ -8,6 +8,8 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.slow  # a table is 14 prunings
+
 ROOT = Path(__file__).parents[2]
 ROWS_OF_A_PART = 3 + 3 + 2 * 3 + 1  # EMP; magnitude at three densities; Wanda the same in both orders; global
 
@@ -59,6 +61,18 @@ def test_every_row_is_there_and_prunes_what_it_says(made):
     assert not (out / "pruned").exists()
 
 
+def test_the_dense_row_is_the_perplexity_that_transformers_gives(words, made):
+    model = transformers.AutoModelForCausalLM.from_pretrained(words[0])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(words[0])
+    ids = tokenizer(Path(words[4]).read_text(), add_special_tokens=False, return_tensors="pt").input_ids
+    windows = ids[0, : ids.shape[1] // 32 * 32].view(-1, 32)
+    with torch.no_grad():
+        loss = model(windows, labels=windows).loss
+    row = made[1]["dense"]
+    assert row["tokens"] == 31 * len(windows)
+    assert row["perplexity"] == pytest.approx(float(loss.exp()), rel=1e-4)
+
+
 def test_fixed_rows_prune_to_the_density_that_they_borrow(made):
     _, rows = made
     borrowed = [row for row in rows.values() if isinstance(row.get("keep"), str) and row["keep"] != "N_eff"]
@@ -88,12 +102,16 @@ def test_a_row_that_stands_is_not_computed_again(llm_table, words, made, monkeyp
     left = {key: row for key, row in rows.items() if key != name}
     settings = json.loads((out / "llm_table.json").read_text())["settings"]
     (out / "llm_table.json").write_text(json.dumps({"settings": settings, "rows": left}))
-    commands = []
-    monkeypatch.setattr(
-        llm_table, "run", lambda words, out, run=llm_table.run: (commands.append(words[0]), run(words, out))
-    )
+    computed = []
+    compute = llm_table.pruned_row
+
+    def counted(arm, *others):
+        computed.append(arm.name)
+        return compute(arm, *others)
+
+    monkeypatch.setattr(llm_table, "pruned_row", counted)
     llm_table.main([*words, "--parts", "MLP only", "--out", str(out)])
-    assert commands == ["prune", "perplexity"]
+    assert computed == [name]
     again = json.loads((out / "llm_table.json").read_text())["rows"]
     assert again.keys() == rows.keys()
     assert again[name]["perplexity"] == rows[name]["perplexity"]
