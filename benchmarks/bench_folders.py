@@ -1,7 +1,7 @@
 """Peak memory and seconds of the commands that take a folder, on Llama folders of random weights (Linux).
 
     OMP_NUM_THREADS=1 python benchmarks/bench_folders.py            # writes benchmarks/results/folders.json
-    python benchmarks/bench_folders.py --quick --out folders.json   # two tiny folders: does it run?
+    python benchmarks/bench_folders.py --quick --out folders.json   # one tiny folder: does it run?
 
 Each command runs in a process of its own; its peak is the kernel's own high-water mark of resident memory (wait4).
 Beside it stands what a command may take: two blocks + calibration activations + 1 GB (1e9 bytes). "activations" is what
@@ -61,10 +61,10 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shard-mb", type=int, default=500, help="megabytes of a shard (500)")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="where folders are made")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/folders.json", help="file of the rows")
-    parser.add_argument("--quick", action="store_true", help="folders of 2 and 4 blocks of width 128 alone")
+    parser.add_argument("--quick", action="store_true", help="a folder of 2 blocks of width 128 alone")
     options = parser.parse_args(words)
     if options.quick:
-        options.folders, options.vocabulary, options.shard_mb = [(2, 128), (4, 128)], 384, 1
+        options.folders, options.vocabulary, options.shard_mb = [(2, 128)], 384, 1
         options.samples, options.length = 2, 32
     options.folders = options.folders or [(4, 1024), (8, 1024), (20, 1024), (24, 2048), (28, 3072)]
     return options
@@ -119,7 +119,7 @@ def command_line(command: str, scratch: Path, options: argparse.Namespace) -> li
     """Return the words of a command on the folder `scratch`/model."""
     model, text, pruned = (str(scratch / name) for name in ("model", "text.txt", "pruned"))
     length = ["--length", str(options.length)]
-    calibration = ["--text", text, "--samples", str(options.samples), *length]
+    calibration = ["--text", text, "--samples", str(options.samples), *length, "--no-perplexity"]
     words = {
         "inspect": ["inspect", model, "--scope", "row"],
         "magnitude": ["prune", model, "--criterion", "magnitude", "--scope", "row", "--out", pruned],

@@ -26,16 +26,14 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from transformers import AutoConfig
 
 from emp_callbacks.checkpoint.folder_files import FolderFiles
 from emp_callbacks.config import EMPConfig
-from emp_callbacks.folders.perplexity import perplexity_of, perplexity_windows
+from emp_callbacks.folders.measuring import measure_perplexity
+from emp_callbacks.folders.perplexity import perplexity_windows
 from emp_callbacks.folders.pruning import prune_folder
 from emp_callbacks.folders.samples import text_samples
-from emp_callbacks.folders.skeleton import Skeleton
-from emp_callbacks.folders.units import find_units
-from emp_callbacks.folders.walk import BlockWalk
+from emp_callbacks.folders.skeleton import Skeleton, configuration_of
 
 PARTS: dict[str, list[str] | None] = {"MLP only": ["*.mlp.*"], "all linear layers": None}
 ORDERS = {"one pass": "dense", "sequential": "sequential"}
@@ -119,7 +117,7 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--first", action="store_true", help="the first windows of the text, as the paper has, not random"
     )
-    parser.add_argument("--device", type=torch.device, help="where the model computes (cpu)")
+    parser.add_argument("--device", type=torch.device, help="where the model computes, such as cuda (cpu)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="which layers (both)")
     options = parser.parse_args(words)
     options.test_length = options.test_length or options.length
@@ -140,7 +138,7 @@ def pruned_row(arm: Arm, table: Table, options: argparse.Namespace) -> Row:
     if arm.order != NO_ORDER:
         samples = text_samples(
             options.folder,
-            AutoConfig.from_pretrained(options.folder, local_files_only=True),
+            configuration_of(options.folder),
             options.calibration,
             count=options.samples,
             length=options.length,
@@ -161,20 +159,10 @@ def density_for(arm: Arm, table: Table) -> float:
 
 def measured(folder: Path, options: argparse.Namespace) -> Row:
     """Return the perplexity of a folder on the test text."""
-    started = time.perf_counter()
     skeleton = Skeleton(folder, device=options.device)
-    scored = perplexity_windows(folder, skeleton.config, options.test, length=options.test_length)
-    losses = []
-    walk = BlockWalk(skeleton, find_units(skeleton.model), scored.inputs[0])
-    for visit in walk.visits(scored.inputs, on_output=lambda i, output: losses.append(scored.loss(i, output.logits))):
-        visit.run(keep=True)
-    total, tokens = (sum(each) for each in zip(*losses, strict=True))
-    return {
-        "density": 1.0,
-        "perplexity": perplexity_of(total, tokens),
-        "tokens": tokens,
-        "seconds": time.perf_counter() - started,
-    }
+    windows = perplexity_windows(folder, skeleton.config, options.test, length=options.test_length)
+    found = measure_perplexity(skeleton, windows)
+    return {"density": 1.0, "perplexity": found.value, "tokens": found.tokens, "seconds": found.seconds}
 
 
 def kept_in(dense: Path, pruned: Path) -> Row:
