@@ -272,9 +272,10 @@ def words_of(line):
 
 @functools.cache
 def parsers():
-    from emp_callbacks.cli import options as cli_options
+    from emp_callbacks.cli import folder_options, options
 
-    made = [getattr(cli_options, name)() for name in cli_options.__all__]
+    homes = {name: module for module in (options, folder_options) for name in module.__all__}
+    made = [getattr(module, name)() for name, module in homes.items() if name.endswith("_parser")]
     return {parser.prog.removeprefix("emp "): parser for parser in made}
 
 
@@ -376,9 +377,9 @@ COMMANDS = {
 
 
 def run_command(line, folder):
-    """Run torchrun, and emp where the file that it reads is in the folder; return what was printed."""
+    """Run torchrun, and emp where the file or folder that it reads is there; return what was printed."""
     words = words_of(line)
-    if words[:1] == ["emp"] and len(words) > 2 and (folder / words[2]).is_file():
+    if words[:1] == ["emp"] and len(words) > 2 and (folder / words[2]).exists():
         from emp_callbacks.cli.main import main
 
         with contextlib.redirect_stdout(io.StringIO()) as output:
