@@ -88,6 +88,10 @@ class Skeleton:
         """Return the names of the tensors that a parameter, as the model holds it while empty, is made from."""
         return self.names.of(self.own_names[parameter])
 
+    def read(self, parameter: nn.Parameter) -> Tensor:
+        """Return the value of a parameter, as the model holds it while empty, in memory of its own."""
+        return self._value(self._own_name[parameter])
+
     def empty_parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
         """Return the empty parameters of a module, each once, by their names in it."""
         found: dict[nn.Parameter, str] = {}
