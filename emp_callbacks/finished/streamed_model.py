@@ -72,7 +72,11 @@ def _of_files(path: Path, why: list[str]) -> StreamedModel:
     """Return what a folder or a safetensors file holds, with parameters of NaN that take no memory."""
     files = FolderFiles(path)
     tied = tied_names(files.metadata.get(TIED_KEY, "{}"), path)
-    own = {name: other if (other := tied.get(name, name)) in files.infos else name for name in files.names}
+    # As the safetensors library has them, whatever their order in the file.
+    names = (
+        sorted(files.names, key=lambda name: (files.infos[name].file, name)) if files.is_safetensors else files.names
+    )
+    own = {name: other if (other := tied.get(name, name)) in files.infos else name for name in names}
     blank = {name: torch.tensor(math.nan).to(info.dtype).expand(info.shape) for name, info in files.infos.items()}
     state = state_dict_in({name: blank[other] for name, other in own.items()}, str(path))
     module = as_module(state)
