@@ -6,7 +6,7 @@ import difflib
 import glob
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from emp_callbacks.checkpoint.reading import (
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.extras import needs
 from emp_callbacks.finished.transformers_folder import built_from, can_be_built
-from emp_callbacks.layer import Ranks, WeightLayer
+from emp_callbacks.layer import WeightLayer
 from emp_callbacks.layer.mask_mode import Observe
 from emp_callbacks.pruning.groups import KeepRule
 from emp_callbacks.pruning.readings import surprising
@@ -132,16 +132,16 @@ def inspect_model(
     refresher = Refresher(config, Observe(), backend)
     if told := surprising(refresher.left_out, sum(parameter.numel() for parameter in module.parameters())):
         warn_the_user(told)
-    count = len(refresher.layers)
+    scored = [layer for layer in refresher.layers if isinstance(layer, WeightLayer)]
 
     def streamed(i: int, layer: WeightLayer) -> StreamedLayer:
         def make() -> Tensor:
-            on_read(i, count)
-            return refresher.criterion.score(_with_values(layer, read, backend))
+            on_read(i, len(scored))
+            return _scores(layer, read)
 
         return StreamedLayer(layer.span, layer.segment.owner.dtype, make)
 
-    layers = [streamed(i, layer) for i, layer in enumerate(refresher.layers) if isinstance(layer, WeightLayer)]
+    layers = [streamed(i, layer) for i, layer in enumerate(scored)]
     rule = KeepRule(beta=config.beta_at(0))
     common = {
         "step": 0,
@@ -158,15 +158,15 @@ def inspect_model(
     return [*rows, _total(rows, found)]
 
 
-def _with_values(layer: WeightLayer, read: Read, ranks: Ranks) -> WeightLayer:
-    """Return a layer with the values of its parameters, which may be on disk."""
+def _scores(layer: WeightLayer, read: Read) -> Tensor:
+    """Return the weights whose magnitudes are the scores of a layer."""
     owner, normed = layer.segment.owner, layer.normed
     assert isinstance(owner, nn.Parameter)
     values = read(owner)
-    if normed is not None:
-        gain, direction = (nn.Parameter(one, requires_grad=False) for one in (read(normed.gain), values))
-        normed = normed._replace(gain=gain, direction=direction)
-    return WeightLayer(replace(layer.segment, owner=values), ranks, None, normed)
+    if normed is None:
+        return values
+    gain, direction = (nn.Parameter(one, requires_grad=False) for one in (read(normed.gain), values))
+    return values * normed._replace(gain=gain, direction=direction).factor()
 
 
 def load_model(source: str, *, pretrained: bool = False) -> LoadedModel:
