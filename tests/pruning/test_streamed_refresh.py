@@ -30,6 +30,11 @@ class Remade:
         return scores
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_held_yet(monkeypatch):
+    monkeypatch.setattr(Remade, "held", staticmethod(lambda: None))
+
+
 def observed(model, scope, beta=1.0, make=Remade):
     config = EMPConfig(observe_only=True, beta=beta, scope=scope)
     backend = detect_backend(model, None)
@@ -67,7 +72,15 @@ def zeros():
     return model
 
 
-@pytest.mark.parametrize("make", [mixed, wide, zeros])
+def alike():
+    """Weights all of one size: which of them stay is a matter of their places alone."""
+    model = nn.Sequential(*(nn.Linear(3, 4) for _ in range(3)))
+    for parameter in model.parameters():
+        nn.init.ones_(parameter)
+    return model
+
+
+@pytest.mark.parametrize("make", [mixed, wide, zeros, alike])
 @pytest.mark.parametrize("scope", ["global", "tensor", "row"])
 @pytest.mark.parametrize("beta", [1.0, 0.3, 2.0])
 def test_rows_are_those_of_a_refresh(make, scope, beta):
