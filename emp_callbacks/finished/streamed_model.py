@@ -22,6 +22,7 @@ from emp_callbacks.checkpoint.reading import (
 from emp_callbacks.finished.inspection import Read, chosen_by_name, load_model
 from emp_callbacks.finished.transformers_folder import can_be_built
 from emp_callbacks.folders.skeleton import Skeleton
+from emp_callbacks.targets.names import few
 
 __all__ = ["StreamedModel", "stream_model"]
 
@@ -62,10 +63,17 @@ def stream_model(source: str, *, pretrained: bool = False) -> StreamedModel:
         except ValueError as error:
             why = [str(error)]
         else:
-            return StreamedModel(skeleton.model, None, [], skeleton.read)
+            return StreamedModel(skeleton.model, None, _left_over(skeleton), skeleton.read)
     if path.is_dir() or (path.is_file() and path.suffix == ".safetensors"):
         return _of_files(path, why)
     return _of_checkpoint(path)
+
+
+def _left_over(skeleton: Skeleton) -> list[str]:
+    """Return what is to be told of matrices in the files that the model of their configuration does not have."""
+    names = [name for name in skeleton.unused if len(skeleton.files.infos[name].shape) > 1]
+    kind = type(skeleton.model).__name__
+    return [f"left out: {few(names)}, which the folder holds and a {kind} does not have"] if names else []
 
 
 def _of_files(path: Path, why: list[str]) -> StreamedModel:

@@ -102,6 +102,16 @@ def test_a_folder_of_pytorch_files(tmp_path):
     assert inspect_model(streamed.module, read=streamed.read) == inspect_model(model)
 
 
+def test_matrices_that_the_model_does_not_have_are_told_of(tmp_path):
+    model = llama()
+    model.config.architectures = ["LlamaModel"]
+    model.config.save_pretrained(tmp_path)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    streamed = stream_model(str(tmp_path))
+    assert streamed.notes == ["left out: lm_head.weight, which the folder holds and a LlamaModel does not have"]
+    assert "lm_head.weight" not in [row.name for row in inspect_model(streamed.module, read=streamed.read)]
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("scope", ["global", "tensor"])
 def test_a_checkpoint(zipped, scope, tmp_path):
