@@ -1,4 +1,4 @@
-"""The weights of a Hugging Face folder, one tensor at a time: in one file or in shards, safetensors or PyTorch's."""
+"""The weights of a Hugging Face folder or of a file, one tensor at a time; in one or in shards, of both formats."""
 
 from __future__ import annotations
 
@@ -87,11 +87,12 @@ class FolderFiles:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.files, told = _files(folder)
+        self.folder = folder.parent if folder.is_file() else folder
+        self.files, told = ([folder.name], {}) if folder.is_file() else _files(folder)
         self.indexed = bool(told)
         self._loaded: tuple[str, Mapping[str, Tensor]] | None = None
         self.infos: dict[str, TensorInfo] = {}
+        self.metadata: dict[str, str] = {}
         for file in self.files:
             self.infos |= self._safetensors(file) if self.is_safetensors else self._pickled(file)
         for name, file in told.items():
@@ -129,7 +130,7 @@ class FolderFiles:
                 if not 2 <= length <= min(size - 8, _LONGEST_HEADER):
                     raise ValueError("its header has no length")
                 header = json.loads(opened.read(length))
-                header.pop("__metadata__", None)
+                self.metadata |= header.pop("__metadata__", None) or {}
                 infos = {
                     name: TensorInfo(
                         file, _DTYPES[one["dtype"]], tuple(one["shape"]), 8 + length + one["data_offsets"][0]

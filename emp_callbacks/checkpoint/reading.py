@@ -25,6 +25,7 @@ __all__ = [
     "read_checkpoint",
     "scored_weights",
     "state_dict_in",
+    "tied_names",
     "trajectory_rows",
 ]
 
@@ -78,14 +79,23 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     path.open("rb").close()  # safetensors says of a file that it may not read that there is none
     try:
         with safe_open(path, framework="pt") as opened:
-            tied = _ties((opened.metadata() or {}).get(TIED_KEY, "{}"), path)
+            tied = tied_names((opened.metadata() or {}).get(TIED_KEY, "{}"), path)
             state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, RuntimeError) as error:
         raise _damaged(path, error) from error
     return {name: state.get(tied.get(name, name), value) for name, value in state.items()}
 
 
-def _ties(text: str, path: Path) -> dict[str, str]:
+def tied_names(text: str, path: Path) -> dict[str, str]:
+    """Return which tensors of a safetensors file are one with another: name -> name of the other.
+
+    Args:
+        text: What the file's metadata has under TIED_KEY.
+        path: The file.
+
+    Raises:
+        ValueError: It is no such mapping.
+    """
     try:
         tied = json.loads(text)
     except (ValueError, RecursionError):

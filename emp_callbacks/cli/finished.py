@@ -32,19 +32,22 @@ def inspect(words: list[str]) -> None:
     for name in ("target", "criterion"):
         if getattr(options, name) is not None:
             raise ValueError(f"--{name} needs modules and data; name the recipe that builds them with --data RECIPE")
-    from emp_callbacks.finished.inspection import inspect_model, load_model, report_json, report_table
+    from emp_callbacks.finished.inspection import inspect_model, report_json, report_table
+    from emp_callbacks.finished.streamed_model import stream_model
     from emp_callbacks.pruning.signatures import emptied_layers, nearly_all, starved_layers
 
     console = make_console()
     beta, scope = 1.0 if options.beta is None else options.beta, options.scope or "global"
-    loaded = load_model(options.source, pretrained=options.pretrained)
-    with _said_in_notes():
+    loaded = stream_model(options.source, pretrained=options.pretrained)
+    with _said_in_notes(), _reading_bar(console) as on_read:
         rows = inspect_model(
             loaded.module,
             beta=beta,
             scope=scope,
             include=options.include or loaded.include,
             exclude=options.exclude,
+            read=loaded.read,
+            on_read=on_read,
         )
     settings = {"source": options.source, "beta": beta, "scope": scope}
     console.print(report_table(rows, f"{options.source}: scope {scope}, beta {beta:g}"))
@@ -77,6 +80,17 @@ def _inspect_with_data(options: argparse.Namespace) -> None:
     _print_notes(console, found.notes)
     if options.json:
         Path(options.json).write_text(certified_json(found))
+
+
+@contextmanager
+def _reading_bar(console: Console) -> Iterator[Callable[[int, int], None]]:
+    """Show on a terminal which tensor is read; from the first again, where each is read several times."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("tensors read", total=None)
+        yield lambda i, count: bar.update(task, completed=i, total=count)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import glob
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from rich.table import Table
 from torch import Tensor, nn
 
+from emp_callbacks.backends import detect_backend
 from emp_callbacks.checkpoint.reading import (
     as_module,
     callback_states,
@@ -21,13 +22,30 @@ from emp_callbacks.checkpoint.reading import (
     scored_weights,
     state_dict_in,
 )
+from emp_callbacks.config import EMPConfig
 from emp_callbacks.extras import needs
 from emp_callbacks.finished.transformers_folder import built_from, can_be_built
-from emp_callbacks.pruning.pruner import EMPPruner
-from emp_callbacks.targets.names import canonical_name
-from emp_callbacks.trajectory import PruneEvent
+from emp_callbacks.layer import WeightLayer
+from emp_callbacks.layer.mask_mode import Observe
+from emp_callbacks.pruning.groups import KeepRule
+from emp_callbacks.pruning.readings import surprising
+from emp_callbacks.pruning.refresher import Refresher
+from emp_callbacks.pruning.signatures import warn_the_user
+from emp_callbacks.pruning.streamed_refresh import Observed, StreamedLayer, observe_streamed
 
-__all__ = ["LoadedModel", "WeightReport", "inspect_model", "load_model", "report_json", "report_table"]
+__all__ = [
+    "LoadedModel",
+    "Read",
+    "WeightReport",
+    "chosen_by_name",
+    "inspect_model",
+    "load_model",
+    "report_json",
+    "report_table",
+]
+
+Read = Callable[[nn.Parameter], Tensor]
+"""Returns the values of a parameter, which itself may hold none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +85,14 @@ class LoadedModel(NamedTuple):
     notes: list[str]
 
 
+def _itself(parameter: nn.Parameter) -> Tensor:
+    return parameter.detach()
+
+
+def _unheard(i: int, count: int) -> None:
+    pass
+
+
 def inspect_model(
     module: nn.Module,
     *,
@@ -74,8 +100,12 @@ def inspect_model(
     scope: str = "global",
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
+    read: Read = _itself,
+    on_read: Callable[[int, int], None] = _unheard,
 ) -> list[WeightReport]:
     """Return one row per scored tensor and a last row "all"; nothing is changed.
+
+    One tensor is looked at at a time, with scope "global" each of them several times.
 
     Args:
         module: Any module.
@@ -83,6 +113,8 @@ def inspect_model(
         scope: "global", "tensor" or "row"; with "global" the tensors compete and `keep` is each one's part.
         include: Glob patterns on parameter names that replace the default choice.
         exclude: Glob patterns on parameter names to leave out.
+        read: Returns the values of a parameter of `module`, see `stream_model`; default: what it holds.
+        on_read: Told before each read which scored tensor it is, from 0, and how many there are.
 
     Raises:
         ValueError: An option is invalid, or no parameter is left.
@@ -95,11 +127,46 @@ def inspect_model(
         >>> [(row.name, row.n_eff, row.keep, row.density) for row in inspect_model(layer)]
         [('weight', 1.6, 1, 0.5), ('all', 1.6, 1, 0.5)]
     """
-    pruner = EMPPruner(module, observe_only=True, beta=beta, scope=scope, include=include, exclude=exclude)
-    events = pruner.refresh()
-    weights = {canonical_name(name): parameter for name, parameter in module.named_parameters()}
-    rows = [_row(event, index, weights) for event in events for index in range(len(event.layers))]
-    return [*rows, _total(rows, events, weights)]
+    config = EMPConfig(observe_only=True, beta=beta, scope=scope, include=include, exclude=exclude)
+    backend = detect_backend(module, None)
+    refresher = Refresher(config, Observe(), backend)
+    if told := surprising(refresher.left_out, sum(parameter.numel() for parameter in module.parameters())):
+        warn_the_user(told)
+    scored = [layer for layer in refresher.layers if isinstance(layer, WeightLayer)]
+
+    def streamed(i: int, layer: WeightLayer) -> StreamedLayer:
+        def make() -> Tensor:
+            on_read(i, len(scored))
+            return _scores(layer, read)
+
+        return StreamedLayer(layer.span, layer.segment.owner.dtype, make)
+
+    layers = [streamed(i, layer) for i, layer in enumerate(scored)]
+    rule = KeepRule(beta=config.beta_at(0))
+    common = {
+        "step": 0,
+        "epoch": 0,
+        "mode": "observe",
+        "criterion": config.criterion_name,
+        "scope": scope,
+        "beta": beta,
+    }
+    found = observe_streamed(layers, rule, backend, common)
+    refresher.warn_once([group.event for group in found])
+    shapes = {layer.span.name: tuple(layer.span.shape) for layer in layers}
+    rows = [_row(group, i, shapes) for group in found for i in range(len(group.sums))]
+    return [*rows, _total(rows, found)]
+
+
+def _scores(layer: WeightLayer, read: Read) -> Tensor:
+    """Return the weights whose magnitudes are the scores of a layer."""
+    owner, normed = layer.segment.owner, layer.normed
+    assert isinstance(owner, nn.Parameter)
+    values = read(owner)
+    if normed is None:
+        return values
+    gain, direction = (nn.Parameter(one, requires_grad=False) for one in (read(normed.gain), values))
+    return values * normed._replace(gain=gain, direction=direction).factor()
 
 
 def load_model(source: str, *, pretrained: bool = False) -> LoadedModel:
@@ -115,20 +182,38 @@ def load_model(source: str, *, pretrained: bool = False) -> LoadedModel:
         return _load_timm(source.removeprefix("timm:"), pretrained)
     if pretrained:
         raise ValueError(f"--pretrained goes with timm:NAME; {source} already holds its weights")
-    note = "no modules in the file: embeddings and norms were told apart by their names"
+    notes = []
     if can_be_built(source):
         try:
             return LoadedModel(built_from(source), None, [])
         except ValueError as error:
-            note = f"{error}: embeddings and norms were told apart by their names"
+            notes = [str(error)]
     checkpoint = read_checkpoint(Path(source))
     state = state_dict_in(checkpoint, source)
-    if scored := scored_weights(state, callback_states(checkpoint)):
-        return LoadedModel(as_module(state), [glob.escape(name) for name in scored], [])
+    return LoadedModel(as_module(state), *chosen_by_name(state, source, callback_states(checkpoint), notes))
+
+
+def chosen_by_name(
+    state: Mapping[str, Tensor], source: str, runs: Iterable[Mapping[str, Any]] = (), notes: Sequence[str] = ()
+) -> tuple[list[str], list[str]]:
+    """Return patterns of the weights to look at where there are no modules, and what a reader must know.
+
+    Args:
+        state: The weights, or tensors of their shapes.
+        source: Where they are from.
+        runs: States of the EMPCallbacks in a Lightning checkpoint.
+        notes: Why there are no modules.
+
+    Raises:
+        ValueError: No name is that of a weight matrix.
+    """
+    if scored := scored_weights(state, runs):
+        return [glob.escape(name) for name in scored], []
     names = prunable_by_name(state)
     if not names:
         raise ValueError(f"{source} holds no weight matrices by name; choose some with --include 'PATTERN'")
-    return LoadedModel(as_module(state), [glob.escape(name) for name in names], [note])
+    why = notes or ["no modules in the file"]
+    return [glob.escape(name) for name in names], [f"{why[0]}: embeddings and norms were told apart by their names"]
 
 
 def report_table(rows: Iterable[WeightReport], title: str) -> Table:
@@ -159,16 +244,16 @@ def report_json(rows: Iterable[WeightReport], **settings: Any) -> str:
     return json.dumps({**settings, "tensors": [asdict(row) for row in rows]}, indent=1) + "\n"
 
 
-def _row(event: PruneEvent, index: int, weights: Mapping[str, Tensor]) -> WeightReport:
-    layer = event.layers[index]
-    weight = weights[layer.name]
+def _row(found: Observed, i: int, shapes: Mapping[str, tuple[int, ...]]) -> WeightReport:
+    event, layer = found.event, found.event.layers[i]
+    n_eff = event.n_eff if event.scope == "row" else layer.n_eff
     return WeightReport(
         name=layer.name,
-        shape=tuple(weight.shape),
+        shape=shapes[layer.name],
         n=layer.n,
-        density=int(weight.count_nonzero()) / layer.n,
-        n_eff=event.n_eff if event.scope == "row" else layer.n_eff,
-        n_eff_fraction=(event.n_eff if event.scope == "row" else layer.n_eff) / layer.n,
+        density=found.nonzero[i] / layer.n,
+        n_eff=n_eff,
+        n_eff_fraction=n_eff / layer.n,
         keep=layer.keep,
         preserved_mass=layer.preserved_mass,
         mass_bound=event.mass_bound if event.scope == "tensor" else None,
@@ -176,11 +261,12 @@ def _row(event: PruneEvent, index: int, weights: Mapping[str, Tensor]) -> Weight
     )
 
 
-def _total(rows: Sequence[WeightReport], events: Sequence[PruneEvent], weights: Mapping[str, Tensor]) -> WeightReport:
+def _total(rows: Sequence[WeightReport], groups: Sequence[Observed]) -> WeightReport:
     n, keep = sum(row.n for row in rows), sum(row.keep for row in rows)
+    events = [group.event for group in groups]
     n_eff = sum(event.n_eff for event in events)
-    mass = {row.name: float(weights[row.name].detach().double().abs().sum()) for row in rows}
-    kept = sum(row.preserved_mass * mass[row.name] for row in rows)
+    masses = [sums.mass for group in groups for sums in group.sums]
+    kept = sum(row.preserved_mass * mass for row, mass in zip(rows, masses, strict=True))
     pooled = len(events) == 1
     return WeightReport(
         name="all",
@@ -190,7 +276,7 @@ def _total(rows: Sequence[WeightReport], events: Sequence[PruneEvent], weights: 
         n_eff=n_eff,
         n_eff_fraction=n_eff / n,
         keep=keep,
-        preserved_mass=events[0].preserved_mass if pooled else kept / (sum(mass.values()) or 1.0),
+        preserved_mass=events[0].preserved_mass if pooled else kept / (sum(masses) or 1.0),
         mass_bound=events[0].mass_bound if pooled else None,
         tight_mass_bound=events[0].tight_mass_bound if pooled else None,
     )

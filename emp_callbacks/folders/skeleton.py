@@ -88,6 +88,10 @@ class Skeleton:
         """Return the names of the tensors that a parameter, as the model holds it while empty, is made from."""
         return self.names.of(self.own_names[parameter])
 
+    def read(self, parameter: nn.Parameter) -> Tensor:
+        """Return the value of a parameter, as the model holds it while empty, in memory of its own."""
+        return self._value(self.own_names[parameter])
+
     def empty_parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
         """Return the empty parameters of a module, each once, by their names in it."""
         found: dict[nn.Parameter, str] = {}
@@ -166,7 +170,7 @@ def configuration_of(folder: Path) -> Any:
 
 
 def _own_dtype(config: Any, files: FolderFiles) -> torch.dtype:
-    told = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
+    told = getattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", None)  # to ask for both is a warning
     if isinstance(told, torch.dtype):
         return told
     floating = [info.dtype for info in files.infos.values() if info.dtype.is_floating_point]

@@ -35,10 +35,10 @@ class MaskCounts(NamedTuple):
     regrown: float
 
 
-def count_mask(layer: Layer, scored: Scored, mask: Tensor) -> Tensor:
-    """Return what this rank counts for MaskCounts of a layer's new mask, which it does not have yet, shape (4,)."""
+def count_mask(before: Tensor | None, scored: Scored, mask: Tensor) -> Tensor:
+    """Return what this rank counts for MaskCounts of a layer's new mask after the one before it, shape (4,)."""
     part = scored.span.counted
-    new, old = mask.reshape(-1)[part], None if layer.mask is None else layer.mask.reshape(-1)[part]
+    new, old = mask.reshape(-1)[part], None if before is None else before.reshape(-1)[part]
     kept = count_true(new)
     if old is None:  # all were kept
         flipped, regrown = new.numel() - kept, torch.zeros_like(kept)

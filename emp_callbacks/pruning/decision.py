@@ -27,6 +27,8 @@ from emp_callbacks.pruning.groups import Cut, Decision, KeepRule, LayerSums, Sco
 from emp_callbacks.pruning.pattern_decision import decide_pattern
 from emp_callbacks.pruning.row_decision import decide_rows
 
+NOTHING_KNOWN = "every score is 0: no information, nothing more is pruned"
+
 
 def decide(layers: Sequence[Scored], scope: str, rule: KeepRule, ranks: Ranks, step: int) -> list[Decision]:
     """Return one decision per group. Collective; changes nothing.
@@ -110,7 +112,7 @@ def _all_sum(pools: Sequence[_Pool], ranks: Ranks) -> AllSum:
 
 
 def _nothing_known(pool: _Pool, own: tuple[LayerSums, ...], *, kept: bool) -> Decision:
-    note = "every score is 0: no information, nothing more is pruned" if kept else "every weight is 0 and stays so"
+    note = NOTHING_KNOWN if kept else "every weight is 0 and stays so"
     size = pool.size
 
     def mask(i: int) -> Tensor:

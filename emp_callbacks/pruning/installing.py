@@ -59,7 +59,7 @@ def install_masks(
             if i in rows:
                 continue
             mask = new_mask(decision, i)
-            rows[i] = count_mask(layers[i], scored[i], mask)
+            rows[i] = count_mask(layers[i].mask, scored[i], mask)
             weights = layers[i].weights
             mode.install_all(weights, layers[i].put_mask(mask), [states[id(weight)] for weight in weights])
     return gather_rows([rows[i] for i in range(len(layers))])

@@ -10,6 +10,7 @@ from torch import nn
 from emp_callbacks import EMPPruner
 from emp_callbacks.cli.main import main
 from emp_callbacks.finished.inspection import inspect_model, load_model
+from emp_callbacks.finished.streamed_model import stream_model
 from tests.targets.mixtures import language_model, needs_stacked_experts
 
 # N_eff by hand: (3 + 1)^2 / (9 + 1) = 1.6 and 3; together (4 + 6)^2 / (10 + 12) = 100 / 22.
@@ -31,8 +32,12 @@ def checkpoint(tmp_path):
 
 
 def rows_of(path, **settings):
-    loaded = load_model(str(path))
-    return {row.name: row for row in inspect_model(loaded.module, include=loaded.include, **settings)}
+    """Return the rows of a file or folder that is read tensor by tensor, seen to be those of all of it in memory."""
+    loaded, streamed = load_model(str(path)), stream_model(str(path))
+    assert (streamed.include, streamed.notes) == (loaded.include, loaded.notes)
+    rows = inspect_model(streamed.module, **{"include": streamed.include, **settings}, read=streamed.read)
+    assert rows == inspect_model(loaded.module, **{"include": loaded.include, **settings})
+    return {row.name: row for row in rows}
 
 
 def test_global_scope_by_hand(checkpoint):

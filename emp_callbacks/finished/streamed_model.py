@@ -1,0 +1,109 @@
+"""What `emp inspect` looks at: the structure of a model, and its weights one at a time from where they are."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+from zipfile import is_zipfile
+
+import torch
+from torch import Tensor, nn
+
+from emp_callbacks.checkpoint.folder_files import FolderFiles
+from emp_callbacks.checkpoint.reading import (
+    TIED_KEY,
+    as_module,
+    callback_states,
+    read_checkpoint,
+    state_dict_in,
+    tied_names,
+)
+from emp_callbacks.finished.inspection import Read, chosen_by_name, load_model
+from emp_callbacks.finished.transformers_folder import can_be_built
+from emp_callbacks.folders.skeleton import Skeleton
+from emp_callbacks.targets.names import few
+
+__all__ = ["StreamedModel", "stream_model"]
+
+
+class StreamedModel(NamedTuple):
+    """Weights to inspect.
+
+    Attributes:
+        module: Has their names and shapes; the values of its parameters are not to be looked at.
+        include: The names to look at; None: the rule of training.
+        notes: What a reader must know.
+        read: Returns the values of a parameter of `module`.
+    """
+
+    module: nn.Module
+    include: list[str] | None
+    notes: list[str]
+    read: Read
+
+
+def stream_model(source: str, *, pretrained: bool = False) -> StreamedModel:
+    """Return the weights behind `source`: a checkpoint file, a Hugging Face folder, or timm:NAME.
+
+    Of files in the safetensors format, and in PyTorch's since 1.6, one tensor is in memory at a time. Files are read as
+    tensors only; code in them never runs.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged, holds no weights or needs code, or timm has no such model.
+    """
+    if source.startswith("timm:") or pretrained:
+        loaded = load_model(source, pretrained=pretrained)
+        return StreamedModel(*loaded, read=nn.Parameter.detach)
+    path, why = Path(source), list[str]()
+    if can_be_built(source):
+        try:
+            skeleton = Skeleton(path)
+        except ValueError as error:
+            why = [str(error)]
+        else:
+            return StreamedModel(skeleton.model, None, _left_over(skeleton), skeleton.read)
+    if path.is_dir() or (path.is_file() and path.suffix == ".safetensors"):
+        return _of_files(path, why)
+    return _of_checkpoint(path)
+
+
+def _left_over(skeleton: Skeleton) -> list[str]:
+    """Return what is to be told of matrices in the files that the model of their configuration does not have."""
+    names = [name for name in skeleton.unused if len(skeleton.files.infos[name].shape) > 1]
+    kind = type(skeleton.model).__name__
+    return [f"left out: {few(names)}, which the folder holds and a {kind} does not have"] if names else []
+
+
+def _of_files(path: Path, why: list[str]) -> StreamedModel:
+    """Return what a folder or a safetensors file holds, with parameters of NaN that take no memory."""
+    files = FolderFiles(path)
+    tied = tied_names(files.metadata.get(TIED_KEY, "{}"), path)
+    # As the safetensors library has them, whatever their order in the file.
+    names = (
+        sorted(files.names, key=lambda name: (files.infos[name].file, name)) if files.is_safetensors else files.names
+    )
+    own = {name: other if (other := tied.get(name, name)) in files.infos else name for name in names}
+    blank = {name: torch.tensor(math.nan).to(info.dtype).expand(info.shape) for name, info in files.infos.items()}
+    state = state_dict_in({name: blank[other] for name, other in own.items()}, str(path))
+    module = as_module(state)
+    name_of = {id(parameter): own[name] for name, parameter in module.named_parameters()}
+    return StreamedModel(
+        module, *chosen_by_name(state, str(path), notes=why), lambda parameter: files.read(name_of[id(parameter)])
+    )
+
+
+def _of_checkpoint(path: Path) -> StreamedModel:
+    """Return what a file of PyTorch's holds, which is mapped anew at each read: what was read of it is let go of."""
+    checkpoint = read_checkpoint(path, mapped=True)
+    state = state_dict_in(checkpoint, str(path))
+    module = as_module(state)
+    name_of = {id(parameter): name for name, parameter in module.named_parameters()}
+
+    def read(parameter: nn.Parameter) -> Tensor:
+        if not is_zipfile(path):  # of before PyTorch 1.6: all of it is in memory
+            return parameter.detach()
+        return state_dict_in(read_checkpoint(path, mapped=True), str(path))[name_of[id(parameter)]]
+
+    return StreamedModel(module, *chosen_by_name(state, str(path), callback_states(checkpoint)), read)
