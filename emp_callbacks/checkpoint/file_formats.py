@@ -42,12 +42,14 @@ _FILES = (
     _Format(rb"\A\Z", "empty", "copy or save it again"),
     _Format(rb"\A\0{64}", "full of zeros, as a copy that was cut off leaves", "copy it again"),
     _Format(rb"\A\x80.(\x95.{8})?\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19", _TORCH),  # before zip archives
-    _Format(rb"\APK\x03\x04.*/code/", "TorchScript, a program", "save the weights of torch.jit.load(FILE).state_dict()"),
+    _Format(
+        rb"\APK\x03\x04.*/code/", "TorchScript, a program", "save the weights of torch.jit.load(FILE).state_dict()"
+    ),
     _Format(rb"\APK\x03\x04.*/data\.pkl", _TORCH),
     _Format(
         rb"\APK\x03\x04.*(archive_format|serialized_exported_program|data/weights/)",
         "a program of torch.export",
-        "save the weights of torch.export.load(FILE).state_dict",
+        "torch.save what torch.export.load(FILE).state_dict gives",
     ),
     _Format(rb"\APK\x03\x04.*model\.weights\.h5", "a Keras model", _ARRAYS),
     _Format(rb"\APK\x03\x04.*\.npy\n", "an archive of NumPy arrays", _ARRAYS),
@@ -73,7 +75,9 @@ _FILES = (
     _Format(rb"\A\x08\x01\x12", "a SavedModel of TensorFlow", _TENSORFLOW),
     _Format(rb"\A\x08[\x02-\x1f][\x12\x1a\x22\x28\x32\x3a\x42]", "an ONNX model", _MADE_FROM),
     _Format(rb"\A\n[\x80-\xff]*[\0-\x7f]\n[\x01-\x7f][ -~]", "a graph of TensorFlow", _TENSORFLOW),
-    _Format(rb"\A\n[\x01-\x7f][ -~]+[\x12\x1a\x22\x32\x42\xa2]", "a model of Caffe", f"read it with Caffe and {_ARRAYS}"),
+    _Format(
+        rb"\A\n[\x01-\x7f][ -~]+[\x12\x1a\x22\x32\x42\xa2]", "a model of Caffe", f"read it with Caffe and {_ARRAYS}"
+    ),
     _Format(rb"\x57\xfb\x80\x8b\x24\x75\x47\xdb\Z", "the index of a checkpoint of TensorFlow", _TENSORFLOW),
     _Format(rb"\A[\x80-\x8f\xde\xdf].*[\xa1-\xbf\xd9]\w+[\x80-\x8f\xde\xdf\xc7-\xc9]", "Flax, in msgpack", _FLAX),
     _Format(rb"\A[\t\n\r -~]+\Z", "text, which holds no weights", "name a checkpoint"),

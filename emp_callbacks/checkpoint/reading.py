@@ -58,8 +58,10 @@ def read_checkpoint(path: Path, *, mapped: bool = False) -> Any:
         raise FileNotFoundError(f"checkpoint {path} does not exist; a timm model is written timm:NAME")
     if not path.is_file():
         raise ValueError(f"{path} is no file on a disk, and weights are read in no fixed order; copy it to one")
-    if file_format(path) == SAFETENSORS:
-        return _read_safetensors(path)
+    return _read_safetensors(path) if file_format(path) == SAFETENSORS else _read_pickled(path, mapped)
+
+
+def _read_pickled(path: Path, mapped: bool) -> Any:
     try:
         return load_inert(path, mapped=mapped)
     except pickle.UnpicklingError as error:

@@ -53,17 +53,10 @@ def find_weights(checkpoint: Any, source: str) -> FoundWeights:
         if key is None:
             break
         held = held[key]
-    tensors = {k: v for k, v in held.items() if isinstance(v, Tensor)} if isinstance(held, Mapping) else {}
+    tensors = {k: v for k, v in _items(held).items() if isinstance(v, Tensor)}
     if not tensors:
         raise ValueError(_nothing_in(checkpoint, source))
-    for name in held:
-        if not isinstance(name, str) and name in tensors:
-            raise ValueError(f"{source} names a tensor {name!r}; names of weights are words, such as 'head.weight'")
-        if isinstance(name, str) and _PACKED.search(name):
-            raise ValueError(
-                f"{source} holds packed weights of a quantized model ({name}), which cannot be scored; take the model "
-                "that it was made from, or save model.dequantize()"
-            )
+    _check_names(_items(held), source)
     for name, value in tensors.items():
         if odd := _oddity(value):
             raise ValueError(
@@ -75,6 +68,17 @@ def find_weights(checkpoint: Any, source: str) -> FoundWeights:
             "makes a file of the whole checkpoint"
         )
     return FoundWeights(tensors, tuple(notes))
+
+
+def _check_names(held: Mapping[Any, Any], source: str) -> None:
+    for name, value in held.items():
+        if not isinstance(name, str) and isinstance(value, Tensor):
+            raise ValueError(f"{source} names a tensor {name!r}; names of weights are words, such as 'head.weight'")
+        if isinstance(name, str) and _PACKED.search(name):
+            raise ValueError(
+                f"{source} holds packed weights of a quantized model ({name}), which cannot be scored; take the model "
+                "that it was made from, or save model.dequantize()"
+            )
 
 
 def _next_key(held: Any, source: str, depth: int, notes: list[str]) -> str | None:

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import json
+import pickle
+import warnings
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
 
+from emp_callbacks.checkpoint.file_formats import refuse_quantized
+from emp_callbacks.checkpoint.folder_files import FolderFiles
 from emp_callbacks.extras import needs
 from emp_callbacks.targets.names import few
 
 __all__ = ["built_from", "can_be_built"]
+
+# What transformers and torch raise at a configuration that does not fit, a missing package, or a damaged file.
+_FAULTS = (OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError)
 
 
 def can_be_built(source: str) -> bool:
@@ -20,33 +30,68 @@ def can_be_built(source: str) -> bool:
 
 
 def built_from(folder: str) -> nn.Module:
-    """Return the model that a Hugging Face folder is of, with its weights.
+    """Return the model that a Hugging Face folder is of, with its weights, in the type that most of them have.
+
+    Warns:
+        UserWarning: The folder holds tensors that the model of its configuration does not have.
 
     Raises:
         ImportError: transformers is not installed.
-        FileNotFoundError: The folder has no weights.
-        ValueError: It is damaged, or of no model that transformers knows.
+        OSError: The folder has no weights, or they cannot be read.
+        ValueError: It is damaged, quantized, or of no model that transformers knows as a whole.
     """
     needs(f"building the model of {folder}", "hf", "transformers")
     import transformers
 
-    if not list(Path(folder).glob("*.safetensors")):
-        raise FileNotFoundError(f"{folder} holds config.json and no *.safetensors; name a folder with weights")
-    config = Path(folder) / "config.json"
-    try:
-        told = json.loads(config.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{config} is no JSON ({error}); copy the folder again") from error
-    names = told.get("architectures") if isinstance(told, dict) else None
-    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else "AutoModel"
-    architecture = getattr(transformers, name, transformers.AutoModel)
+    refuse_quantized(Path(folder))
+    files = FolderFiles(Path(folder))
+    architecture, options = _architecture(Path(folder) / "config.json")
     try:
         model, found = architecture.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+            folder,
+            local_files_only=True,
+            use_safetensors=files.is_safetensors,
+            output_loading_info=True,
+            torch_dtype=_dtype(files),
+            **options,
         )
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"transformers could not load {folder}: {error}") from error
+    except (*_FAULTS, pickle.UnpicklingError) as error:
+        told = " ".join(str(error).split())
+        raise ValueError(f"transformers could not load {folder}: {told or type(error).__name__}") from error
+    name = type(model).__name__
     if missing := sorted(found["missing_keys"]):  # it would go on with random values
         raise ValueError(f"transformers could not load {folder}: it holds no {few(missing)} of a {name}")
+    if unknown := sorted(found["unexpected_keys"]):
+        if architecture is transformers.AutoModel:  # the body of what the folder holds
+            raise ValueError(
+                f"transformers {transformers.__version__} builds a {name} of {folder}, which has no {few(unknown)}; "
+                'name the class in config.json: "architectures": ["..."]'
+            )
+        warnings.warn(f"{folder} holds {few(unknown)}, which a {name} does not have: left out", stacklevel=2)
     built: nn.Module = model
     return built
+
+
+def _architecture(config: Path) -> tuple[Any, dict[str, Any]]:
+    """Return the class that a configuration names, and what else it must be told; AutoModel where there is none."""
+    import transformers
+
+    try:
+        told = json.loads(config.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{config} is no JSON ({error}); copy the folder again") from error
+    names = told.get("architectures") if isinstance(told, dict) else None
+    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+    found = getattr(transformers, name, None)
+    if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+        return found, {}
+    return transformers.AutoModel, {"trust_remote_code": False}  # it would ask, and wait for an answer
+
+
+def _dtype(files: FolderFiles) -> torch.dtype:
+    """Return the floating type of most values: what the configuration says is not always what the files hold."""
+    counts = Counter[torch.dtype]()
+    for info in files.infos.values():
+        if info.dtype.is_floating_point:
+            counts[info.dtype] += info.n
+    return counts.most_common(1)[0][0] if counts else torch.float32
