@@ -72,13 +72,18 @@ def find_weights(checkpoint: Any, source: str) -> FoundWeights:
 
 def _check_names(held: Mapping[Any, Any], source: str) -> None:
     for name, value in held.items():
-        if not isinstance(name, str) and isinstance(value, Tensor):
+        if isinstance(value, Tensor) and not _is_text(name):
             raise ValueError(f"{source} names a tensor {name!r}; names of weights are words, such as 'head.weight'")
         if isinstance(name, str) and _PACKED.search(name):
             raise ValueError(
                 f"{source} holds packed weights of a quantized model ({name}), which cannot be scored; take the model "
                 "that it was made from, or save model.dequantize()"
             )
+
+
+def _is_text(name: Any) -> bool:
+    """Return whether a name is one that a file can hold: half a character, which pickles may have, is none."""
+    return isinstance(name, str) and name.encode(errors="replace").decode() == name
 
 
 def _next_key(held: Any, source: str, depth: int, notes: list[str]) -> str | None:

@@ -96,6 +96,7 @@ def open_model(
         return FinishedModel(
             module=loaded.module.eval(), prefix="", example=image_example(size), notes=tuple(loaded.notes)
         )
+    why_not_built: list[str] = []
     if recipe is None and (Path(source) / "config.json").is_file() and (needs_modules or can_be_built(source)):
         loaded = LoadedModel(built_from(source), None, []) if needs_modules else load_model(source)
         if loaded.include is None:
@@ -103,7 +104,9 @@ def open_model(
             example = image_example(input_size) or model_example(module)
             notes = tuple(loaded.notes)
             return FinishedModel(module=module, prefix="", example=example, notes=notes, folder=Path(source))
+        why_not_built = loaded.notes
     state, runs, notes = _read(source, pretrained)
+    notes = (*why_not_built, *notes)
     if recipe is not None:
         _load_into(recipe.module.eval(), state, source)
         prefix = _prefix(recipe.module.state_dict(), prefix, lightning=True)

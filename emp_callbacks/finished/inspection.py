@@ -19,8 +19,8 @@ from emp_callbacks.checkpoint.reading import (
     prunable_by_name,
     read_checkpoint,
     scored_weights,
-    state_dict_in,
 )
+from emp_callbacks.checkpoint.state_dicts import find_weights
 from emp_callbacks.extras import needs
 from emp_callbacks.finished.transformers_folder import built_from, can_be_built
 from emp_callbacks.pruning.pruner import EMPPruner
@@ -122,13 +122,13 @@ def load_model(source: str, *, pretrained: bool = False) -> LoadedModel:
         except ValueError as error:
             note = f"{error}: embeddings and norms were told apart by their names"
     checkpoint = read_checkpoint(Path(source))
-    state = state_dict_in(checkpoint, source)
+    state, found = find_weights(checkpoint, source)
     if scored := scored_weights(state, callback_states(checkpoint)):
-        return LoadedModel(as_module(state), [glob.escape(name) for name in scored], [])
+        return LoadedModel(as_module(state), [glob.escape(name) for name in scored], [*found])
     names = prunable_by_name(state)
     if not names:
         raise ValueError(f"{source} holds no weight matrices by name; choose some with --include 'PATTERN'")
-    return LoadedModel(as_module(state), [glob.escape(name) for name in names], [note])
+    return LoadedModel(as_module(state), [glob.escape(name) for name in names], [*found, note])
 
 
 def report_table(rows: Iterable[WeightReport], title: str) -> Table:

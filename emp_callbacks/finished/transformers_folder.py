@@ -56,7 +56,7 @@ def built_from(folder: str) -> nn.Module:
             **options,
         )
     except (*_FAULTS, pickle.UnpicklingError) as error:
-        told = " ".join(str(error).split())
+        told = " ".join(str(error).split()).split(". ")[0]  # what follows is advice for others
         raise ValueError(f"transformers could not load {folder}: {told or type(error).__name__}") from error
     name = type(model).__name__
     if missing := sorted(found["missing_keys"]):  # it would go on with random values
