@@ -41,9 +41,15 @@ _FILES = (
     _Format(rb"\A.{6}\0\0\s*\{", SAFETENSORS),
     _Format(rb"\A\Z", "empty", "copy or save it again"),
     _Format(rb"\A\0{64}", "full of zeros, as a copy that was cut off leaves", "copy it again"),
-    _Format(rb"\A\x80.(\x95.{8})?\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19", _TORCH),  # before zip archives
     _Format(
-        rb"\APK\x03\x04.*/code/", "TorchScript, a program", "save the weights of torch.jit.load(FILE).state_dict()"
+        rb"\A(\x80.\x8a\x0al\xfc|PK\x03\x04.*/data\.pkl)",
+        "a file of PyTorch's by the name of safetensors",
+        "rename it to .pt",
+        name=r"\.safetensors$",
+    ),
+    _Format(rb"\A\x80.\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19", _TORCH),  # before torch.save wrote zip archives
+    _Format(
+        rb"\APK\x03\x04.*/code/", "TorchScript, a program", "torch.save what torch.jit.load(FILE).state_dict() gives"
     ),
     _Format(rb"\APK\x03\x04.*/data\.pkl", _TORCH),
     _Format(
@@ -57,7 +63,7 @@ _FILES = (
     _Format(rb"\APK\x03\x04", _TORCH),  # an archive that is cut off has no list of its files
     _Format(
         rb"\A\x80[\0-\x05]",
-        "a pickle that torch.save did not write, and emp never runs code from a file",
+        "a plain pickle, and emp never runs code from a file",
         "load it where it was made and save its weights as tensors: torch.save(state_dict, 'weights.pt')",
     ),
     _Format(rb"\A\x89HDF\r\n\x1a\n", "HDF5, as Keras writes it", _TENSORFLOW),
@@ -75,9 +81,7 @@ _FILES = (
     _Format(rb"\A\x08\x01\x12", "a SavedModel of TensorFlow", _TENSORFLOW),
     _Format(rb"\A\x08[\x02-\x1f][\x12\x1a\x22\x28\x32\x3a\x42]", "an ONNX model", _MADE_FROM),
     _Format(rb"\A\n[\x80-\xff]*[\0-\x7f]\n[\x01-\x7f][ -~]", "a graph of TensorFlow", _TENSORFLOW),
-    _Format(
-        rb"\A\n[\x01-\x7f][ -~]+[\x12\x1a\x22\x32\x42\xa2]", "a model of Caffe", f"read it with Caffe and {_ARRAYS}"
-    ),
+    _Format(rb"\A\n[\x01-\x7f][ -~]+[\x12\x1a\x22\x32\x42\xa2]", "a model of Caffe", f"read it there and {_ARRAYS}"),
     _Format(rb"\x57\xfb\x80\x8b\x24\x75\x47\xdb\Z", "the index of a checkpoint of TensorFlow", _TENSORFLOW),
     _Format(rb"\A[\x80-\x8f\xde\xdf].*[\xa1-\xbf\xd9]\w+[\x80-\x8f\xde\xdf\xc7-\xc9]", "Flax, in msgpack", _FLAX),
     _Format(rb"\A[\t\n\r -~]+\Z", "text, which holds no weights", "name a checkpoint"),

@@ -92,16 +92,14 @@ def open_model(
     """
     if source.startswith("timm:") and recipe is None:
         loaded = load_model(source, pretrained=pretrained)
-        size = input_size or getattr(loaded.module, "default_cfg", {}).get("input_size")
-        return FinishedModel(
-            module=loaded.module.eval(), prefix="", example=image_example(size), notes=tuple(loaded.notes)
-        )
+        example = image_example(input_size or _timm_size(loaded.module))
+        return FinishedModel(module=loaded.module.eval(), prefix="", example=example, notes=tuple(loaded.notes))
     why_not_built: list[str] = []
     if recipe is None and (Path(source) / "config.json").is_file() and (needs_modules or can_be_built(source)):
         loaded = LoadedModel(built_from(source), None, []) if needs_modules else load_model(source)
         if loaded.include is None:
             module = loaded.module.eval()
-            example = image_example(input_size) or model_example(module)
+            example = image_example(input_size or _timm_size(module)) or model_example(module)
             notes = tuple(loaded.notes)
             return FinishedModel(module=module, prefix="", example=example, notes=notes, folder=Path(source))
         why_not_built = loaded.notes
@@ -121,6 +119,12 @@ def open_model(
         notes=notes,
         folder=Path(source) if Path(source).is_dir() else None,
     )
+
+
+def _timm_size(module: nn.Module) -> Sequence[int] | None:
+    """Return the size of the images that a model of timm reads; None of others."""
+    told: Mapping[str, Any] = getattr(module, "default_cfg", None) or {}
+    return told.get("input_size")
 
 
 def _read(source: str, pretrained: bool) -> tuple[dict[str, Tensor], tuple[Mapping[str, Any], ...], tuple[str, ...]]:

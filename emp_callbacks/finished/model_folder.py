@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import shutil
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -14,13 +12,9 @@ from torch import nn
 
 from emp_callbacks.checkpoint.tensor_file import write_tensors
 from emp_callbacks.finished.host_loading import same_shapes
+from emp_callbacks.folders.output import copy_beside
 
 __all__ = ["copy_companions", "of_transformers", "save_by_transformers", "save_timm_configuration"]
-
-# Weights in any format, their indexes, and what training left beside them.
-_WEIGHTS = re.compile(
-    r"\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|onnx_data|gguf|ggml|tflite|ot|npz|pb|distcp|index\.json)$|^\."
-)
 
 
 def of_transformers(model: nn.Module) -> bool:
@@ -73,19 +67,13 @@ def save_timm_configuration(model: Any, folder: Path, arguments: Mapping[str, An
     return None
 
 
-def copy_companions(source: Path, folder: Path, *, replace: bool) -> list[str]:
-    """Copy what is no weights from a folder to another: tokenizer, processor, licence, code.
-
-    Args:
-        source: A Hugging Face folder.
-        folder: The new one.
-        replace: Whether files of the same names that were written already are replaced.
+def copy_companions(source: Path, folder: Path) -> list[str]:
+    """Copy what is no weights from a folder to another: configuration, tokenizer, processor, licence, code.
 
     Returns:
-        What a reader must know: folders below are not copied, as they hold weights of other formats.
+        What a reader must know: folders with weights of their own stay behind.
     """
-    for path in sorted(source.iterdir()):
-        if path.is_file() and not _WEIGHTS.search(path.name) and (replace or not (folder / path.name).exists()):
-            shutil.copyfile(path, folder / path.name)
-    left = [path.name for path in sorted(source.iterdir()) if path.is_dir() and not path.name.startswith(".")]
-    return [f"folders in {source} were not copied: {', '.join(left)}"] if left else []
+    copy_beside(source, folder)
+    left = [one.name for one in sorted(source.iterdir()) if one.is_dir() and not (folder / one.name).exists()]
+    left = [name for name in left if not name.startswith(".")]
+    return [f"folders in {source} that hold weights were not copied: {', '.join(left)}"] if left else []

@@ -1,4 +1,4 @@
-"""A Hugging Face folder as the model that it is of."""
+"""A Hugging Face folder as the model that it is of: of transformers, or of timm."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import pickle
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 
 from emp_callbacks.checkpoint.file_formats import refuse_quantized
 from emp_callbacks.checkpoint.folder_files import FolderFiles
+from emp_callbacks.checkpoint.reading import read_checkpoint, state_dict_in
 from emp_callbacks.extras import needs
 from emp_callbacks.targets.names import few
 
@@ -36,16 +38,19 @@ def built_from(folder: str) -> nn.Module:
         UserWarning: The folder holds tensors that the model of its configuration does not have.
 
     Raises:
-        ImportError: transformers is not installed.
+        ImportError: transformers or timm is not installed.
         OSError: The folder has no weights, or they cannot be read.
-        ValueError: It is damaged, quantized, or of no model that transformers knows as a whole.
+        ValueError: It is damaged, quantized, or of no model that its library knows as a whole.
     """
+    refuse_quantized(Path(folder))
+    files = FolderFiles(Path(folder))
+    told = _configuration(Path(folder) / "config.json")
+    if isinstance(told.get("architecture"), str) and "model_type" not in told:
+        return _built_by_timm(folder)
     needs(f"building the model of {folder}", "hf", "transformers")
     import transformers
 
-    refuse_quantized(Path(folder))
-    files = FolderFiles(Path(folder))
-    architecture, options = _architecture(Path(folder) / "config.json")
+    architecture, options = _architecture(told)
     try:
         model, found = architecture.from_pretrained(
             folder,
@@ -56,8 +61,7 @@ def built_from(folder: str) -> nn.Module:
             **options,
         )
     except (*_FAULTS, pickle.UnpicklingError) as error:
-        told = " ".join(str(error).split()).split(". ")[0]  # what follows is advice for others
-        raise ValueError(f"transformers could not load {folder}: {told or type(error).__name__}") from error
+        raise ValueError(f"transformers could not load {folder}: {_first_sentence(error)}") from error
     name = type(model).__name__
     if missing := sorted(found["missing_keys"]):  # it would go on with random values
         raise ValueError(f"transformers could not load {folder}: it holds no {few(missing)} of a {name}")
@@ -72,15 +76,36 @@ def built_from(folder: str) -> nn.Module:
     return built
 
 
-def _architecture(config: Path) -> tuple[Any, dict[str, Any]]:
-    """Return the class that a configuration names, and what else it must be told; AutoModel where there is none."""
-    import transformers
+def _built_by_timm(folder: str) -> nn.Module:
+    needs(f"building the model of {folder}", "study", "timm")
+    import timm
 
+    try:
+        built: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=False)
+        built.load_state_dict(state_dict_in(read_checkpoint(Path(folder)), folder))  # no release of timm runs code then
+    except (*_FAULTS, pickle.UnpicklingError) as error:
+        raise ValueError(f"timm could not load {folder}: {_first_sentence(error)}") from error
+    return built
+
+
+def _first_sentence(error: BaseException) -> str:
+    """Return what a library says in one line; what follows its first sentence is advice for others."""
+    return " ".join(str(error).split()).split(". ")[0] or type(error).__name__
+
+
+def _configuration(config: Path) -> dict[str, Any]:
     try:
         told = json.loads(config.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{config} is no JSON ({error}); copy the folder again") from error
-    names = told.get("architectures") if isinstance(told, dict) else None
+    return told if isinstance(told, dict) else {}
+
+
+def _architecture(told: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return the class that a configuration names, and what else it must be told; AutoModel where there is none."""
+    import transformers
+
+    names = told.get("architectures")
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
     found = getattr(transformers, name, None)
     if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):

@@ -127,19 +127,23 @@ def _fill(
 ) -> tuple[str | None, list[str]]:
     """Write what the folder `out` is to hold, and return how it is loaded and what a reader must know."""
     inner = model.inner
+    # Without a configuration, `from_pretrained` would build a model of the default sizes, which may be 7 billion.
+    notes = copy_companions(model.folder, folder) if model.folder else []
     config = (host.config if host else None) if shrunk else getattr(inner, "config", None)
+    how: str | None
     if config is not None and of_transformers(inner):
-        loaded_by = f"transformers.{type(inner).__name__}.from_pretrained({str(out)!r})"
-        save_by_transformers(inner, config, folder, {**metadata, "loaded_by": loaded_by})
-        return loaded_by, copy_companions(model.folder, folder, replace=shrunk is None) if model.folder else []
+        how = f"transformers.{type(inner).__name__}.from_pretrained({str(out)!r})"
+        save_by_transformers(inner, config, folder, {**metadata, **_told(how)})
+        if model.folder and not shrunk:
+            copy_companions(model.folder, folder)  # as they were, in place of what transformers made of them
+        return how, notes
     call = None
     if getattr(inner, "pretrained_cfg", None) and (host or not shrunk):
         call = save_timm_configuration(inner, folder, host.arguments if host else {})
     plainly = _loaded_by(host, out / WEIGHTS) if shrunk else None
     how = call.replace("FOLDER", str(out)) if call else plainly
     write_tensors(_apart(model.tensors()), folder / WEIGHTS, {**metadata, **_told(how)})
-    # Without a configuration, `from_pretrained` would build a model of the default sizes, which may be 7 billion.
-    return how, copy_companions(model.folder, folder, replace=False) if model.folder else []
+    return how, notes
 
 
 def _told(loaded_by: str | None) -> dict[str, str]:

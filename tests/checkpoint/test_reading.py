@@ -77,7 +77,7 @@ def test_a_missing_shard_is_named(sharded):
 def test_an_index_that_is_none_is_refused(text, sharded):
     index = sharded / "model.safetensors.index.json"
     index.write_bytes(text.encode(errors="surrogateescape"))
-    refused(r"index.json is no index of safetensors files \(.+\); copy the folder again", read_checkpoint, sharded)
+    refused(r"index.json is no index of files with weights \(.+\); copy the folder again", read_checkpoint, sharded)
 
 
 @pytest.mark.parametrize("tied", ["no json", "[1]", '"a"', '{"a.weight": 3}', '{"a.weight": ["b.weight"]}'])
