@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -21,9 +20,6 @@ from emp_callbacks.extras import needs
 from emp_callbacks.targets.names import few
 
 __all__ = ["built_from", "can_be_built"]
-
-# What transformers and torch raise at a configuration that does not fit, a missing package, or a damaged file.
-_FAULTS = (OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError)
 
 
 def can_be_built(source: str) -> bool:
@@ -60,7 +56,7 @@ def built_from(folder: str) -> nn.Module:
             torch_dtype=_dtype(files),
             **options,
         )
-    except (*_FAULTS, pickle.UnpicklingError) as error:
+    except Exception as error:  # a configuration that does not fit is met anywhere
         raise ValueError(f"transformers could not load {folder}: {_first_sentence(error)}") from error
     name = type(model).__name__
     if missing := sorted(found["missing_keys"]):  # it would go on with random values
@@ -83,7 +79,7 @@ def _built_by_timm(folder: str) -> nn.Module:
     try:
         built: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=False)
         built.load_state_dict(state_dict_in(read_checkpoint(Path(folder)), folder))  # no release of timm runs code then
-    except (*_FAULTS, pickle.UnpicklingError) as error:
+    except Exception as error:  # as above
         raise ValueError(f"timm could not load {folder}: {_first_sentence(error)}") from error
     return built
 
