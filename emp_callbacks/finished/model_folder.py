@@ -53,13 +53,14 @@ def save_timm_configuration(model: Any, folder: Path, arguments: Mapping[str, An
     None, and nothing is written, where timm would build another model: of arguments that it does not know any more.
     """
     from timm import create_model
-    from timm.models._hub import save_config_for_hf
+    from timm.models import _hub
 
     config = folder / "config.json"
+    save: Any = _hub.save_config_for_hf  # says that it takes a str, and opens a Path
     try:
-        save_config_for_hf(model, str(config), model_args=dict(arguments))
+        save(model, config, model_args=dict(arguments))
         fits = same_shapes(model, partial(create_model, f"local-dir:{folder}"))
-    except (ValueError, TypeError, AttributeError):  # arguments that JSON does not hold
+    except (ValueError, TypeError):  # arguments that JSON does not hold
         fits = False
     if fits:
         return "timm.create_model('local-dir:FOLDER', pretrained=True)"

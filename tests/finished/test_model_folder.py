@@ -13,8 +13,8 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertForMaskedLM,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -49,7 +49,7 @@ FAMILIES = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**GROUPED)),
     "llama tied": lambda: LlamaForCausalLM(LlamaConfig(**GROUPED, tie_word_embeddings=True)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**GROUPED, tie_word_embeddings=True)),
-    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**GROUPED, head_dim=4)),  # tied
+    "gemma": lambda: GemmaForCausalLM(GemmaConfig(**GROUPED, head_dim=4)),  # tied
     "bert": lambda: BertForMaskedLM(BertConfig(**LLAMA)),  # tied
     "whisper": lambda: WhisperForConditionalGeneration(WhisperConfig(**WHISPER)),  # tied
 }
