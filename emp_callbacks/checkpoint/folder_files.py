@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from emp_callbacks.checkpoint.file_formats import file_format, no_weights
 from emp_callbacks.checkpoint.safe_unpickling import load_inert
 
 __all__ = ["DTYPE_NAMES", "FolderFiles", "TensorInfo", "is_weights_folder"]
@@ -94,6 +95,7 @@ class FolderFiles:
         self.infos: dict[str, TensorInfo] = {}
         self.metadata: dict[str, str] = {}
         for file in self.files:
+            file_format(folder / file)  # says what a file is that is none
             self.infos |= self._safetensors(file) if self.is_safetensors else self._pickled(file)
         for name, file in told.items():
             if name not in self.infos or self.infos[name].file != file:
@@ -192,10 +194,7 @@ def _files(folder: Path) -> tuple[list[str], dict[str, str]]:
                         f"{folder / file} is missing, which {index.name} names; copy the folder again"
                     )
             return files, told
-    raise FileNotFoundError(
-        f"{folder} holds neither model.safetensors nor pytorch_model.bin, nor an index of such files; name a folder "
-        "with weights"
-    )
+    raise no_weights(folder)
 
 
 def _weight_map(index: Path) -> dict[str, str]:

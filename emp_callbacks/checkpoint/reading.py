@@ -12,7 +12,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from emp_callbacks.checkpoint.file_formats import SAFETENSORS, file_format, refuse_quantized
+from emp_callbacks.checkpoint.folder_files import FolderFiles
 from emp_callbacks.checkpoint.safe_unpickling import load_inert
+from emp_callbacks.checkpoint.state_dicts import find_weights
 from emp_callbacks.targets.experts import routers, stacked_experts
 from emp_callbacks.targets.names import canonical_name
 from emp_callbacks.targets.shapes import own_shape
@@ -36,7 +39,6 @@ TIED_KEY = "emp_tied"
 # (the owner only: `patch_embed.proj.weight` is a convolution).
 _EMBEDDING = re.compile(r"(emb|embed\w*|\w*_emb|\w*_?embeddings?|wte|wpe|relative_\w*bias)", re.IGNORECASE)
 _READ = {"step", "beta", "keep", "n"}  # of the rows of a trajectory
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _NORM = re.compile(r"(\w*norm\w*|ln_?\w*|bn\d*)", re.IGNORECASE)
 
 
@@ -53,10 +55,14 @@ def read_checkpoint(path: Path, *, mapped: bool = False) -> Any:
     """
     if path.is_dir():
         return _read_folder(path)
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"checkpoint {path} does not exist; a timm model is written timm:NAME")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
+    if not path.is_file():
+        raise ValueError(f"{path} is no file on a disk, and weights are read in no fixed order; copy it to one")
+    return _read_safetensors(path) if file_format(path) == SAFETENSORS else _read_pickled(path, mapped)
+
+
+def _read_pickled(path: Path, mapped: bool) -> Any:
     try:
         return load_inert(path, mapped=mapped)
     except pickle.UnpicklingError as error:
@@ -66,7 +72,7 @@ def read_checkpoint(path: Path, *, mapped: bool = False) -> Any:
             f"{path} holds Python objects besides tensors, and emp never runs code from a file;"
             " save its weights alone: torch.save(model.state_dict(), 'weights.pt')"
         ) from error
-    except (RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
+    except Exception as error:  # damaged bytes lead the unpickler anywhere
         if isinstance(error, OSError) and error.filename is not None:  # it cannot be opened
             raise
         raise _damaged(path, error) from error
@@ -76,7 +82,6 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a file; those that were one when `emp` wrote them are one again."""
     from safetensors import SafetensorError, safe_open
 
-    path.open("rb").close()  # safetensors says of a file that it may not read that there is none
     try:
         with safe_open(path, framework="pt") as opened:
             tied = tied_names((opened.metadata() or {}).get(TIED_KEY, "{}"), path)
@@ -107,72 +112,27 @@ def tied_names(text: str, path: Path) -> dict[str, str]:
     return tied
 
 
-def _read_folder(folder: Path) -> dict[str, Tensor]:
-    """Return the weights of a Hugging Face folder, in one file or in shards."""
-    if (single := folder / "model.safetensors").is_file():
-        return _read_safetensors(single)
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        raise FileNotFoundError(f"{folder} holds neither model.safetensors nor its index; name a checkpoint file")
-    tensors: dict[str, Tensor] = {}
-    for shard in _shards(index):
-        if not (folder / shard).is_file():
-            raise FileNotFoundError(f"{folder / shard} is missing, which {index.name} names; copy the folder again")
-        tensors.update(_read_safetensors(folder / shard))
-    return tensors
-
-
-def _shards(index: Path) -> list[str]:
-    """Return the names of the files of a folder's weights."""
-    try:
-        files = {*json.loads(index.read_bytes())["weight_map"].values()}
-        if not files or not all(isinstance(file, str) and Path(file).name == file for file in files):
-            raise ValueError("weight_map names no files of this folder")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = "weight_map is missing" if isinstance(error, (KeyError, AttributeError)) else error
-        raise ValueError(f"{index} is no index of safetensors files ({reason}); copy the folder again") from error
-    return sorted(files)
+def _read_folder(folder: Path) -> dict[str, Any]:
+    """Return what the files of a Hugging Face folder hold; tensors of one file that are one stay one."""
+    refuse_quantized(folder)
+    held: dict[str, Any] = {}
+    for file in FolderFiles(folder).files:
+        held.update(read_checkpoint(folder / file))
+    return held
 
 
 def _damaged(path: Path, error: Exception) -> ValueError:
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")[0]
     return ValueError(f"{path} is damaged or not a PyTorch checkpoint ({first}); copy or save it again")
 
 
 def state_dict_in(checkpoint: Any, source: str) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint by name.
+    """Return the tensors of a checkpoint by name, see `find_weights`.
 
     Raises:
-        ValueError: There are none, or one cannot be scored: float8, sparse, quantized, nested, or on no device.
+        ValueError: There are none, or they cannot be scored.
     """
-    held = checkpoint
-    for key in ("state_dict", "model"):
-        if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):
-            held = held[key]
-    tensors = {k: v for k, v in held.items() if isinstance(v, Tensor)} if isinstance(held, Mapping) else {}
-    if not tensors:
-        raise ValueError(f"{source} holds no state dict (name -> tensor), but a {type(checkpoint).__name__}")
-    for name, value in tensors.items():
-        if not isinstance(name, str):
-            raise ValueError(f"{source} names a tensor {name!r}; names of weights are words, such as 'head.weight'")
-        if odd := _oddity(value):
-            raise ValueError(
-                f"{source}: {name} is {odd}, which cannot be scored; save the weights as plain tensors (bfloat16)"
-            )
-    return tensors
-
-
-def _oddity(value: Tensor) -> str:
-    """Return why a tensor is none that can be computed with as it is; empty if it is plain."""
-    if value.is_nested:
-        return "a nested tensor"
-    if value.is_quantized:
-        return f"quantized ({value.dtype})"
-    if value.layout != torch.strided:
-        return f"a sparse tensor ({value.layout})"
-    if value.is_meta:
-        return "a tensor without values (device meta)"
-    return f"of {value.dtype}" if value.is_floating_point() and value.dtype not in _FLOATS else ""
+    return find_weights(checkpoint, source).tensors
 
 
 def callback_states(checkpoint: Any) -> list[Mapping[str, Any]]:

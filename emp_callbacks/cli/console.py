@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from unicodedata import category
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["make_console", "printable"]
+__all__ = ["make_console", "printable", "warnings_in_lines"]
 
 
 def make_console() -> Console:
@@ -34,3 +37,18 @@ def printable(text: str) -> str:
         a\x1b[31m b
     """
     return "".join(c.encode("unicode_escape").decode() if category(c)[0] == "C" and c != "\n" else c for c in text)
+
+
+@contextmanager
+def warnings_in_lines() -> Iterator[None]:
+    """Show each warning as one line that steers no terminal, without the code that gave it."""
+
+    def line(message: Warning | str, *_: object, **__: object) -> str:
+        return f"emp: warning: {printable(' '.join(str(message).split()))}\n"
+
+    before, warnings.formatwarning = warnings.formatwarning, line
+    try:
+        yield
+    finally:
+        if warnings.formatwarning is line:  # Lightning has its own from then on
+            warnings.formatwarning = before

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from emp_callbacks.cli import finished, folder, recipes, study
-from emp_callbacks.cli.console import printable
+from emp_callbacks.cli.console import printable, warnings_in_lines
 from emp_callbacks.cli.errors import for_the_user
 
 __all__ = ["COMMANDS", "main"]
@@ -84,7 +84,8 @@ def _run(command: str, words: list[str]) -> int:
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(COMMANDS)}"
         return _complain(f"unknown command {command!r}; {hint}", USAGE_ERROR)
     try:
-        COMMANDS[command](words)
+        with warnings_in_lines():
+            COMMANDS[command](words)
     except KeyboardInterrupt as stop:
         return _complain(str(stop) or "interrupted", INTERRUPTED)
     except Exception as error:

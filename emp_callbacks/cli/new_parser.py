@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import argparse
+from typing import NoReturn
+
+from emp_callbacks.cli.console import printable
 
 __all__ = ["new_parser"]
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
+
+
 def new_parser(command: str, summary: str, examples: str) -> argparse.ArgumentParser:
     """Return a parser of `emp COMMAND`, whose examples stand as they are."""
-    return argparse.ArgumentParser(
+    return _Parser(
         prog=f"emp {command}",
         description=summary,
         epilog=examples,

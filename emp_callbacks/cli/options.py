@@ -295,11 +295,13 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         required=True,
-        metavar="FILE",
-        help="safetensors file to write; without a suffix, a folder with config.json for a shrunk transformers model "
-        "whose configuration can state its sizes",
+        metavar="FILE.safetensors|DIR",
+        help="file to write, or folder: model.safetensors, and of a transformers or timm model the configuration and "
+        "what else the source folder holds, so that its library loads it",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the file; what DIR holds is moved to DIR.old-1, -2, ..."
+    )
     parser.add_argument("-c", "--config", metavar="RECIPE", help="recipe that builds the model (and its data)")
     parser.add_argument(
         "--shrink",

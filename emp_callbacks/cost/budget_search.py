@@ -24,7 +24,7 @@ from emp_callbacks.layer.mask_mode import Observe
 from emp_callbacks.pruning.refresh import Selection
 from emp_callbacks.pruning.refresher import Refresher
 
-__all__ = ["BudgetSearch", "Tried", "smallest_budget"]
+__all__ = ["BOUNDS", "LOSS_FLOOR", "BudgetSearch", "Tried", "check_search", "smallest_budget"]
 
 LossFunction = Callable[[Any, Any], Tensor]
 """Takes the model and a batch, returns the loss, shape ()."""
@@ -175,7 +175,7 @@ def smallest_budget(
         >>> found.density, round(found.loss / found.dense_loss, 4)
         (0.75, 1.0001)
     """
-    _check_search(loss_tolerance, loss_floor, bounds, evaluations)
+    check_search(loss_tolerance, loss_floor, bounds, evaluations)
     _check_settings(settings)
     once = settled(config, settings).once(beta=1.0, certify=False)
     refresher = _refresher(model, once)
@@ -215,7 +215,8 @@ def smallest_budget(
     )
 
 
-def _check_search(loss_tolerance: float, loss_floor: float, bounds: tuple[float, float], evaluations: int) -> None:
+def check_search(loss_tolerance: float, loss_floor: float, bounds: tuple[float, float], evaluations: int) -> None:
+    """Raise ValueError where an argument of a search for a budget is invalid."""
     if not (loss_tolerance >= 0 and math.isfinite(loss_tolerance)):
         raise ValueError(f"loss_tolerance must be a relative rise of the loss >= 0, got {loss_tolerance!r}")
     if not (loss_floor > 0 and math.isfinite(loss_floor)):

@@ -35,7 +35,7 @@ def image_example(size: Sequence[int] | None) -> Example | None:
 
 def model_example(module: nn.Module) -> Example | None:
     """Return the inputs that a transformers model offers for a try; images where it reads pixels."""
-    config: Any = module.config
+    config: Any = getattr(module, "config", None)
     reads = getattr(module, "main_input_name", "")
     if reads == "pixel_values":
         size = getattr(config, "image_size", 224)

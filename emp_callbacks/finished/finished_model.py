@@ -16,13 +16,13 @@ from emp_callbacks.checkpoint.reading import (
     prunable_by_name,
     read_checkpoint,
     scored_weights,
-    state_dict_in,
 )
+from emp_callbacks.checkpoint.state_dicts import find_weights
 from emp_callbacks.core.packing import unpack_bits
 from emp_callbacks.finished.example_call import Example, image_example, model_example, recorded_example
 from emp_callbacks.finished.inspection import LoadedModel, load_model
 from emp_callbacks.finished.transformers_folder import built_from, can_be_built
-from emp_callbacks.targets.names import canonical_name
+from emp_callbacks.targets.names import canonical_name, few, match_names
 
 if TYPE_CHECKING:
     from emp_callbacks.study.recipe.parts import RecipeParts
@@ -42,6 +42,7 @@ class FinishedModel:
         example: Arguments with which `inner` can be called, if known.
         runs: States of the EMPCallbacks in a Lightning checkpoint.
         notes: What a reader must know.
+        folder: The Hugging Face folder that the weights come from, under its names.
     """
 
     module: nn.Module
@@ -51,6 +52,7 @@ class FinishedModel:
     example: Example | None = None
     runs: tuple[Mapping[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
+    folder: Path | None = None
 
     @property
     def inner(self) -> nn.Module:
@@ -90,17 +92,19 @@ def open_model(
     """
     if source.startswith("timm:") and recipe is None:
         loaded = load_model(source, pretrained=pretrained)
-        size = input_size or getattr(loaded.module, "default_cfg", {}).get("input_size")
-        return FinishedModel(
-            module=loaded.module.eval(), prefix="", example=image_example(size), notes=tuple(loaded.notes)
-        )
+        example = image_example(input_size or _timm_size(loaded.module))
+        return FinishedModel(module=loaded.module.eval(), prefix="", example=example, notes=tuple(loaded.notes))
+    why_not_built: list[str] = []
     if recipe is None and (Path(source) / "config.json").is_file() and (needs_modules or can_be_built(source)):
         loaded = LoadedModel(built_from(source), None, []) if needs_modules else load_model(source)
         if loaded.include is None:
             module = loaded.module.eval()
-            example = image_example(input_size) or model_example(module)
-            return FinishedModel(module=module, prefix="", example=example, notes=tuple(loaded.notes))
+            example = image_example(input_size or _timm_size(module)) or model_example(module)
+            notes = tuple(loaded.notes)
+            return FinishedModel(module=module, prefix="", example=example, notes=notes, folder=Path(source))
+        why_not_built = loaded.notes
     state, runs, notes = _read(source, pretrained)
+    notes = (*why_not_built, *notes)
     if recipe is not None:
         _load_into(recipe.module.eval(), state, source)
         prefix = _prefix(recipe.module.state_dict(), prefix, lightning=True)
@@ -113,7 +117,14 @@ def open_model(
         has_modules=False,
         runs=runs,
         notes=notes,
+        folder=Path(source) if Path(source).is_dir() else None,
     )
+
+
+def _timm_size(module: nn.Module) -> Sequence[int] | None:
+    """Return the size of the images that a model of timm reads; None of others."""
+    told: Mapping[str, Any] = getattr(module, "default_cfg", None) or {}
+    return told.get("input_size")
 
 
 def _read(source: str, pretrained: bool) -> tuple[dict[str, Tensor], tuple[Mapping[str, Any], ...], tuple[str, ...]]:
@@ -124,10 +135,11 @@ def _read(source: str, pretrained: bool) -> tuple[dict[str, Tensor], tuple[Mappi
     if pretrained:
         raise ValueError(f"--pretrained goes with timm:NAME; {source} already holds its weights")
     checkpoint = read_checkpoint(Path(source))
-    state, runs = state_dict_in(checkpoint, source), tuple(callback_states(checkpoint))
+    state, found = find_weights(checkpoint, source)
+    runs = tuple(callback_states(checkpoint))
     # observe_only measured masks that it never applied: the model is dense.
     grown = sum(_mask(state, run.get("masks", {})) for run in runs if run.get("mode") != "observe")
-    notes = [f"{grown:,} weights had grown back since the last refresh and are zero again"] if grown else []
+    notes = [*found, *([f"{grown:,} weights had grown back since the last refresh and are zero again"] * (grown > 0))]
     notes += [
         f"the run masked {run['target']} in the forward pass; a file of weights does not hold that"
         for run in runs
@@ -151,20 +163,28 @@ def _mask(state: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> int:
 
 
 def _load_into(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Load weights into a recipe's module; names may lack the first part that all of the module's have."""
+    """Load weights into a recipe's module; names may lack the first part that all of the module's have.
+
+    Raises:
+        ValueError: A name is left over or missing, but for those of tied tensors, or a shape differs.
+    """
     own = module.state_dict()
-    given = {canonical_name(name): value for name, value in state.items()}
-    before = _prefix(own, None, lightning=True)
-    if not any(name.startswith(before) for name in given):
-        given = {f"{before}{name}": value for name, value in given.items()}
-    differ = [*sorted(given.keys() - own.keys()), *sorted(own.keys() - given.keys())]
-    differ += sorted(name for name in given.keys() & own.keys() if given[name].shape != own[name].shape)
+    matched = match_names(list(own), list(state))
+    given = {matched[name]: value for name, value in state.items() if name in matched}
+    filled = {_place(own[name]) for name in given}
+    differ = sorted(state.keys() - matched.keys())
+    differ += sorted(name for name, value in own.items() if name not in given and _place(value) not in filled)
+    differ += sorted(name for name, value in given.items() if value.shape != own[name].shape)
     if differ:
         raise ValueError(
-            f"{source} does not fit the recipe's {type(module).__name__}: {', '.join(differ[:5])} "
-            f"({len(differ)} in all) differ in name or shape; name the recipe that the weights were trained with"
+            f"{source} does not fit the recipe's {type(module).__name__}: {few(differ, 5)} "
+            "differ in name or shape; name the recipe that the weights were trained with"
         )
-    module.load_state_dict(given)
+    module.load_state_dict(given, strict=False)
+
+
+def _place(value: Tensor) -> tuple[int, torch.Size]:
+    return value.data_ptr(), value.shape
 
 
 def _prefix(names: Iterable[str], given: str | None, *, lightning: bool) -> str:

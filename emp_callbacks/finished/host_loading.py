@@ -13,7 +13,7 @@ from torch import nn
 
 from emp_callbacks.shrinking import ShrinkReport
 
-__all__ = ["HostLoading", "host_loading"]
+__all__ = ["HostLoading", "host_loading", "same_shapes"]
 
 _FIELDS = 6  # of a configuration that are tried in all combinations
 
@@ -24,10 +24,12 @@ class HostLoading(NamedTuple):
     Attributes:
         call: What to write, with FILE for the file and FOLDER for its folder.
         config: The configuration of a transformers model, else None.
+        arguments: What timm's `create_model` is given.
     """
 
     call: str
     config: Any = None
+    arguments: dict[str, Any] = {}  # noqa: RUF012
 
 
 def host_loading(model: nn.Module, shrunk: ShrinkReport) -> HostLoading | None:
@@ -59,7 +61,7 @@ def _sizes(shrunk: ShrinkReport) -> tuple[set[_Size], set[_Size]]:
     return heads, neurons
 
 
-def _same_shapes(model: nn.Module, build: Callable[[], nn.Module]) -> bool:
+def same_shapes(model: nn.Module, build: Callable[[], nn.Module]) -> bool:
     """Return whether what is built has the names and shapes of the model's tensors."""
     try:
         with torch.device("meta"):
@@ -79,7 +81,7 @@ def _transformers(model: nn.Module, shrunk: ShrinkReport) -> HostLoading | None:
     changes = list(_changes(dense, *_sizes(shrunk)))[:_FIELDS]
     for chosen in chain.from_iterable(combinations(changes, count) for count in range(len(changes), -1, -1)):
         config = _changed(dense, chosen)
-        if config is not None and _same_shapes(model, partial(type(model), config)):
+        if config is not None and same_shapes(model, partial(type(model), config)):
             return HostLoading(f"transformers.{kind}.from_pretrained('FOLDER')", config)
     return None
 
@@ -134,7 +136,7 @@ def _timm(model: nn.Module, shrunk: ShrinkReport, architecture: str) -> HostLoad
     for name, usual in (("num_classes", 1000), ("in_chans", 3)):
         if (value := getattr(model, name, usual)) != usual:
             arguments[name] = value
-    if not _same_shapes(model, partial(timm.create_model, architecture, **arguments)):
+    if not same_shapes(model, partial(timm.create_model, architecture, **arguments)):
         return None
     told = [repr(architecture), *(f"{name}={value!r}" for name, value in arguments.items())]
-    return HostLoading(f"model = timm.create_model({', '.join(told)})")
+    return HostLoading(f"model = timm.create_model({', '.join(told)})", arguments=arguments)

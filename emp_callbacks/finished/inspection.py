@@ -20,8 +20,8 @@ from emp_callbacks.checkpoint.reading import (
     prunable_by_name,
     read_checkpoint,
     scored_weights,
-    state_dict_in,
 )
+from emp_callbacks.checkpoint.state_dicts import find_weights
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.extras import needs
 from emp_callbacks.finished.transformers_folder import built_from, can_be_built
@@ -189,8 +189,9 @@ def load_model(source: str, *, pretrained: bool = False) -> LoadedModel:
         except ValueError as error:
             notes = [str(error)]
     checkpoint = read_checkpoint(Path(source))
-    state = state_dict_in(checkpoint, source)
-    return LoadedModel(as_module(state), *chosen_by_name(state, source, callback_states(checkpoint), notes))
+    state, found = find_weights(checkpoint, source)
+    include, told = chosen_by_name(state, source, callback_states(checkpoint), notes)
+    return LoadedModel(as_module(state), include, [*found, *told])
 
 
 def chosen_by_name(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,12 +16,22 @@ from torch import Tensor
 
 from emp_callbacks.checkpoint.reading import TIED_KEY
 from emp_callbacks.checkpoint.tensor_file import write_tensors
+from emp_callbacks.checkpoint.whole_output import appearing, aside, has_content
 from emp_callbacks.cost.budget_search import BudgetSearch
 from emp_callbacks.finished.finished_model import FinishedModel
 from emp_callbacks.finished.host_loading import HostLoading, host_loading
+from emp_callbacks.finished.model_folder import (
+    copy_companions,
+    of_transformers,
+    save_by_transformers,
+    save_timm_configuration,
+)
 from emp_callbacks.shrinking import ShrinkReport
 
-__all__ = ["ExportReport", "check_free", "report_lines", "shrink_table", "write_weights"]
+__all__ = ["ExportReport", "check_free", "is_folder", "report_lines", "shrink_table", "write_weights"]
+
+WEIGHTS = "model.safetensors"
+_FOREIGN = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".h5", ".npz", ".onnx", ".msgpack", ".gguf"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,17 +39,17 @@ class ExportReport:
     """What was written.
 
     Attributes:
-        path: The file.
+        path: The file; the folder, if it holds several.
         tensors: Number of tensors.
         n: Number of values in them.
         zeros: Values that are zero.
         sparsity: Share of zeros in matrices and kernels (tensors of two or more dimensions), in [0, 1].
-        file_bytes: Size of the file.
+        file_bytes: Size of the file, or of all files of weights.
         tied: Name -> name of the tensor that it equals, being one parameter of the model; both are written.
         shrunk: What was removed, if asked for.
         notes: What a reader must know.
         budget: How beta was found, if it was looked for.
-        loaded_by: How a shrunk model is loaded, in Python.
+        loaded_by: How a shrunk model or a folder is loaded, in Python.
     """
 
     path: Path
@@ -59,76 +68,130 @@ class ExportReport:
 def write_weights(
     model: FinishedModel, out: str | os.PathLike[str], metadata: Mapping[str, str], shrunk: ShrinkReport | None = None
 ) -> ExportReport:
-    """Write a model's tensors with what was done to them; the file appears when it is whole.
+    """Write a model's tensors with what was done to them; the file or folder appears when it is whole.
 
     Safetensors holds no shared memory: a tied tensor is written under each of its names, so that the file loads with
     a plain `load_state_dict`. The metadata name the ties, and `emp` reads such tensors as one again.
 
-    A shrunk transformers model is written as a folder with its configuration where `out` has no suffix and the
-    configuration can state its sizes.
+    A folder (see `is_folder`) gets what the model's own library needs to load it: the configuration of transformers or
+    timm, and what else the source folder holds. Of a shrunk model that library can state no sizes of, it gets the
+    weights alone.
+
+    Args:
+        model: What is written.
+        out: The file, or the folder.
+        metadata: Goes into the file, or into each file of weights.
+        shrunk: What was removed, if anything was.
+
+    Raises:
+        OSError: It cannot be written.
     """
-    out = Path(out)
+    folder, out = is_folder(out), Path(out)
     host = host_loading(model.inner, shrunk) if shrunk else None
-    config = host.config if host and not out.suffix else None
-    folder = config is not None
-    path = out / "model.safetensors" if folder else out
-    loaded_by = _loaded_by(host, out, folder=folder) if shrunk else None
+    loaded_by = _loaded_by(host, out) if shrunk else None
     state = model.tensors()
     tied = _ties(state)
     metadata = {**metadata, **(shrunk.metadata() if shrunk else {}), TIED_KEY: json.dumps(tied)}
-    if loaded_by:
-        metadata["loaded_by"] = loaded_by
-    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
-    try:
+    notes = [*model.notes, *_left_out(model, len(state))]
+    with appearing(out, folder=folder) as partial:
         if folder:
-            partial.mkdir()
-            _write_configuration(model.inner, config, partial)
-        write_tensors(_apart(state), partial / path.name if folder else partial, metadata)
-        os.replace(partial, out)
-    finally:
-        if folder:
-            shutil.rmtree(partial, ignore_errors=True)
-        partial.unlink(missing_ok=True)
+            loaded_by, more = _fill(partial, out, model, metadata, shrunk, host)
+            notes += more
+            if has_content(out):
+                notes.append(f"what {out} held is in {aside(out)} now")
+        else:
+            write_tensors(_apart(state), partial, {**metadata, **_told(loaded_by)})
+    files = sorted(out.glob("*.safetensors")) if folder else [out]
     matrices = [value for value in state.values() if value.dim() >= 2]
     return ExportReport(
-        path=path,
+        path=files[0] if len(files) == 1 else out,
         tensors=len(state),
         n=sum(value.numel() for value in state.values()),
         zeros=sum(_zeros(value) for value in state.values()),
         sparsity=sum(map(_zeros, matrices)) / (sum(value.numel() for value in matrices) or 1),
-        file_bytes=path.stat().st_size,
+        file_bytes=sum(file.stat().st_size for file in files),
         tied=tied,
         shrunk=shrunk,
-        notes=(*model.notes, *_left_out(model, len(state))),
+        notes=tuple(notes),
         loaded_by=loaded_by,
     )
 
 
-def _loaded_by(host: HostLoading | None, out: Path, *, folder: bool) -> str:
-    if folder and host is not None:
-        return host.call.replace("FOLDER", str(out))
+def _fill(
+    folder: Path,
+    out: Path,
+    model: FinishedModel,
+    metadata: Mapping[str, str],
+    shrunk: ShrinkReport | None,
+    host: HostLoading | None,
+) -> tuple[str | None, list[str]]:
+    """Write what the folder `out` is to hold, and return how it is loaded and what a reader must know."""
+    inner = model.inner
+    # Without a configuration, `from_pretrained` would build a model of the default sizes, which may be 7 billion.
+    notes = copy_companions(model.folder, folder) if model.folder else []
+    config = (host.config if host else None) if shrunk else getattr(inner, "config", None)
+    how: str | None
+    if config is not None and of_transformers(inner):
+        how = f"transformers.{type(inner).__name__}.from_pretrained({str(out)!r})"
+        save_by_transformers(inner, config, folder, {**metadata, **_told(how)})
+        if model.folder and not shrunk:
+            copy_companions(model.folder, folder)  # as they were, in place of what transformers made of them
+        return how, notes
+    call = None
+    if getattr(inner, "pretrained_cfg", None) and (host or not shrunk):
+        call = save_timm_configuration(inner, folder, host.arguments if host else {})
+    plainly = _loaded_by(host, out / WEIGHTS) if shrunk else None
+    how = call.replace("FOLDER", str(out)) if call else plainly
+    write_tensors(_apart(model.tensors()), folder / WEIGHTS, {**metadata, **_told(how)})
+    return how, notes
+
+
+def _told(loaded_by: str | None) -> dict[str, str]:
+    return {"loaded_by": loaded_by} if loaded_by else {}
+
+
+def _loaded_by(host: HostLoading | None, file: Path) -> str:
     if host is not None and host.config is None:
-        return f"{host.call}; model.load_state_dict(safetensors.torch.load_file({str(out)!r}))"
-    return f"emp_callbacks.load_shrunk(model, {str(out)!r}), into the dense architecture"
+        return f"{host.call}; model.load_state_dict(safetensors.torch.load_file({str(file)!r}))"
+    return f"emp_callbacks.load_shrunk(model, {str(file)!r}), into the dense architecture"
 
 
-def _write_configuration(model: Any, config: Any, folder: Path) -> None:
-    """Write what `from_pretrained` reads beside the weights."""
-    config.architectures = [type(model).__name__]
-    config.save_pretrained(folder)
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config.save_pretrained(folder)
+def is_folder(out: str | os.PathLike[str]) -> bool:
+    """Return whether a folder is to be written: all but a name that ends in .safetensors; Llama-3.2 has no suffix."""
+    return Path(out).is_dir() or Path(out).suffix.lower() != ".safetensors" or os.fspath(out).endswith(os.sep)
 
 
 def check_free(out: str | os.PathLike[str], overwrite: bool) -> None:
-    """Raise before any work is done unless the file can be written."""
-    path = Path(out)
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists; choose another --out, or add --overwrite")
-    if path.is_dir():
-        raise FileExistsError(f"{path} is a folder; name a file, such as {path / 'model.safetensors'}")
-    if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"folder {path.absolute().parent} does not exist; make it first")
+    """Raise before any work is done unless the file or the folder can be written.
+
+    Raises:
+        OSError: It exists and may not be replaced, or it cannot be made there.
+        ValueError: The name is one of another format.
+    """
+    path, folder = Path(out), is_folder(out)
+    if folder and path.suffix.lower() in _FOREIGN:
+        raise ValueError(f"--out {path}: emp writes safetensors; name {path.with_suffix('.safetensors')}, or a folder")
+    if folder and path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path} is a file; name a folder, or a file that ends in .safetensors")
+    if (has_content(path) if folder else path.exists()) and not overwrite:
+        held = " and is not empty" if folder else ""
+        moves = f" to move it to {aside(path)}" if folder else ""
+        raise FileExistsError(f"{path} exists{held}; choose another --out, or add --overwrite{moves}")
+    if folder and path.exists():
+        _check_movable(path)
+    parent = path.absolute().parent
+    if not parent.is_dir():
+        raise FileNotFoundError(f"folder {parent} does not exist; make it first")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"nothing may be written in {parent}; choose another --out")
+
+
+def _check_movable(folder: Path) -> None:
+    """Raise where a folder cannot make way for another of its name."""
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise FileExistsError(f"{folder} is or holds the current folder; name a new folder, such as {folder / 'model'}")
+    if os.path.ismount(folder):
+        raise FileExistsError(f"{folder} is a mount point; name a new folder in it, such as {folder / 'model'}")
 
 
 def _left_out(model: FinishedModel, written: int) -> list[str]:
@@ -185,6 +248,7 @@ def report_lines(report: ExportReport) -> list[str]:
                 "tokens of removed experts go to others, which the masked model did not do: beside it the outputs "
                 f"differ by {report.shrunk.rerouted:.1%} of the largest output"
             )
+    if report.loaded_by and (report.shrunk is None or report.shrunk.layers):
         lines.append(f"load it with {report.loaded_by}")
     return lines + [f"note: {note}" for note in report.notes]
 

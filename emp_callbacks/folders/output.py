@@ -167,7 +167,10 @@ def copy_beside(source: Path, target: Path) -> None:
         if path.is_file():
             shutil.copyfile(path, target / path.name)
         elif not any(inner.name.endswith(_WEIGHTS) for inner in path.rglob("*")):
-            shutil.copytree(path, target / path.name, dirs_exist_ok=True, copy_function=shutil.copyfile)
+            for inner in (one for one in path.rglob("*") if one.is_file()):  # copytree would copy the folders' modes
+                place = target / inner.relative_to(source)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(inner, place)
 
 
 def copy_weights(files: FolderFiles, target: Path, on_copied: Callable[[int], None]) -> None:

@@ -69,7 +69,7 @@ def test_a_folder_of_weights_is_known(tmp_path):
     ("harm", "says"),
     [
         (lambda f: (f / "model-00002-of-00002.safetensors").unlink(), "model-00002-of-00002.safetensors is missing"),
-        (lambda f: (f / "model-00001-of-00002.safetensors").write_bytes(b"<html>not found"), "no safetensors file"),
+        (lambda f: (f / "model-00001-of-00002.safetensors").write_bytes(b"<html>not found"), "is a web page"),
         (
             lambda f: (f / "model-00001-of-00002.safetensors").write_bytes(
                 (f / "model-00001-of-00002.safetensors").read_bytes()[:-9]

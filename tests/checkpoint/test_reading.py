@@ -67,6 +67,39 @@ def test_a_missing_shard_is_named(sharded):
     refused(match, read_checkpoint, sharded, kind=FileNotFoundError)
 
 
+def test_a_shard_that_may_not_be_read_is_named(sharded, monkeypatch):
+    opens = Path.open
+
+    def denied(self, *args, **settings):
+        if self.name == "model-2.safetensors":
+            raise PermissionError(13, "Permission denied", str(self))
+        return opens(self, *args, **settings)
+
+    monkeypatch.setattr(Path, "open", denied)
+    error = refused("Permission denied", read_checkpoint, sharded, kind=PermissionError)
+    assert error.filename == str(sharded / "model-2.safetensors")
+
+
+def test_a_tensor_that_no_shard_holds_is_named(sharded):
+    save_file({"d.weight": torch.ones(2)}, sharded / "model-2.safetensors")
+    refused(r"the index of .* says that c.weight is in model-2.safetensors, and it is not", read_checkpoint, sharded)
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_pytorchs_own_files_are_read_and_what_is_one_stays_one(shards, tmp_path):
+    state = {**STATE, "tied.weight": STATE["a.weight"]}
+    if shards:
+        torch.save(state, tmp_path / "pytorch_model-1.bin")
+        torch.save({"c.weight": torch.ones(2)}, tmp_path / "pytorch_model-2.bin")
+        files = {**dict.fromkeys(state, "pytorch_model-1.bin"), "c.weight": "pytorch_model-2.bin"}
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
+    else:
+        torch.save(state, tmp_path / "pytorch_model.bin")
+    held = read_checkpoint(tmp_path)
+    assert {*held} == {*state, *(["c.weight"] if shards else [])}
+    assert held["tied.weight"].data_ptr() == held["a.weight"].data_ptr() != held["b.weight"].data_ptr()
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -77,7 +110,7 @@ def test_a_missing_shard_is_named(sharded):
 def test_an_index_that_is_none_is_refused(text, sharded):
     index = sharded / "model.safetensors.index.json"
     index.write_bytes(text.encode(errors="surrogateescape"))
-    refused(r"index.json is no index of safetensors files \(.+\); copy the folder again", read_checkpoint, sharded)
+    refused(r"index.json is no index of files with weights \(.+\); copy the folder again", read_checkpoint, sharded)
 
 
 @pytest.mark.parametrize("tied", ["no json", "[1]", '"a"', '{"a.weight": 3}', '{"a.weight": ["b.weight"]}'])

@@ -2,6 +2,8 @@ import copy
 import json
 import subprocess
 import sys
+import unicodedata
+import warnings
 from itertools import pairwise
 
 import pytest
@@ -10,7 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 from emp_callbacks import __version__
-from emp_callbacks.cli.main import main
+from emp_callbacks.cli.main import COMMANDS, main
 
 TASK = "emp_callbacks.study.recipe.tasks.ImageClassification"
 RECIPE = {
@@ -286,6 +288,55 @@ def test_names_in_a_file_are_shown_as_they_are(tmp_path, capsys):
     )
 
 
+ODD = "a\x1b[31m[x][red]\x9b\u202e"
+"""A name with markup, with what steers a terminal in one byte and in two, and with what turns the line around."""
+
+
+def shows_plainly(capsys):
+    """Return what was printed, without a character that steers."""
+    shown = "".join(capsys.readouterr())
+    assert not [c for c in shown if unicodedata.category(c)[0] == "C" and c != "\n"]
+    return shown
+
+
+def test_no_name_steers_the_terminal(tmp_path, capsys):
+    folder = tmp_path / ODD
+    folder.mkdir()
+    file, name = folder / f"{ODD}.pt", f"{ODD}.weight"
+    torch.save({name: torch.randn(3, 3)}, file)
+    assert main(["inspect", str(file), "--json", str(folder / "rows.json")]) == 0
+    assert json.loads((folder / "rows.json").read_text())["tensors"][0]["name"] == name
+    for words in (["prune", str(file)], ["export", str(file)]):
+        assert main([*words, "--out", str(folder / words[0])]) == 0
+        assert [*load_file(folder / words[0] / "model.safetensors")] == [name]
+        assert main(["inspect", str(folder / words[0])]) == 0
+        assert main([*words, "--out", str(folder / words[0])]) == 2
+        assert main([*words, "--out", str(folder / words[0]), "--overwrite"]) == 0
+    assert main(["inspect", str(folder / "rows.json")]) == 2
+    assert main(["inspect", str(file), "--include", f"{ODD}*"]) == 2
+    (folder / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": ODD}}))
+    assert main(["inspect", str(folder)]) == 2
+    torch.save({ODD: {name: torch.ones(2, 2)}, "other": {name: torch.ones(2, 2)}}, file)
+    assert main(["inspect", str(file)]) == 2
+    for words in (["--beta", ODD], ["--scope", ODD], [f"--{ODD}"]):
+        with pytest.raises(SystemExit):
+            main(["inspect", str(file), *words])
+    shown = shows_plainly(capsys)
+    assert r"a\x1b[31m[x][red]\x9b\u202e.weight" in shown
+    assert "emp: warning" not in shown
+
+
+def test_a_warning_is_one_line_without_code(tmp_path, capsys, monkeypatch):
+    def warn(words):  # as the interpreter shows a warning: pytest has its own way
+        sys.stderr.write(warnings.formatwarning(UserWarning(f"beware\nof {words[0]}"), UserWarning, "a.py", 1, "code"))
+
+    monkeypatch.setitem(COMMANDS, "inspect", warn)
+    before = warnings.formatwarning
+    assert main(["inspect", ODD]) == 0
+    assert capsys.readouterr().err == "emp: warning: beware of a\\x1b[31m[x][red]\\x9b\\u202e\n"
+    assert warnings.formatwarning is before
+
+
 def test_a_missing_package_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     assert main(["prune", "timm:resnet10t", "--out", str(tmp_path / "out.safetensors")]) == 2
@@ -333,7 +384,7 @@ def test_an_unknown_command_names_the_nearest(capsys):
 @pytest.mark.processes
 def test_help_does_not_import_lightning():
     code = (
-        "import sys; from emp_callbacks.cli.main import main; main(['--help']);"
+        "import sys; from emp_callbacks.cli.main import COMMANDS, main; main(['--help']);"
         " sys.exit('pytorch_lightning' in sys.modules or 'timm' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0

@@ -140,8 +140,8 @@ def test_masks_are_those_of_a_plain_computation(kind, criterion, order, tmp_path
 def test_the_order_of_calibration_matters(tmp_path):
     made("llama", tmp_path / "dense")
     for order in ("sequential", "dense"):
-        pruned(tmp_path / "dense", tmp_path / order, inputs=samples("llama"), order=order, criterion="wanda")
-    first, second = (FolderFiles(tmp_path / order) for order in ("sequential", "dense"))
+        pruned(tmp_path / "dense", tmp_path / f"out-{order}", inputs=samples("llama"), order=order, criterion="wanda")
+    first, second = (FolderFiles(tmp_path / f"out-{order}") for order in ("sequential", "dense"))
     name = "model.layers.{}.mlp.down_proj.weight"
     assert torch.equal(first.read(name.format(0)), second.read(name.format(0)))
     assert not torch.equal(first.read(name.format(2)), second.read(name.format(2)))
