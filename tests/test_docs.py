@@ -39,7 +39,7 @@ def name_of(page):
     return str(page.relative_to(ROOT))
 
 
-every_page = pytest.mark.parametrize("page", PAGES, ids=name_of)
+every_page = pytest.mark.parametrize("page", [*PAGES, *sorted(ROOT.glob("recipes/**/*.md"))], ids=name_of)
 
 
 # ---- a page and its parts -----------------------------------------------------------------------------------------
