@@ -10,17 +10,18 @@ from zipfile import is_zipfile
 import torch
 from torch import Tensor, nn
 
+from emp_callbacks.checkpoint.file_formats import SAFETENSORS, file_format, refuse_quantized
 from emp_callbacks.checkpoint.folder_files import FolderFiles
 from emp_callbacks.checkpoint.reading import (
     TIED_KEY,
     as_module,
     callback_states,
     read_checkpoint,
-    state_dict_in,
     tied_names,
 )
+from emp_callbacks.checkpoint.state_dicts import find_weights
 from emp_callbacks.finished.inspection import Read, chosen_by_name, load_model
-from emp_callbacks.finished.transformers_folder import can_be_built
+from emp_callbacks.finished.transformers_folder import can_be_built, is_of_timm
 from emp_callbacks.folders.skeleton import Skeleton
 from emp_callbacks.targets.names import few
 
@@ -46,8 +47,8 @@ class StreamedModel(NamedTuple):
 def stream_model(source: str, *, pretrained: bool = False) -> StreamedModel:
     """Return the weights behind `source`: a checkpoint file, a Hugging Face folder, or timm:NAME.
 
-    Of files in the safetensors format, and in PyTorch's since 1.6, one tensor is in memory at a time. Files are read as
-    tensors only; code in them never runs.
+    Of files in the safetensors format, and in PyTorch's since 1.6, one tensor is in memory at a time; a folder of
+    timm's is loaded. Files are read as tensors only; code in them never runs.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -57,14 +58,17 @@ def stream_model(source: str, *, pretrained: bool = False) -> StreamedModel:
         loaded = load_model(source, pretrained=pretrained)
         return StreamedModel(*loaded, read=nn.Parameter.detach)
     path, why = Path(source), list[str]()
+    refuse_quantized(path)
     if can_be_built(source):
         try:
+            if is_of_timm(path):
+                return StreamedModel(*load_model(source), read=nn.Parameter.detach)
             skeleton = Skeleton(path)
         except ValueError as error:
             why = [str(error)]
         else:
             return StreamedModel(skeleton.model, None, _left_over(skeleton), skeleton.read)
-    if path.is_dir() or (path.is_file() and path.suffix == ".safetensors"):
+    if path.is_dir() or (path.is_file() and file_format(path) == SAFETENSORS):
         return _of_files(path, why)
     return _of_checkpoint(path)
 
@@ -86,24 +90,24 @@ def _of_files(path: Path, why: list[str]) -> StreamedModel:
     )
     own = {name: other if (other := tied.get(name, name)) in files.infos else name for name in names}
     blank = {name: torch.tensor(math.nan).to(info.dtype).expand(info.shape) for name, info in files.infos.items()}
-    state = state_dict_in({name: blank[other] for name, other in own.items()}, str(path))
+    state, found = find_weights({name: blank[other] for name, other in own.items()}, str(path))
     module = as_module(state)
+    include, told = chosen_by_name(state, str(path), notes=why)
     name_of = {id(parameter): own[name] for name, parameter in module.named_parameters()}
-    return StreamedModel(
-        module, *chosen_by_name(state, str(path), notes=why), lambda parameter: files.read(name_of[id(parameter)])
-    )
+    return StreamedModel(module, include, [*found, *told], lambda parameter: files.read(name_of[id(parameter)]))
 
 
 def _of_checkpoint(path: Path) -> StreamedModel:
     """Return what a file of PyTorch's holds, which is mapped anew at each read: what was read of it is let go of."""
     checkpoint = read_checkpoint(path, mapped=True)
-    state = state_dict_in(checkpoint, str(path))
+    state, found = find_weights(checkpoint, str(path))
     module = as_module(state)
+    include, told = chosen_by_name(state, str(path), callback_states(checkpoint))
     name_of = {id(parameter): name for name, parameter in module.named_parameters()}
 
     def read(parameter: nn.Parameter) -> Tensor:
         if not is_zipfile(path):  # of before PyTorch 1.6: all of it is in memory
             return parameter.detach()
-        return state_dict_in(read_checkpoint(path, mapped=True), str(path))[name_of[id(parameter)]]
+        return find_weights(read_checkpoint(path, mapped=True), str(path)).tensors[name_of[id(parameter)]]
 
-    return StreamedModel(module, *chosen_by_name(state, str(path), callback_states(checkpoint)), read)
+    return StreamedModel(module, include, [*found, *told], read)

@@ -19,12 +19,23 @@ from emp_callbacks.checkpoint.reading import read_checkpoint, state_dict_in
 from emp_callbacks.extras import needs
 from emp_callbacks.targets.names import few
 
-__all__ = ["built_from", "can_be_built"]
+__all__ = ["built_from", "can_be_built", "is_of_timm"]
 
 
 def can_be_built(source: str) -> bool:
     """Return whether a source is a folder that says which model it is of, and transformers is there to build it."""
     return (Path(source) / "config.json").is_file() and find_spec("transformers") is not None
+
+
+def is_of_timm(folder: Path) -> bool:
+    """Return whether a folder says that its model is one of timm's.
+
+    Raises:
+        ValueError: Its config.json is damaged.
+    """
+    config = folder / "config.json"
+    told = _configuration(config) if config.is_file() else {}
+    return isinstance(told.get("architecture"), str) and "model_type" not in told
 
 
 def built_from(folder: str) -> nn.Module:
@@ -40,9 +51,9 @@ def built_from(folder: str) -> nn.Module:
     """
     refuse_quantized(Path(folder))
     files = FolderFiles(Path(folder))
-    told = _configuration(Path(folder) / "config.json")
-    if isinstance(told.get("architecture"), str) and "model_type" not in told:
+    if is_of_timm(Path(folder)):
         return _built_by_timm(folder)
+    told = _configuration(Path(folder) / "config.json")
     needs(f"building the model of {folder}", "hf", "transformers")
     import transformers
 
