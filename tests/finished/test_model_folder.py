@@ -149,7 +149,7 @@ def test_what_is_no_weights_comes_along_as_it_was(tmp_path):
 
 def test_a_generation_config_that_transformers_refuses_to_save_comes_along(tmp_path):
     source = saved(dense("llama"), tmp_path / "dense")
-    odd = json.dumps({"do_sample": False, "temperature": 0.6, "eos_token_id": 2})  # as Llama 2 was published
+    odd = json.dumps({"num_beams": 1, "early_stopping": True, "eos_token_id": 2})
     (source / "generation_config.json").write_text(odd)
     export(Source(str(source)), tmp_path / "out")
     assert (tmp_path / "out" / "generation_config.json").read_text() == odd
