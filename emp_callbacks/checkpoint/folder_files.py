@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from emp_callbacks.checkpoint.file_formats import file_format, no_weights
+from emp_callbacks.checkpoint.file_formats import SAFETENSORS, file_format, no_weights
 from emp_callbacks.checkpoint.safe_unpickling import load_inert
 
 __all__ = ["DTYPE_NAMES", "FolderFiles", "TensorInfo", "is_weights_folder"]
@@ -80,6 +80,7 @@ class FolderFiles:
         folder: As given.
         files: The names of the files with weights.
         indexed: Whether an index names them.
+        is_safetensors: Whether they are in that format.
         infos: Name -> where the tensor is.
 
     Raises:
@@ -94,17 +95,13 @@ class FolderFiles:
         self._loaded: tuple[str, Mapping[str, Tensor]] | None = None
         self.infos: dict[str, TensorInfo] = {}
         self.metadata: dict[str, str] = {}
+        # Says what a file is that is none; what it is called says nothing.
+        self.is_safetensors = {file_format(self.folder / file) for file in self.files} == {SAFETENSORS}
         for file in self.files:
-            file_format(folder / file)  # says what a file is that is none
             self.infos |= self._safetensors(file) if self.is_safetensors else self._pickled(file)
         for name, file in told.items():
             if name not in self.infos or self.infos[name].file != file:
                 raise ValueError(f"the index of {folder} says that {name} is in {file}, and it is not; copy it again")
-
-    @property
-    def is_safetensors(self) -> bool:
-        """Whether the files are safetensors."""
-        return self.files[0].endswith(".safetensors")
 
     @property
     def names(self) -> tuple[str, ...]:

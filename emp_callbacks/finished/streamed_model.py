@@ -10,6 +10,7 @@ from zipfile import is_zipfile
 import torch
 from torch import Tensor, nn
 
+from emp_callbacks.checkpoint.file_formats import SAFETENSORS, file_format
 from emp_callbacks.checkpoint.folder_files import FolderFiles
 from emp_callbacks.checkpoint.reading import (
     TIED_KEY,
@@ -19,6 +20,7 @@ from emp_callbacks.checkpoint.reading import (
     state_dict_in,
     tied_names,
 )
+from emp_callbacks.checkpoint.state_dicts import find_weights
 from emp_callbacks.finished.inspection import Read, chosen_by_name, load_model
 from emp_callbacks.finished.transformers_folder import can_be_built
 from emp_callbacks.folders.skeleton import Skeleton
@@ -64,7 +66,7 @@ def stream_model(source: str, *, pretrained: bool = False) -> StreamedModel:
             why = [str(error)]
         else:
             return StreamedModel(skeleton.model, None, _left_over(skeleton), skeleton.read)
-    if path.is_dir() or (path.is_file() and path.suffix == ".safetensors"):
+    if path.is_dir() or (path.is_file() and file_format(path) == SAFETENSORS):
         return _of_files(path, why)
     return _of_checkpoint(path)
 
@@ -97,7 +99,7 @@ def _of_files(path: Path, why: list[str]) -> StreamedModel:
 def _of_checkpoint(path: Path) -> StreamedModel:
     """Return what a file of PyTorch's holds, which is mapped anew at each read: what was read of it is let go of."""
     checkpoint = read_checkpoint(path, mapped=True)
-    state = state_dict_in(checkpoint, str(path))
+    state, found = find_weights(checkpoint, str(path))
     module = as_module(state)
     name_of = {id(parameter): name for name, parameter in module.named_parameters()}
 
@@ -106,4 +108,5 @@ def _of_checkpoint(path: Path) -> StreamedModel:
             return parameter.detach()
         return state_dict_in(read_checkpoint(path, mapped=True), str(path))[name_of[id(parameter)]]
 
-    return StreamedModel(module, *chosen_by_name(state, str(path), callback_states(checkpoint)), read)
+    include, notes = chosen_by_name(state, str(path), callback_states(checkpoint))
+    return StreamedModel(module, include, [*found, *notes], read)

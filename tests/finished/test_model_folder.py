@@ -26,9 +26,10 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
+from emp_callbacks.checkpoint.whole_output import is_folder
 from emp_callbacks.finished.export import Source, export, prune
 from emp_callbacks.finished.finished_model import open_model
-from emp_callbacks.finished.weights_file import is_folder, report_lines
+from emp_callbacks.finished.weights_file import report_lines
 from emp_callbacks.shrinking import load_shrunk
 from emp_callbacks.study.recipe.parts import RecipeParts
 
