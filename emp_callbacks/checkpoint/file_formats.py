@@ -112,8 +112,9 @@ _FOLDERS = (
         "is a distributed checkpoint of PyTorch",
         "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER weights.pt makes one file of it",
     ),
+    _Format(rb"(?m)^snapshots$", "is a folder of the hub's cache", "name the one below its snapshots"),
     _Format(rb"(?m)\.(safetensors|bin|pt|pth|ckpt)$", "holds weights by other names", "name one of its files"),
-    _Format(rb"", "holds neither model.safetensors nor pytorch_model.bin, nor an index of such files", "name weights"),
+    _Format(rb"", "holds neither model.safetensors nor pytorch_model.bin, nor an index of such files", "name another"),
 )
 
 

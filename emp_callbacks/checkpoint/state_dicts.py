@@ -13,7 +13,7 @@ from emp_callbacks.checkpoint.safe_unpickling import Placeholder
 
 __all__ = ["FoundWeights", "find_weights"]
 
-_PLAIN = ("state_dict", "model", "model_state_dict", "module", "net", "network", "weights", "params")
+_PLAIN = ("state_dict", "model", "model_state_dict", "module", "net", "network", "weights", "params", "state")
 _AVERAGES = ("state_dict_ema", "model_ema", "ema", "ema_state_dict", "model_ema_state_dict", "params_ema")
 _NO_WEIGHTS = re.compile(r"optim|sched|scaler|rng|grad|callbacks|loops", re.IGNORECASE)
 _PACKED = re.compile(r"\.(qweight|qzeros|weight_packed|SCB|absmax|quant_state\..*)$|_packed_params\b")

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["appearing", "aside", "has_content", "move_aside"]
+__all__ = ["appearing", "aside", "has_content", "is_folder"]
+
+_FOREIGN = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".h5", ".npz", ".onnx", ".msgpack", ".gguf"}
 
 
 @contextmanager
@@ -29,7 +31,7 @@ def appearing(out: Path, *, folder: bool) -> Iterator[Path]:
             partial.mkdir()
         yield partial
         if folder and has_content(out):
-            moved = move_aside(out)
+            moved = out.rename(aside(out))
         os.replace(partial, out)
         moved = None
     finally:
@@ -39,11 +41,6 @@ def appearing(out: Path, *, folder: bool) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
         else:
             partial.unlink(missing_ok=True)
-
-
-def move_aside(folder: Path) -> Path:
-    """Rename a folder, see `aside`, and return where it is."""
-    return folder.rename(aside(folder))
 
 
 def aside(folder: Path) -> Path:
@@ -57,3 +54,17 @@ def aside(folder: Path) -> Path:
 def has_content(folder: Path) -> bool:
     """Return whether a path is a folder with something in it."""
     return folder.is_dir() and any(folder.iterdir())
+
+
+def is_folder(out: str | os.PathLike[str]) -> bool:
+    """Return whether a folder is to be written: all but a name that ends in .safetensors; Llama-3.2 has no suffix.
+
+    Raises:
+        ValueError: The name is that of a file of another format.
+    """
+    path = Path(out)
+    if path.is_dir() or os.fspath(out).endswith(os.sep):
+        return True
+    if path.suffix.lower() in _FOREIGN:
+        raise ValueError(f"--out {path}: emp writes safetensors; name {path.with_suffix('.safetensors')}, or a folder")
+    return path.suffix.lower() != ".safetensors"

@@ -43,11 +43,13 @@ def is_for_folders(options: argparse.Namespace) -> bool:
     Raises:
         ValueError: Texts, images or sounds are given for what is not.
     """
-    source, out = Path(options.source), Path(options.out)
+    from emp_callbacks.checkpoint.whole_output import is_folder
+
+    source, out = Path(options.source), options.out
     folder = (source / "config.json").is_file() and find_spec("transformers") is not None
     given = [name for name in _IN_MEMORY if getattr(options, name) not in (None, False)]
     given += [name for name in ("target", "beta") if getattr(options, name) in ("auto", *_OTHER_TARGETS)]
-    fits = folder and not given and (not out.suffix or out.is_dir())
+    fits = folder and not given and is_folder(options.out)
     shown = [name for name in _SHOWN if getattr(options, name) is not None]
     if shown and not fits:
         option = f"--{shown[0].replace('_', '-')}"

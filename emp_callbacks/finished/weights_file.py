@@ -16,7 +16,7 @@ from torch import Tensor
 
 from emp_callbacks.checkpoint.reading import TIED_KEY
 from emp_callbacks.checkpoint.tensor_file import write_tensors
-from emp_callbacks.checkpoint.whole_output import appearing, aside, has_content
+from emp_callbacks.checkpoint.whole_output import appearing, aside, has_content, is_folder
 from emp_callbacks.cost.budget_search import BudgetSearch
 from emp_callbacks.finished.finished_model import FinishedModel
 from emp_callbacks.finished.host_loading import HostLoading, host_loading
@@ -28,10 +28,9 @@ from emp_callbacks.finished.model_folder import (
 )
 from emp_callbacks.shrinking import ShrinkReport
 
-__all__ = ["ExportReport", "check_free", "is_folder", "report_lines", "shrink_table", "write_weights"]
+__all__ = ["ExportReport", "check_free", "report_lines", "shrink_table", "write_weights"]
 
 WEIGHTS = "model.safetensors"
-_FOREIGN = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".h5", ".npz", ".onnx", ".msgpack", ".gguf"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,11 +155,6 @@ def _loaded_by(host: HostLoading | None, file: Path) -> str:
     return f"emp_callbacks.load_shrunk(model, {str(file)!r}), into the dense architecture"
 
 
-def is_folder(out: str | os.PathLike[str]) -> bool:
-    """Return whether a folder is to be written: all but a name that ends in .safetensors; Llama-3.2 has no suffix."""
-    return Path(out).is_dir() or Path(out).suffix.lower() != ".safetensors" or os.fspath(out).endswith(os.sep)
-
-
 def check_free(out: str | os.PathLike[str], overwrite: bool) -> None:
     """Raise before any work is done unless the file or the folder can be written.
 
@@ -169,8 +163,6 @@ def check_free(out: str | os.PathLike[str], overwrite: bool) -> None:
         ValueError: The name is one of another format.
     """
     path, folder = Path(out), is_folder(out)
-    if folder and path.suffix.lower() in _FOREIGN:
-        raise ValueError(f"--out {path}: emp writes safetensors; name {path.with_suffix('.safetensors')}, or a folder")
     if folder and path.exists() and not path.is_dir():
         raise FileExistsError(f"{path} is a file; name a folder, or a file that ends in .safetensors")
     if (has_content(path) if folder else path.exists()) and not overwrite:

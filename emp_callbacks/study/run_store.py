@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from emp_callbacks.checkpoint.whole_output import aside
 from emp_callbacks.study.arms import Cell
 from emp_callbacks.study.folder_lock import FileLock
 
@@ -166,10 +167,7 @@ class RunStore:
     def _move_aside(self) -> Path:
         if Path.cwd().resolve().is_relative_to(self.out.resolve()):
             raise FileExistsError(f"{self.out} is the current folder and cannot be moved; choose --out DIR")
-        number = 1
-        while (target := self.out.with_name(f"{self.out.name}.old-{number}")).exists():
-            number += 1
-        return self.out.rename(target)
+        return self.out.rename(aside(self.out))
 
 
 def _has_content(folder: Path) -> bool:

@@ -159,6 +159,7 @@ FOLDERS = {
     "gguf": (["model-q4.gguf"], "holds a GGUF file"),
     "deepspeed": (["global_step7", "latest", "zero_to_fp32.py"], "a checkpoint of DeepSpeed; python zero_to_fp32.py"),
     "distributed": ([".metadata", "__0_0.distcp"], "a distributed checkpoint of PyTorch; .*dcp_to_torch"),
+    "cache": (["blobs", "refs", "snapshots"], "is a folder of the hub's cache; name the one below its snapshots"),
     "other names": (["config.json", "consolidated.00.pth"], "weights by other names; name one of its files"),
     "nothing": (["config.json"], "neither model.safetensors nor pytorch_model.bin"),
 }

@@ -36,6 +36,7 @@ def test_keys_may_lie_over_each_other():
     assert found({"model": {"state_dict": STATE, "epoch": 3}}).tensors == STATE
     assert found({"state_dict": {"model": STATE}}).tensors == STATE
     assert found({"model": {"module": STATE}, "optimizer": adam()}).tensors == STATE
+    assert found({"state": {"model": STATE, "optimizers": adam()}, "rng": [{"cpu": torch.ones(9)}]}) == (STATE, ())
     assert found(STATE) == (STATE, ())
 
 
@@ -71,10 +72,16 @@ def test_several_models_are_named_and_none_is_chosen(held):
 
 @pytest.mark.parametrize("key", ["optimizer", "optimizer_state_dict", "optim", "opt"])
 def test_an_optimizers_state_is_never_taken_for_weights(key):
-    momenta = {"state": {0: {"momentum": torch.ones(2)}}, "param_groups": [], "flat": torch.ones(3, 3)}
+    momenta = {"a.weight": torch.ones(3, 3)} if key != "opt" else {"param_groups": [], "flat": torch.ones(3, 3)}
     for state in (adam(), momenta):
         with pytest.raises(ValueError, match=rf"x.pt holds no state dict \(name -> tensor\), but a dict of '{key}'"):
             found({key: state})
+
+
+def test_an_optimizers_state_beside_weights_is_no_choice():
+    for other in ("optimizer", "lr_scheduler", "scaler", "rng_state", "callbacks"):
+        assert found({"generator": STATE, other: OTHER}).tensors == STATE
+    assert found(adam() | {"model": STATE}).tensors == STATE
 
 
 def test_a_mapping_that_holds_itself_comes_to_an_end():

@@ -252,7 +252,7 @@ def test_a_checkpoint_to_go_on_from_is_looked_at_first(tmp_path, capsys):
     assert "none.ckpt does not exist" in capsys.readouterr().err
     (tmp_path / "text.ckpt").write_text("hello")
     assert main([*words, "--ckpt_path", str(tmp_path / "text.ckpt")]) == 2
-    assert "text.ckpt is damaged or not a PyTorch checkpoint" in capsys.readouterr().err
+    assert "text.ckpt is text, which holds no weights" in capsys.readouterr().err
     torch.save({"weight": torch.ones(2)}, tmp_path / "weights.pt")
     assert main([*words, "--ckpt_path", str(tmp_path / "weights.pt")]) == 2
     message = capsys.readouterr().err
@@ -396,7 +396,10 @@ def test_a_layer_that_keeps_next_to_nothing_is_one_note_of_inspect_and_of_prune(
     state["b.weight"][0, :5] = 1.0
     torch.save(state, tmp_path / "state.pt")
     told = {}
-    for words in (["inspect", "--json", str(tmp_path / "rows.json")], ["prune", "--out", str(tmp_path / "out.st")]):
+    for words in (
+        ["inspect", "--json", str(tmp_path / "rows.json")],
+        ["prune", "--out", str(tmp_path / "out.safetensors")],
+    ):
         assert main([words[0], str(tmp_path / "state.pt"), *words[1:]]) == 0
         told[words[0]] = [line for line in capsys.readouterr().out.splitlines() if "next to nothing is kept" in line]
     (note,) = told["inspect"]
@@ -405,6 +408,6 @@ def test_a_layer_that_keeps_next_to_nothing_is_one_note_of_inspect_and_of_prune(
     assert note.removeprefix("note: ") in json.loads((tmp_path / "rows.json").read_text())["notes"]
     assert not recwarn.list  # said once
     words = ["prune", str(tmp_path / "state.pt"), "--scope", "tensor", "--min-density", "0.3"]
-    assert main([*words, "--out", str(tmp_path / "wide.st")]) == 0
+    assert main([*words, "--out", str(tmp_path / "wide.safetensors")]) == 0
     assert "next to nothing" not in capsys.readouterr().out
-    assert int((load_file(tmp_path / "wide.st")["b.weight"] != 0).sum()) == 120
+    assert int((load_file(tmp_path / "wide.safetensors")["b.weight"] != 0).sum()) == 120

@@ -26,9 +26,10 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
+from emp_callbacks.checkpoint.whole_output import is_folder
 from emp_callbacks.finished.export import Source, export, prune
 from emp_callbacks.finished.finished_model import open_model
-from emp_callbacks.finished.weights_file import is_folder, report_lines
+from emp_callbacks.finished.weights_file import report_lines
 from emp_callbacks.shrinking import load_shrunk
 from emp_callbacks.study.recipe.parts import RecipeParts
 
@@ -149,7 +150,7 @@ def test_what_is_no_weights_comes_along_as_it_was(tmp_path):
 
 def test_a_generation_config_that_transformers_refuses_to_save_comes_along(tmp_path):
     source = saved(dense("llama"), tmp_path / "dense")
-    odd = json.dumps({"do_sample": False, "temperature": 0.6, "eos_token_id": 2})  # as Llama 2 was published
+    odd = json.dumps({"num_beams": 1, "early_stopping": True, "eos_token_id": 2})
     (source / "generation_config.json").write_text(odd)
     export(Source(str(source)), tmp_path / "out")
     assert (tmp_path / "out" / "generation_config.json").read_text() == odd
@@ -189,6 +190,33 @@ def test_the_metadata_say_what_was_done(tmp_path):
         told = opened.metadata()
     assert (told["format"], told["target"], told["density"]) == ("pt", "heads", "0.5")
     assert told["emp_version"]
+
+
+def test_a_large_model_is_written_in_shards(tmp_path, monkeypatch):
+    saves = transformers.PreTrainedModel.save_pretrained
+    small = lambda self, folder: saves(self, folder, max_shard_size="10KB")  # noqa: E731
+    source = saved(dense("llama"), tmp_path / "dense")
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", small)
+    report = export(Source(str(source)), tmp_path / "out")
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 1
+    assert (report.path, report.file_bytes) == (tmp_path / "out", sum(file.stat().st_size for file in files))
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            assert opened.metadata()["emp_version"]
+    assert torch.equal(logits(LlamaForCausalLM.from_pretrained(tmp_path / "out")), logits(dense("llama")))
+
+
+def test_without_transformers_a_folder_is_pruned_by_names_and_is_one_again(tmp_path, monkeypatch):
+    source = saved(dense("llama tied"), tmp_path / "dense")
+    monkeypatch.setattr("emp_callbacks.finished.transformers_folder.find_spec", lambda _: None)
+    _, report = prune(Source(str(source)), tmp_path / "out", {"density": 0.5})
+    monkeypatch.undo()
+    assert report.zeros > 0
+    model, found = LlamaForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(found.values())
+    assert int((model.model.layers[0].mlp.up_proj.weight == 0).sum()) > 0
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
 
 
 def test_a_shrunk_model_that_its_configuration_cannot_state_is_not_built_by_accident(tmp_path):
