@@ -119,7 +119,7 @@ def prune(words: list[str]) -> None:
     options = prune_parser().parse_args(words)
     if is_for_folders(options):
         with _said_in_notes():
-            prune_folder(options)
+            prune_folder(options, _loss_tolerance(options))
         return
     from emp_callbacks.finished.budget import budget_table
     from emp_callbacks.finished.export import prune

@@ -3,38 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import resource
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from emp_callbacks.cli.console import make_console
 from emp_callbacks.cli.folder_options import perplexity_parser
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
-    from emp_callbacks.config import EMPConfig
-    from emp_callbacks.folders.layer_row import LayerRow
-    from emp_callbacks.folders.measuring import Measured
-    from emp_callbacks.folders.progress import Progress
-    from emp_callbacks.folders.pruning import FolderReport
-    from emp_callbacks.folders.samples import Samples
-    from emp_callbacks.folders.skeleton import Skeleton
 
 __all__ = ["is_for_folders", "perplexity", "prune_folder"]
 
-_HELD_OUT = 0.1  # of the tokens of --text, on which perplexity is measured where no other text is given
-_SETTINGS = ("criterion", "scope", "beta", "density", "pattern", "min_density", "include", "exclude")
 # Options that say what the model reads, and those that need all of it in memory.
 _SHOWN = ("text", "images", "sounds", "eval_text")
-_IN_MEMORY = ("config", "shrink", "uniform", "pretrained", "prefix", "input_size", "tolerance")
+_IN_MEMORY = ("config", "shrink", "uniform", "pretrained", "prefix", "input_size")
+_OTHER_TARGETS = ("heads", "neurons", "experts", "kan_nodes", "features", "attention_edges")
 
 
 def is_for_folders(options: argparse.Namespace) -> bool:
@@ -48,8 +27,8 @@ def is_for_folders(options: argparse.Namespace) -> bool:
     source, out = Path(options.source), options.out
     folder = (source / "config.json").is_file() and find_spec("transformers") is not None
     given = [name for name in _IN_MEMORY if getattr(options, name) not in (None, False)]
-    given += [name for name in ("target", "beta") if getattr(options, name) in ("auto", *_OTHER_TARGETS)]
-    fits = folder and not given and is_folder(options.out)
+    given += ["target"] * (options.target in _OTHER_TARGETS)
+    fits = folder and not given and is_folder(out)
     shown = [name for name in _SHOWN if getattr(options, name) is not None]
     if shown and not fits:
         option = f"--{shown[0].replace('_', '-')}"
@@ -61,241 +40,16 @@ def is_for_folders(options: argparse.Namespace) -> bool:
     return fits
 
 
-_OTHER_TARGETS = ("heads", "neurons", "experts", "kan_nodes", "features", "attention_edges")
+def prune_folder(options: argparse.Namespace, loss_tolerance: float | None) -> None:
+    """Prune a folder into another one; `loss_tolerance` looks for the budget."""
+    from emp_callbacks.cli.folder_work import prune
 
-
-def prune_folder(options: argparse.Namespace) -> None:
-    """Prune a folder into another one."""
-    from emp_callbacks.folders.pruning import prune_folder
-
-    console = make_console()
-    folder, out = Path(options.source), Path(options.out)
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    config = _config(options)
-    with _bar(console, shown=not rank) as progress:
-        samples = _samples(options, progress)
-        before = None if rank else _perplexity_of(folder, options, progress)
-        report = prune_folder(
-            folder,
-            out,
-            config,
-            samples=samples,
-            order="sequential" if options.sequential else "dense",
-            dtype=_dtype(options.dtype),
-            device=_device(options.device),
-            rank=rank,
-            world_size=world_size,
-            overwrite=options.overwrite,
-            progress=progress,
-        )
-        after = None if report is None or before is None else _perplexity_of(out, options, progress)
-    if report is not None:
-        _print_report(console, report, config, before, after)
+    prune(options, loss_tolerance)
 
 
 def perplexity(words: list[str]) -> None:
     """Measure the perplexity of a language model in a folder."""
     options = perplexity_parser().parse_args(words)
-    from emp_callbacks.folders.measuring import measure_perplexity
-    from emp_callbacks.folders.perplexity import perplexity_windows
+    from emp_callbacks.cli.folder_work import measure
 
-    console, folder = make_console(), Path(options.source)
-    skeleton = _skeleton(folder, options)
-    scored = perplexity_windows(
-        folder,
-        skeleton.config,
-        options.text,
-        length=options.length,
-        stride=options.stride,
-        limit=options.limit,
-        tokenizer=options.tokenizer,
-    )
-    with _bar(console, shown=True) as progress:
-        found = measure_perplexity(skeleton, scored, progress)
-    _say(
-        console,
-        [
-            f"{found.kind} {found.value:.4f} on {found.tokens:,} tokens in {found.windows:,} windows",
-            *_cost(found.seconds),
-        ],
-    )
-    _notes(console, found.notes)
-    if options.json:
-        Path(options.json).write_text(json.dumps({"source": options.source, **vars(found)}, indent=1) + "\n")
-
-
-def _config(options: argparse.Namespace) -> EMPConfig:
-    from emp_callbacks.config import EMPConfig
-    from emp_callbacks.criteria import make_criterion
-
-    settings = {name: value for name in _SETTINGS if (value := getattr(options, name)) is not None}
-    if make_criterion(options.criterion, "weights").needs == "inputs" and options.pattern is None:
-        settings.setdefault("scope", "row")
-    return EMPConfig().once(**settings)
-
-
-def _samples(options: argparse.Namespace, progress: Progress) -> Samples | None:
-    """Return what the model is called with, if the criterion asks for it."""
-    from emp_callbacks.criteria import make_criterion
-
-    if make_criterion(options.criterion, "weights").needs != "inputs":
-        return None
-    from emp_callbacks.folders.samples import image_samples, text_samples
-    from emp_callbacks.folders.skeleton import configuration_of
-    from emp_callbacks.folders.sound_samples import sound_samples
-
-    folder = Path(options.source)
-    config = configuration_of(folder)
-    if options.images is not None:
-        return image_samples(folder, config, options.images, count=options.samples)
-    if options.sounds is not None:
-        text = options.text[0] if options.text else None
-        return sound_samples(folder, config, options.sounds, count=options.samples, text=text)
-    if options.text is None:
-        return None
-    progress.begin("reading the text", 1)
-    return text_samples(
-        folder,
-        config,
-        options.text,
-        count=options.samples,
-        length=options.length,
-        seed=options.seed,
-        first=options.first,
-        held_out_tail=0.0 if options.eval_text or not options.perplexity else _HELD_OUT,
-        tokenizer=options.tokenizer,
-    )
-
-
-def _perplexity_of(folder: Path, options: argparse.Namespace, progress: Progress) -> Measured | None:
-    """Return the perplexity of a folder on the text that is there for that; None where there is none."""
-    text = options.eval_text or (options.text if options.sounds is None else None)
-    if text is None or not options.perplexity:
-        return None
-    from emp_callbacks.folders.measuring import measure_perplexity
-    from emp_callbacks.folders.perplexity import perplexity_windows
-
-    skeleton = _skeleton(folder, options)
-    scored = perplexity_windows(
-        folder,
-        skeleton.config,
-        text,
-        limit=options.eval_windows,
-        held_out_tail=0.0 if options.eval_text else _HELD_OUT,
-        tokenizer=options.tokenizer,
-    )
-    return measure_perplexity(skeleton, scored, progress)
-
-
-def _skeleton(folder: Path, options: argparse.Namespace) -> Skeleton:
-    from emp_callbacks.folders.skeleton import Skeleton
-
-    return Skeleton(folder, _dtype(options.dtype), _device(options.device))
-
-
-def _dtype(name: str | None) -> Any:
-    import torch
-
-    return None if name is None else getattr(torch, name)
-
-
-def _device(name: str | None) -> Any:
-    import torch
-
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def _print_report(
-    console: Console, report: FolderReport, config: EMPConfig, before: Measured | None, after: Measured | None
-) -> None:
-    from emp_callbacks.pruning.signatures import emptied_layers, nearly_all, starved_layers
-
-    console.print(_kinds_table(report.rows, f"{config.criterion_name}, scope {config.scope}"))
-    lines = [f"{report.out}: density {report.density:.4f}"]
-    if before is not None and after is not None:
-        change = f"({after.value / before.value - 1:+.2%})"
-        lines.append(
-            f"{after.kind}: {before.value:.4f} dense, {after.value:.4f} pruned {change}, on {after.tokens:,} tokens"
-        )
-    lines += _cost(report.seconds + sum(one.seconds for one in (before, after) if one is not None))
-    lines.append(f"load it with transformers.{report.architecture}.from_pretrained({str(report.out)!r})")
-    _say(console, lines)
-    groups = [(row.name, row.n, row.n_eff / row.n) for row in report.rows]
-    few = [*emptied_layers(report.rows, config.criterion_name), *starved_layers(report.rows, str(config.scope))]
-    notes = [*report.notes, *(() if before is None else before.notes), *dict.fromkeys(row.note for row in report.rows)]
-    _notes(console, [note for note in [*notes, *nearly_all(groups, config.criterion_name), *few] if note])
-
-
-def _kinds_table(rows: Sequence[LayerRow], what: str) -> Table:
-    from rich.table import Table
-
-    from emp_callbacks.folders.layer_row import by_kind
-
-    table = Table(title=f"EMP once: {what}", title_justify="left", show_footer=True)
-    table.add_column("kind of layer", footer="all", overflow="fold")
-    for heading, total in zip(("layers", "N", "N_eff / N", "kept", "density", "mass kept"), _cells(rows), strict=True):
-        table.add_column(heading, footer=total, justify="right", no_wrap=True)
-    for kind, of_kind in by_kind(rows).items():
-        table.add_row(kind, *_cells(of_kind))
-    return table
-
-
-def _cells(rows: Sequence[LayerRow]) -> tuple[str, ...]:
-    n, keep = sum(row.n for row in rows), sum(row.keep for row in rows)
-    mass = sum(row.preserved_mass * row.n for row in rows) / n
-    n_eff = sum(row.n_eff for row in rows) / n
-    return f"{len(rows):,}", f"{n:,}", f"{n_eff:.3f}", f"{keep:,}", f"{keep / n:.4f}", f"{mass:.3f}"
-
-
-def _cost(seconds: float) -> list[str]:
-    """Return the line that says what it took: of this process, ru_maxrss is in KiB on Linux and in bytes on macOS."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return [f"{seconds:.1f} s, peak resident memory {peak / 1e9:.2f} GB"]
-
-
-def _say(console: Console, lines: Sequence[str]) -> None:
-    console.print("\n".join(lines), highlight=False, soft_wrap=True)
-
-
-def _notes(console: Console, notes: Sequence[str]) -> None:
-    for note in dict.fromkeys(notes):
-        console.print(f"note: {note}", highlight=False, soft_wrap=True)
-
-
-class _Bar:
-    """One bar on the terminal, for the work at hand."""
-
-    def __init__(self, bar: Any) -> None:
-        self._bar = bar
-        self._task: Any = None
-
-    def begin(self, what: str, total: int) -> None:
-        if self._task is not None:
-            self._bar.remove_task(self._task)
-        self._task = self._bar.add_task(what, total=total)
-
-    def advance(self, steps: int = 1) -> None:
-        self._bar.advance(self._task, steps)
-
-
-@contextmanager
-def _bar(console: Console, *, shown: bool) -> Iterator[_Bar]:
-    """Show how far the work is, on a terminal."""
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not (shown and console.is_terminal), transient=True) as bar:
-        yield _Bar(bar)
+    measure(options)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from emp_callbacks.checkpoint.folder_files import DTYPE_NAMES, FolderFiles, TensorInfo
+from emp_callbacks.checkpoint.whole_output import aside, has_content
 from emp_callbacks.file_lock import try_lock
 
 __all__ = ["RECORD", "FolderOutput"]
@@ -40,7 +41,7 @@ class FolderOutput:
         settings: What is done, as plain JSON types: only the same goes on where it was.
         rank: Number of this process.
         world_size: Number of processes, which write different tensors.
-        overwrite: Whether a folder that `emp` wrote may be replaced.
+        overwrite: Whether a folder that is there may make way, see `aside`.
         on_copied: Called with the number of bytes after each file that was copied.
 
     Attributes:
@@ -130,13 +131,11 @@ class FolderOutput:
     def finish(self, record: Mapping[str, Any]) -> None:
         """Put the folder in its place, in the first process."""
         _write(self._partial / RECORD, record)
-        replaced = self.out.with_name(f"{self.out.name}.{os.getpid()}.replaced")
-        if self.out.exists():
-            os.replace(self.out, replaced)
+        if has_content(self.out):
+            self.out.rename(aside(self.out))
         os.replace(self._partial, self.out)
         for left in self.out.glob(f"{_PROGRESS}*"):
             left.unlink()
-        shutil.rmtree(replaced, ignore_errors=True)
         self._lock.close()
 
     def _all_done(self) -> dict[str, Any]:
@@ -147,16 +146,13 @@ class FolderOutput:
 
 
 def check_out(out: Path, *, overwrite: bool) -> None:
-    """Raise unless a folder can be written, or replaced."""
+    """Raise unless a folder can be written there, or what is there can make way."""
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"folder {out.absolute().parent} does not exist; make it first")
-    if not out.exists():
-        return
-    empty = out.is_dir() and not any(out.iterdir())
-    if not empty and not overwrite:
-        raise FileExistsError(f"{out} exists; choose another --out, or add --overwrite")
-    if not empty and not (out / RECORD).is_file():
-        raise FileExistsError(f"{out} was not written by emp prune, so --overwrite does not replace it; move it away")
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file; name a folder, or a file that ends in .safetensors")
+    if has_content(out) and not overwrite:
+        raise FileExistsError(f"{out} exists; choose another --out, or add --overwrite to move it to {aside(out)}")
 
 
 def copy_beside(source: Path, target: Path) -> None:

@@ -93,7 +93,7 @@ def prune_folder(
         device: On which it computes.
         rank: Number of this process.
         world_size: Number of processes among which blocks are spread, for criteria that read nothing.
-        overwrite: Whether a folder that emp wrote may be replaced.
+        overwrite: Whether a folder that is there may make way: it is renamed to NAME.old-1, -2, ...
         progress: Is told how far it is.
 
     Returns:

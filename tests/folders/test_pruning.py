@@ -374,19 +374,19 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(settings, say
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
-def test_folders_of_others_are_not_replaced(tmp_path):
+def test_what_is_there_makes_way_only_where_that_is_asked_for(tmp_path):
     made("llama", tmp_path / "dense")
     out = tmp_path / "out"
     out.mkdir()
     pruned(tmp_path / "dense", out, criterion="magnitude")
-    with pytest.raises(FileExistsError, match="--overwrite"):
+    with pytest.raises(FileExistsError, match=r"--overwrite to move it to .*out\.old-1"):
         pruned(tmp_path / "dense", out, criterion="magnitude")
     config = EMPConfig().once(criterion="magnitude", scope="row", density=0.1)
     told = prune_folder(tmp_path / "dense", out, config, overwrite=True)
     assert told.density < 0.15
-    (out / RECORD).unlink()
-    with pytest.raises(FileExistsError, match="not written by emp prune"):
-        prune_folder(tmp_path / "dense", out, config, overwrite=True)
+    before, after = (json.loads((tmp_path / name / RECORD).read_text()) for name in ("out.old-1", "out"))
+    assert before["density"] > 0.5
+    assert after["density"] == told.density
 
 
 def test_weights_that_are_not_finite_stop_before_the_folder_is_there(tmp_path):
