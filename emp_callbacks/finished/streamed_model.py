@@ -82,6 +82,7 @@ def _left_over(skeleton: Skeleton) -> list[str]:
 
 def _of_files(path: Path, why: list[str]) -> StreamedModel:
     """Return what a folder or a safetensors file holds, with parameters of NaN that take no memory."""
+    refuse_quantized(path)
     files = FolderFiles(path)
     tied = tied_names(files.metadata.get(TIED_KEY, "{}"), path)
     # As the safetensors library has them, whatever their order in the file.

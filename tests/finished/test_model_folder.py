@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from emp_callbacks.checkpoint.whole_output import is_folder
+from emp_callbacks.cli.main import main
 from emp_callbacks.finished.export import Source, export, prune
 from emp_callbacks.finished.finished_model import open_model
 from emp_callbacks.finished.weights_file import report_lines
@@ -285,6 +286,20 @@ def test_a_configuration_that_does_not_fit_is_one_line(harm, tmp_path):
     with pytest.raises(ValueError, match=r"could not load|quantized by") as caught:
         prune(Source(str(source)), tmp_path / "out", {"target": "heads"})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("words", [["inspect"], ["export"], ["prune"], ["prune", "--target", "heads"]], ids=" ".join)
+def test_every_command_refuses_a_quantized_folder(words, tmp_path, capsys):
+    source = saved(dense("llama"), tmp_path / "dense")
+    told = json.loads((source / "config.json").read_text()) | {"quantization_config": {"quant_method": "fp8"}}
+    (source / "config.json").write_text(json.dumps(told))
+    capsys.readouterr()
+    out = [] if words == ["inspect"] else ["--out", str(tmp_path / "out")]
+    assert main([words[0], str(source), *words[1:], *out]) == 2
+    message = capsys.readouterr().err
+    assert "quantized" in message
+    assert message.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 # ---- timm ----------------------------------------------------------------------------------------------------------
