@@ -21,14 +21,13 @@ from rich.table import Table
 
 from emp_callbacks.cli.console import make_console
 from emp_callbacks.config import EMPConfig
-from emp_callbacks.cost.budget_search import BudgetSearch
 from emp_callbacks.criteria import make_criterion
 from emp_callbacks.finished.budget import budget_table
 from emp_callbacks.folders.budget import FolderTrials, smallest_folder_budget
 from emp_callbacks.folders.layer_row import LayerRow, by_kind
 from emp_callbacks.folders.measuring import Measured, measure_perplexity
 from emp_callbacks.folders.output import check_out
-from emp_callbacks.folders.perplexity import perplexity_windows
+from emp_callbacks.folders.perplexity import Scored, measure_of, perplexity_windows
 from emp_callbacks.folders.progress import Progress
 from emp_callbacks.folders.pruning import FolderReport
 from emp_callbacks.folders.pruning import prune_folder as prune_a_folder
@@ -74,44 +73,48 @@ def prune(options: argparse.Namespace, loss_tolerance: float | None) -> None:
                 progress=progress,
             )
 
-        before = None if rank else _perplexity_of(Path(options.source), options, progress)
-        found = None
+        scored, notes = _windows(options)
+
+        def perplexity_of(folder: Path) -> Measured | None:
+            return None if scored is None or rank else measure_perplexity(_skeleton(folder, options), scored, progress)
+
+        before, found = perplexity_of(Path(options.source)), None
         if loss_tolerance is not None:
-            found = _budget(pruned, config, before, options, progress, loss_tolerance)
+            if before is None:
+                raise ValueError(
+                    "--tolerance measures the loss on a text; name one with --eval-text FILE or --text FILE"
+                )
+            trials = _Trials(pruned, perplexity_of, Path(f"{options.out.rstrip('/')}.trial"))
+            found = smallest_folder_budget(trials, config, math.log(before.value), loss_tolerance=loss_tolerance)
             config = found.config
         report = pruned(config, out)
-        after = None if report is None or before is None else _perplexity_of(out, options, progress)
+        after = None if report is None else perplexity_of(out)
     if found is not None:
         console.print(budget_table(found))
         _say(console, [found.says])
     if report is not None:
-        _print_report(console, report, config, before, after)
+        _print_report(console, report, config, before, after, notes)
 
 
-def _budget(
-    pruned: Callable[[EMPConfig, Path], FolderReport | None],
-    config: EMPConfig,
-    before: Measured | None,
-    options: argparse.Namespace,
-    progress: Progress,
-    loss_tolerance: float,
-) -> BudgetSearch:
-    """Return the smallest budget within the tolerance, on the text of the perplexity."""
-    if before is None:
-        raise ValueError("--tolerance measures the loss on a text; name one with --eval-text FILE or --text FILE")
+class _Trials(FolderTrials):
+    """Budgets are tried as the command prunes, by the perplexity that it prints."""
 
-    def prune(config: EMPConfig, to: Path) -> FolderReport:
-        report = pruned(config, to)
+    def __init__(
+        self,
+        pruned: Callable[[EMPConfig, Path], FolderReport | None],
+        perplexity_of: Callable[[Path], Measured | None],
+        place: Path,
+    ) -> None:
+        self._pruned, self._perplexity_of, self.place = pruned, perplexity_of, place
+
+    def prune(self, config: EMPConfig) -> FolderReport:
+        report = self._pruned(config, self.place)
         assert report is not None  # of the only process
         return report
 
-    def loss(folder: Path) -> float:
-        measured = _perplexity_of(folder, options, progress)
+    def loss(self) -> float:
+        measured = self._perplexity_of(self.place)
         return math.inf if measured is None else math.log(measured.value)
-
-    place = Path(f"{options.out.rstrip('/')}.trial")
-    trials = FolderTrials(prune=prune, loss=loss, place=place)
-    return smallest_folder_budget(trials, config, math.log(before.value), loss_tolerance=loss_tolerance)
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -175,21 +178,22 @@ def _samples(options: argparse.Namespace, config: EMPConfig, progress: Progress)
     )
 
 
-def _perplexity_of(folder: Path, options: argparse.Namespace, progress: Progress) -> Measured | None:
-    """Return the perplexity of a folder on the text that is there for that; None where there is none."""
+def _windows(options: argparse.Namespace) -> tuple[Scored | None, list[str]]:
+    """Return the windows of the text on which perplexity is measured, None where there is none; and notes."""
     text = options.eval_text or (options.text if options.sounds is None else None)
     if text is None or not options.perplexity:
-        return None
-    skeleton = _skeleton(folder, options)
-    scored = perplexity_windows(
-        folder,
-        skeleton.config,
-        text,
-        limit=options.eval_windows,
-        held_out_tail=0.0 if options.eval_text else _HELD_OUT,
-        tokenizer=options.tokenizer,
-    )
-    return measure_perplexity(skeleton, scored, progress)
+        return None, []
+    folder = Path(options.source)
+    config = configuration_of(folder)
+    try:
+        measure_of(config)
+    except ValueError as error:
+        if options.eval_text:
+            raise
+        return None, [str(error)]  # the text is there for calibration, and nobody asked for more
+    tail = 0.0 if options.eval_text else _HELD_OUT
+    settings = {"limit": options.eval_windows, "held_out_tail": tail, "tokenizer": options.tokenizer}
+    return perplexity_windows(folder, config, text, **settings), []
 
 
 def _skeleton(folder: Path, options: argparse.Namespace) -> Skeleton:
@@ -201,11 +205,19 @@ def _dtype(name: str | None) -> Any:
 
 
 def _device(name: str | None) -> Any:
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"--device {name}: {str(error).partition(chr(10))[0]}") from error
 
 
 def _print_report(
-    console: Console, report: FolderReport, config: EMPConfig, before: Measured | None, after: Measured | None
+    console: Console,
+    report: FolderReport,
+    config: EMPConfig,
+    before: Measured | None,
+    after: Measured | None,
+    notes: Sequence[str],
 ) -> None:
     console.print(_kinds_table(report.rows, f"{config.criterion_name}, scope {config.scope}"))
     lines = [f"{report.out}: density {report.density:.4f}"]
@@ -219,7 +231,12 @@ def _print_report(
     _say(console, lines)
     groups = [(row.name, row.n, row.n_eff / row.n) for row in report.rows]
     few = [*emptied_layers(report.rows, config.criterion_name), *starved_layers(report.rows, str(config.scope))]
-    notes = [*report.notes, *(() if before is None else before.notes), *dict.fromkeys(row.note for row in report.rows)]
+    notes = [
+        *report.notes,
+        *notes,
+        *(() if before is None else before.notes),
+        *dict.fromkeys(row.note for row in report.rows),
+    ]
     _notes(console, [note for note in [*notes, *nearly_all(groups, config.criterion_name), *few] if note])
 
 

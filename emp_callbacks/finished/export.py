@@ -20,6 +20,7 @@ from emp_callbacks.criteria import make_criterion
 from emp_callbacks.finished.budget import find_budget
 from emp_callbacks.finished.finished_model import FinishedModel, open_model
 from emp_callbacks.finished.weights_file import ExportReport, check_free, write_weights
+from emp_callbacks.folders.plan import without_output_embedding
 from emp_callbacks.pruning.pruner import EMPPruner
 from emp_callbacks.shrinking import ShrinkReport, pruned_units, shrink
 from emp_callbacks.targets.names import few
@@ -144,6 +145,11 @@ def prune(
     if model.weights and not config.include:
         named, notes = _in_groups(model, model.weights, config.pattern)
         config = replace(config, include=[escape(name) for name in named])
+    elif recipe is None and config.target == "weights" and not config.include:
+        targets = prunable_weights(model.module, None, config.exclude)
+        chosen, notes = without_output_embedding(model.inner, targets)
+        apart = [escape(target.name) for target in targets if target not in chosen]
+        config = replace(config, exclude=[*(config.exclude or ()), *apart] or None)
     shown, found = _training_batches(recipe, batches) if needs or looked_for else [], None
     if recipe and loss_tolerance is not None:
         found = find_budget(recipe, config, shown, loss_tolerance, on_tried)

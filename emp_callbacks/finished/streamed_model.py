@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from glob import escape
 from pathlib import Path
 from typing import NamedTuple
 from zipfile import is_zipfile
@@ -22,8 +23,10 @@ from emp_callbacks.checkpoint.reading import (
 from emp_callbacks.checkpoint.state_dicts import find_weights
 from emp_callbacks.finished.inspection import Read, chosen_by_name, load_model
 from emp_callbacks.finished.transformers_folder import can_be_built, is_of_timm
+from emp_callbacks.folders.plan import without_output_embedding
 from emp_callbacks.folders.skeleton import Skeleton
 from emp_callbacks.targets.names import few
+from emp_callbacks.targets.weights import prunable_weights
 
 __all__ = ["StreamedModel", "stream_model"]
 
@@ -67,7 +70,9 @@ def stream_model(source: str, *, pretrained: bool = False) -> StreamedModel:
         except ValueError as error:
             why = [str(error)]
         else:
-            return StreamedModel(skeleton.model, None, _left_over(skeleton), skeleton.read)
+            targets, notes = without_output_embedding(skeleton.model, prunable_weights(skeleton.model))
+            include = [escape(target.name) for target in targets] if notes else None
+            return StreamedModel(skeleton.model, include, [*_left_over(skeleton), *notes], skeleton.read)
     if path.is_dir() or (path.is_file() and file_format(path) == SAFETENSORS):
         return _of_files(path, why)
     return _of_checkpoint(path)

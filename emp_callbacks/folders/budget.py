@@ -6,8 +6,8 @@ import json
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.cost.bracket import Bracket, Tried
@@ -17,19 +17,20 @@ from emp_callbacks.folders.pruning import FolderReport
 __all__ = ["FolderTrials", "smallest_folder_budget"]
 
 
-@dataclass(frozen=True)
-class FolderTrials:
+class FolderTrials(Protocol):
     """How a budget is tried.
 
     Attributes:
-        prune: Prunes by a configuration into a folder.
-        loss: Returns the loss of a folder's model, in nats per token.
         place: The folder in which budgets are tried, one after the other; it is removed.
     """
 
-    prune: Callable[[EMPConfig, Path], FolderReport]
-    loss: Callable[[Path], float]
     place: Path
+
+    def prune(self, config: EMPConfig) -> FolderReport:
+        """Prune by a configuration into `place`."""
+
+    def loss(self) -> float:
+        """Return the loss of the model in `place`, in nats per token."""
 
 
 def smallest_folder_budget(
@@ -62,11 +63,11 @@ def smallest_folder_budget(
     try:
         while (beta := bracket.next()) is not None:
             shutil.rmtree(trials.place, ignore_errors=True)
-            report = trials.prune(once.once(beta=beta), trials.place)
+            report = trials.prune(once.once(beta=beta))
             masks = json.dumps([row.keep for row in report.rows]).encode()
             if bracket.knows(masks, beta):
                 continue
-            loss, everything = trials.loss(trials.place), all(row.keep == row.n for row in report.rows)
+            loss, everything = trials.loss(), all(row.keep == row.n for row in report.rows)
             tried = Tried(beta, report.density, loss, math.isfinite(loss) and loss <= limit, everything)
             bracket.add(masks, tried)
             on_tried(tried)

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from emp_callbacks.folders.processors import architecture
 from emp_callbacks.folders.text_calls import Text, TextCall, read_text, text_kind
 
-__all__ = ["MASKED_SHARE", "Scored", "perplexity_of", "perplexity_windows"]
+__all__ = ["MASKED_SHARE", "Scored", "measure_of", "perplexity_of", "perplexity_windows"]
 
 MASKED_SHARE = 0.15
 """Fraction of a window's tokens that is hidden from an encoder and scored (BERT, arXiv 1810.04805, section 3.1)."""
@@ -131,7 +131,7 @@ def perplexity_windows(
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 window, got {limit}")
-    kind = _measure(config)
+    kind = measure_of(config)
     read = read_text(folder, config, text, tokenizer=tokenizer, progress=progress)
     if length is None:
         length = min(read.limit or _DEFAULT_LENGTH, _DEFAULT_LENGTH)
@@ -151,7 +151,7 @@ def perplexity_windows(
     return Scored([inputs for inputs, _ in windows], [targets for _, targets in windows], kind, read.notes + notes)
 
 
-def _measure(config: Any) -> str:
+def measure_of(config: Any) -> str:
     """Return what a model's losses on a text add up to.
 
     Raises:

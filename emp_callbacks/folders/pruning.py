@@ -5,27 +5,25 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from glob import escape
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.criteria import make_criterion
 from emp_callbacks.folders.global_choice import GlobalChoice
 from emp_callbacks.folders.layer_row import LayerRow
 from emp_callbacks.folders.output import FolderOutput, check_out
+from emp_callbacks.folders.plan import Plan
 from emp_callbacks.folders.progress import Progress, Silent
 from emp_callbacks.folders.skeleton import Skeleton
-from emp_callbacks.folders.units import Unit, find_units
+from emp_callbacks.folders.units import Unit
 from emp_callbacks.folders.walk import BlockWalk, Visit
 from emp_callbacks.pruning.groups import KeepRule
 from emp_callbacks.pruning.pruner import EMPPruner
-from emp_callbacks.targets.names import few
-from emp_callbacks.targets.weights import prunable_weights
 
 if TYPE_CHECKING:
     from emp_callbacks.folders.samples import Samples
@@ -111,7 +109,7 @@ def prune_folder(
     needs = make_criterion(config.criterion, config.target).needs
     _check(config, needs, samples, world_size)
     skeleton = Skeleton(folder, dtype, device)
-    plan = _Plan(skeleton, config)
+    plan = Plan(skeleton, config)
     settings = _settings(config, skeleton, samples if needs else None, order)
     told.begin("copying", sum(info.nbytes for info in skeleton.files.infos.values()))
     output = FolderOutput(
@@ -168,69 +166,8 @@ def _check(config: EMPConfig, needs: str | None, samples: Samples | None, world_
         )
 
 
-class _Plan:
-    """What is pruned of a model, and what is in memory with it.
-
-    Attributes:
-        units: The units that hold something that is pruned.
-        all_units: All of them.
-        names: Unit -> name in the unit -> name in the model, of what is pruned there.
-        notes: What a reader must know.
-    """
-
-    def __init__(self, skeleton: Skeleton, config: EMPConfig) -> None:
-        self.skeleton, self.config = skeleton, config
-        chosen, self.notes = _chosen(skeleton, config)
-        self._chosen = {parameter: skeleton.own_names[parameter] for parameter in chosen}
-        self.set_units(find_units(skeleton.model, set(self._chosen)))
-        held = {name for names in self.names.values() for name in names.values()}
-        if apart := [name for name in self._chosen.values() if name not in held]:
-            self.notes.append(f"left out, as they lie beside blocks in one module: {few(apart)}")
-        if config.include is None:  # what cannot be scored is told before anything is read
-            EMPPruner(skeleton.model, config=replace(config, include=[escape(name) for name in held])).detach()
-
-    def set_units(self, units: Sequence[Unit]) -> None:
-        """Take the units as the model calls them."""
-        self.all_units = list(units)
-        self.names = {}
-        for unit in units:
-            own = {
-                name: self._chosen[parameter]
-                for name, parameter in self.skeleton.empty_parameters(unit.module).items()
-                if parameter in self._chosen
-            }
-            if own:
-                self.names[unit] = own
-
-    @property
-    def units(self) -> list[Unit]:
-        return list(self.names)
-
-    def prunes(self, unit: Unit) -> bool:
-        """Return whether something in a unit is pruned."""
-        empty = self.skeleton.empty_parameters(unit.module)
-        return any(parameter in self._chosen for parameter in empty.values())
-
-    def pruner(self, unit: Unit) -> EMPPruner:
-        """Return what prunes a loaded unit."""
-        include = [escape(name) for name in self.names[unit]]
-        return EMPPruner(unit.module, config=replace(self.config, include=include, exclude=None))
-
-
-def _chosen(skeleton: Skeleton, config: EMPConfig) -> tuple[list[nn.Parameter], list[str]]:
-    """Return the weights to prune; by default not the head that makes words of what the last block returned."""
-    targets = prunable_weights(skeleton.model, config.include, config.exclude)
-    head = None if config.include else skeleton.model.get_output_embeddings()
-    words = set() if head is None else {*head.parameters()}
-    apart = [target.name for target in targets if target.parameter in words]
-    chosen = [target.parameter for target in targets if target.parameter not in words]
-    if not chosen:
-        raise ValueError(f"nothing but the output embedding, {few(apart)}, is left to prune; --include names it")
-    return chosen, [f"left out: {few(apart)}, the output embedding; --include names it"] if apart else []
-
-
 def _in_turn(
-    plan: _Plan, output: FolderOutput, inputs: Sequence[Mapping[str, Tensor]], order: Order, told: Progress
+    plan: Plan, output: FolderOutput, inputs: Sequence[Mapping[str, Tensor]], order: Order, told: Progress
 ) -> None:
     """Prune the units in the order in which the model calls them, by what they are called with."""
     walk = BlockWalk(plan.skeleton, plan.all_units, inputs[0], together=plan.prunes)
@@ -249,7 +186,7 @@ def _in_turn(
             break
 
 
-def _go_past(plan: _Plan, output: FolderOutput, visit: Visit, order: Order, told: Progress, samples: int) -> None:
+def _go_past(plan: Plan, output: FolderOutput, visit: Visit, order: Order, told: Progress, samples: int) -> None:
     """Run samples through a unit that an earlier call finished."""
     if order == "sequential":
         with torch.no_grad():
@@ -260,7 +197,7 @@ def _go_past(plan: _Plan, output: FolderOutput, visit: Visit, order: Order, told
     visit.run(keep=True)
 
 
-def _prune_visited(plan: _Plan, output: FolderOutput, visit: Visit, order: Order, *, is_last: bool) -> None:
+def _prune_visited(plan: Plan, output: FolderOutput, visit: Visit, order: Order, *, is_last: bool) -> None:
     pruner = plan.pruner(visit.unit)
     visit.run(keep=order == "dense")
     _refresh(plan, output, visit.unit, pruner)
@@ -268,7 +205,7 @@ def _prune_visited(plan: _Plan, output: FolderOutput, visit: Visit, order: Order
         visit.run(keep=True)
 
 
-def _each_alone(plan: _Plan, output: FolderOutput, rank: int, world_size: int, told: Progress) -> None:
+def _each_alone(plan: Plan, output: FolderOutput, rank: int, world_size: int, told: Progress) -> None:
     """Prune every so many-th unit: none needs another."""
     own = [unit for unit in plan.units[rank::world_size] if unit.name not in output.done]
     choice = _global_choice(plan, told) if own and plan.config.scope == "global" else None
@@ -286,7 +223,7 @@ def _each_alone(plan: _Plan, output: FolderOutput, rank: int, world_size: int, t
         told.advance()
 
 
-def _global_choice(plan: _Plan, told: Progress) -> GlobalChoice:
+def _global_choice(plan: Plan, told: Progress) -> GlobalChoice:
     """Return what stays where all weights of the model compete."""
 
     def scores() -> Iterator[tuple[str, Tensor]]:
@@ -302,7 +239,7 @@ def _global_choice(plan: _Plan, told: Progress) -> GlobalChoice:
     return GlobalChoice(scores, rule, plan.skeleton.dtype)
 
 
-def _refresh(plan: _Plan, output: FolderOutput, unit: Unit, pruner: EMPPruner) -> None:
+def _refresh(plan: Plan, output: FolderOutput, unit: Unit, pruner: EMPPruner) -> None:
     """Choose what stays of a loaded unit, whose weights compete among themselves, and write it."""
     pruner.refresh()
     names = plan.names[unit]
@@ -322,9 +259,7 @@ def _refresh(plan: _Plan, output: FolderOutput, unit: Unit, pruner: EMPPruner) -
     _write(plan, output, unit, pruner.masks, rows)
 
 
-def _write(
-    plan: _Plan, output: FolderOutput, unit: Unit, masks: Mapping[str, Tensor], rows: Sequence[LayerRow]
-) -> None:
+def _write(plan: Plan, output: FolderOutput, unit: Unit, masks: Mapping[str, Tensor], rows: Sequence[LayerRow]) -> None:
     for name, full in plan.names[unit].items():
         for in_file, mask in plan.skeleton.names.split(full, masks[name]).items():
             output.write(in_file, plan.skeleton.files.read(in_file).masked_fill_(~mask.cpu(), 0))

@@ -17,7 +17,7 @@ from emp_callbacks.checkpoint.folder_files import FolderFiles
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.folders.output import RECORD
 from emp_callbacks.folders.pruning import prune_folder
-from tests.folders.tiny import KINDS, called, made, samples
+from tests.folders.kinds import KINDS, called, made, samples
 
 BETA = 0.9
 

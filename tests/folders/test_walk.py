@@ -8,7 +8,7 @@ pytest.importorskip("transformers")
 from emp_callbacks.folders.skeleton import Skeleton
 from emp_callbacks.folders.units import find_units
 from emp_callbacks.folders.walk import BlockWalk
-from tests.folders.tiny import KINDS, called, made, samples
+from tests.folders.kinds import KINDS, called, made, samples
 
 
 def walked(folder, inputs, *, twice=False, together=lambda _: False):

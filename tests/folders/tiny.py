@@ -1,126 +1,125 @@
-"""Tiny models of several kinds in folders, and what they are called with."""
+"""Folders of tiny models with random weights, as transformers writes them, without the weights."""
 
-import torch
-import transformers
+import inspect
 
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "vocab_size": 64,
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoConfig,
+    BartConfig,
+    BertConfig,
+    ByT5Tokenizer,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    OPTConfig,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    T5Config,
+    ViTConfig,
+    ViTImageProcessor,
+    Wav2Vec2Config,
+    Wav2Vec2FeatureExtractor,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+)
+
+TEXT = "\n".join(str(getattr(str, name).__doc__) for name in sorted(dir(str)))
+SPECIALS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]  # ids 0 to 4, as RoBERTa's and BART's
+VOCABULARY = 320
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+WORDS = {"vocab_size": VOCABULARY, "max_position_embeddings": 64}
+TOKENS = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
+BART = {f"{part}_{name}": 2 for part in ("encoder", "decoder") for name in ("layers", "attention_heads")}
+BART |= {"d_model": 16, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "decoder_start_token_id": 2}
+
+
+def bpe_tokenizer(around=""):
+    """Return a byte-level tokenizer trained on TEXT that puts a template such as "<s> $A </s>" around a text."""
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
+    )
+    trained.train_from_iterator([TEXT], trainer)
+    if around:
+        ids = [(token, SPECIALS.index(token)) for token in around.split() if token in SPECIALS]
+        trained.post_processor = processors.TemplateProcessing(single=around, special_tokens=ids)
+    names = zip(("bos", "pad", "eos", "unk", "mask"), SPECIALS, strict=True)
+    return PreTrainedTokenizerFast(tokenizer_object=trained, **{f"{name}_token": token for name, token in names})
+
+
+class WordPieces:
+    """BERT's kind of tokenizer, that is one file."""
+
+    def save_pretrained(self, folder):
+        words = sorted({word.strip(".,()'`\"").lower() for word in TEXT.split()} - {""})
+        letters = [f"{ahead}{chr(i)}" for i in range(33, 127) for ahead in ("", "##")]
+        known = dict.fromkeys(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *words])
+        (folder / "vocab.txt").write_text("\n".join(known))
+
+
+TEXT_MODELS = {
+    "LlamaForCausalLM": (LlamaConfig(**SMALL, **WORDS, **TOKENS), bpe_tokenizer("<s> $A")),
+    "GPT2LMHeadModel": (
+        GPT2Config(**TOKENS, vocab_size=VOCABULARY, n_positions=64, n_embd=16, n_layer=2, n_head=2),
+        bpe_tokenizer(),
+    ),
+    "GPTNeoXForCausalLM": (GPTNeoXConfig(**SMALL, **WORDS), bpe_tokenizer()),
+    "OPTForCausalLM": (
+        OPTConfig(
+            **WORDS, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, ffn_dim=24, word_embed_proj_dim=16
+        ),
+        bpe_tokenizer("</s> $A"),
+    ),
+    "T5ForConditionalGeneration": (
+        T5Config(vocab_size=384, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0),
+        ByT5Tokenizer(),
+    ),
+    "BartForConditionalGeneration": (BartConfig(**WORDS, **TOKENS, **BART), bpe_tokenizer("<s> $A </s>")),
+    "BertForMaskedLM": (BertConfig(**SMALL, vocab_size=600, max_position_embeddings=64), WordPieces()),
+    "BertModel": (BertConfig(**SMALL, vocab_size=600, max_position_embeddings=64), WordPieces()),
+    "RobertaForMaskedLM": (
+        RobertaConfig(**SMALL, **TOKENS, vocab_size=VOCABULARY, max_position_embeddings=66),
+        bpe_tokenizer("<s> $A </s>"),
+    ),
 }
-LLAMA = {**SIZES, "num_key_value_heads": 2}
-ENCODER_DECODER = {
-    "d_model": 32,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 48,
-    "decoder_ffn_dim": 48,
-    "vocab_size": 64,
-    "pad_token_id": 0,
-}
-MOE = {"num_experts_per_tok": 2}
-IMAGES = {"image_size": 32, "patch_size": 8}
-# Name -> its class, its configuration's class, the configuration, and what it reads.
-KINDS = {
-    "llama": ("LlamaForCausalLM", "LlamaConfig", LLAMA, "text"),
-    "tied_llama": ("LlamaForCausalLM", "LlamaConfig", {**LLAMA, "tie_word_embeddings": True}, "text"),
-    "gpt2": ("GPT2LMHeadModel", "GPT2Config", {"n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 64}, "text"),
-    "opt": (
-        "OPTForCausalLM",
-        "OPTConfig",
-        {
-            "hidden_size": 32,
-            "ffn_dim": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "vocab_size": 64,
-            "word_embed_proj_dim": 16,
-        },
-        "text",
+
+MEDIA_MODELS = {
+    "ViTForImageClassification": (
+        ViTConfig(**SMALL, image_size=8, patch_size=4),
+        ViTImageProcessor(size={"height": 8, "width": 8}),
     ),
-    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", {**LLAMA, "head_dim": 8, "sliding_window": 4}, "text"),
-    "mixtral": ("MixtralForCausalLM", "MixtralConfig", {**LLAMA, **MOE, "num_local_experts": 4}, "text"),
-    "mamba": (
-        "MambaForCausalLM",
-        "MambaConfig",
-        {"hidden_size": 32, "state_size": 4, "num_hidden_layers": 2, "vocab_size": 64},
-        "text",
+    "WhisperForConditionalGeneration": (
+        WhisperConfig(
+            **BART | {"decoder_start_token_id": 0},
+            **TOKENS,
+            vocab_size=VOCABULARY,
+            num_mel_bins=8,
+            max_source_positions=50,
+            max_target_positions=16,
+        ),
+        WhisperFeatureExtractor(feature_size=8, chunk_length=1),
     ),
-    "bert": ("BertForMaskedLM", "BertConfig", SIZES, "text"),
-    "albert": ("AlbertForMaskedLM", "AlbertConfig", {**SIZES, "embedding_size": 16}, "text"),
-    "t5": (
-        "T5ForConditionalGeneration",
-        "T5Config",
-        {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 64},
-        "both",
-    ),
-    "bart": ("BartForConditionalGeneration", "BartConfig", ENCODER_DECODER, "both"),
-    "whisper": (
-        "WhisperForConditionalGeneration",
-        "WhisperConfig",
-        {**ENCODER_DECODER, "max_source_positions": 20, "num_mel_bins": 8},
-        "sound",
-    ),
-    "vit": ("ViTForImageClassification", "ViTConfig", {**SIZES, **IMAGES}, "image"),
-    "swin": (
-        "SwinForImageClassification",
-        "SwinConfig",
-        {"image_size": 32, "patch_size": 2, "embed_dim": 8, "depths": [2, 2], "num_heads": [2, 2], "window_size": 4},
-        "image",
-    ),
-    "resnet": (
-        "ResNetForImageClassification",
-        "ResNetConfig",
-        {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [2, 2], "layer_type": "basic"},
-        "image",
+    "Wav2Vec2ForCTC": (
+        Wav2Vec2Config(**SMALL, vocab_size=32, conv_dim=(8, 8), conv_stride=(20, 16), conv_kernel=(20, 16)),
+        Wav2Vec2FeatureExtractor(),
     ),
 }
 
 
-def made(kind, folder, dtype=torch.float32, **changes):
-    """Return a model of a kind, in evaluation mode, after it was saved into a folder."""
-    name, config_name, settings, _ = KINDS[kind]
-    torch.manual_seed(0)
-    config = getattr(transformers, config_name)(**{**settings, **changes})
-    model = getattr(transformers, name)(config).to(dtype).eval()
-    for parameter in model.parameters():
-        if parameter.dim() > 1:  # as drawn, blocks add next to nothing to what passes them
-            parameter.data *= 4
-    for buffer_name, buffer in model.named_buffers():  # of batch norms, so that they are seen to be read
-        if buffer_name.endswith("running_mean"):
-            buffer.normal_()
-    model.save_pretrained(folder)
-    return model
+def write_folder(folder, name):
+    """Write the folder of one of these models, and return its config as it is read from there."""
+    config, processor = (TEXT_MODELS | MEDIA_MODELS)[name]
+    config.architectures = [name]
+    config.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return AutoConfig.from_pretrained(folder, local_files_only=True)
 
 
-def samples(kind, count=3):
-    """Return keyword arguments for a few calls, each a batch of one."""
-    draws = torch.Generator().manual_seed(1)
-
-    def ids():
-        return torch.randint(3, 60, (1, 12), generator=draws)
-
-    def one():
-        reads = KINDS[kind][3]
-        if reads == "text":
-            return {"input_ids": ids()}
-        if reads == "both":
-            return {"input_ids": ids(), "decoder_input_ids": ids()}
-        if reads == "sound":
-            return {"input_features": torch.randn(1, 8, 40, generator=draws), "decoder_input_ids": ids()}
-        return {"pixel_values": torch.randn(1, 3, 32, 32, generator=draws)}
-
-    return [one() for _ in range(count)]
-
-
-def called(model, inputs):
-    """Return the logits of a model in memory, as a folder's model is called."""
-    without_cache = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
-    dtype = next(model.parameters()).dtype
-    given = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
-    with torch.no_grad():
-        return model(**given, **without_cache).logits
+def run(model, inputs, **more):
+    """Call a model without a cache of keys and values, where its forward has one."""
+    takes = inspect.signature(model.forward).parameters
+    return model(**inputs, **more, **{"use_cache": False} if "use_cache" in takes else {})
