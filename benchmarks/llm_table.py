@@ -156,7 +156,7 @@ def pruned_row(arm: Arm, table: Table, options: argparse.Namespace) -> Row:
 
 
 def density_for(arm: Arm, table: Table) -> float:
-    """Return a given density, or that of EMP by a criterion, with the row's own order of calibration, else the first."""
+    """Return a given density, or that of EMP by a criterion, in its own order of calibration, else the first."""
     if isinstance(arm.keep, float):
         return arm.keep
     order = NO_ORDER if arm.keep == "magnitude" else next(iter(ORDERS)) if arm.order == NO_ORDER else arm.order
