@@ -95,7 +95,7 @@ def test_the_table_and_the_picture_show_each_row(made):
     table = (out / "llm_table.md").read_text().splitlines()
     assert len(table) == 2 + len(rows)
     assert table[2].startswith("| | dense")
-    assert sum("**N_eff**" in line for line in table) == 3
+    assert sum("| N_eff |" in line for line in table) == 3
     assert (out / "llm_table.png").stat().st_size > 10_000
 
 
