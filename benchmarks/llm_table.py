@@ -52,7 +52,7 @@ class Arm:
         criterion: Of `emp prune`.
         order: Of ORDERS, or NO_ORDER.
         scope: Of `emp prune`.
-        keep: "N_eff", a density, or the name of the row at whose density this one prunes.
+        keep: "N_eff", a density, or the criterion at whose density by N_eff this one prunes.
     """
 
     part: str
@@ -64,23 +64,26 @@ class Arm:
     @property
     def name(self) -> str:
         """What the row is called, once in the table."""
-        kept = "50 %" if self.keep == HALF else self.keep
         scope = "" if self.scope == "row" else f", {self.scope}"
-        return f"{self.part}: {self.criterion}{scope}, {self.order}, {kept}"
+        return f"{self.part}: {self.criterion}{scope}, {self.order}, {kept_as(self.keep)}"
+
+
+def kept_as(keep: str | float) -> str:
+    """Return in words what said how many weights stay."""
+    if keep == HALF:
+        return "50 %"
+    return str(keep) if keep == "N_eff" else f"as EMP-{keep}"
 
 
 def arms(parts: Sequence[str]) -> Iterator[Arm]:
     """Yield the rows, those first whose density others take."""
+    keeps = (HALF, "magnitude", "wanda")
     for part in parts:
-        magnitude = Arm(part, "magnitude", NO_ORDER, "row", "N_eff")
-        wanda = [Arm(part, "wanda", order, "row", "N_eff") for order in ORDERS]
-        yield from (magnitude, *wanda)
-        for keep in (HALF, magnitude.name, wanda[0].name):
-            yield Arm(part, "magnitude", NO_ORDER, "row", keep)
-        for own in wanda:
-            for keep in (HALF, magnitude.name, own.name):
-                yield Arm(part, "wanda", own.order, "row", keep)
-        yield Arm(part, "magnitude", NO_ORDER, "global", magnitude.name)
+        yield Arm(part, "magnitude", NO_ORDER, "row", "N_eff")
+        yield from (Arm(part, "wanda", order, "row", "N_eff") for order in ORDERS)
+        yield from (Arm(part, "magnitude", NO_ORDER, "row", keep) for keep in keeps)
+        yield from (Arm(part, "wanda", order, "row", keep) for order in ORDERS for keep in keeps)
+        yield Arm(part, "magnitude", NO_ORDER, "global", "magnitude")
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -153,8 +156,11 @@ def pruned_row(arm: Arm, table: Table, options: argparse.Namespace) -> Row:
 
 
 def density_for(arm: Arm, table: Table) -> float:
-    """Return a given density, or that of the row that is named."""
-    return arm.keep if isinstance(arm.keep, float) else float(table.rows[arm.keep]["density"])
+    """Return a given density, or that of EMP by a criterion, in its own order of calibration, else the first."""
+    if isinstance(arm.keep, float):
+        return arm.keep
+    order = NO_ORDER if arm.keep == "magnitude" else next(iter(ORDERS)) if arm.order == NO_ORDER else arm.order
+    return float(table.rows[Arm(arm.part, arm.keep, order, "row", "N_eff").name]["density"])
 
 
 def measured(folder: Path, options: argparse.Namespace) -> Row:
@@ -239,7 +245,7 @@ def markdown(rows: dict[str, Row]) -> str:
         if row is rows[DENSE]:
             continue
         change = row["perplexity"] - dense
-        cells = [row["part"], row["criterion"], row["scope"], row["order"], kept_as(row, rows)]
+        cells = [row["part"], row["criterion"], row["scope"], row["order"], kept_as(row["keep"])]
         cells += [
             f"{row['n_eff_fraction']:.4f}",
             f"{row['density']:.4f}",
@@ -248,15 +254,6 @@ def markdown(rows: dict[str, Row]) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-def kept_as(row: Row, rows: dict[str, Row]) -> str:
-    """Return in words what said how many weights stay."""
-    if row["keep"] == "N_eff":
-        return "**N_eff**"
-    if row["keep"] == HALF:
-        return "50 %"
-    return f"as EMP-{rows[row['keep']]['criterion']}"
 
 
 def draw(rows: dict[str, Row], parts: Sequence[str]) -> Figure:
