@@ -73,10 +73,10 @@ def prune(options: argparse.Namespace, loss_tolerance: float | None) -> None:
                 progress=progress,
             )
 
-        scored, notes = _windows(options)
+        scored, notes = (None, []) if rank else _windows(options)
 
         def perplexity_of(folder: Path) -> Measured | None:
-            return None if scored is None or rank else measure_perplexity(_skeleton(folder, options), scored, progress)
+            return None if scored is None else measure_perplexity(_skeleton(folder, options), scored, progress)
 
         before, found = perplexity_of(Path(options.source)), None
         if loss_tolerance is not None:
