@@ -6,6 +6,7 @@ import json
 import math
 import pickle
 import zipfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,6 +109,15 @@ class FolderFiles:
     def names(self) -> tuple[str, ...]:
         """The names of the tensors."""
         return tuple(self.infos)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating type of most values: what a configuration says is not always what the files hold."""
+        counts = Counter[torch.dtype]()
+        for info in self.infos.values():
+            if info.dtype.is_floating_point:
+                counts[info.dtype] += info.n
+        return counts.most_common(1)[0][0] if counts else torch.float32
 
     def read(self, name: str) -> Tensor:
         """Return a tensor, on the CPU, in memory of its own."""

@@ -15,7 +15,7 @@ def add_shown(parser: argparse.ArgumentParser) -> None:
     """Add what a model in a folder is shown while it is pruned block by block."""
     shown = parser.add_argument_group(
         "a Hugging Face folder into a folder",
-        "Weights of FOLDER pruned into --out NAME: one block is in memory at a time, and the same command goes on "
+        "Weights of FOLDER pruned into --out NAME: one block is in memory at a time, and the same command goes on\n"
         "after a kill. wanda reads inputs, so one of --text, --images, --sounds is needed.",
     )
     shown.add_argument("--text", nargs="+", type=Path, metavar="FILE", help="text that the model reads (calibration)")

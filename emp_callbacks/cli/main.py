@@ -19,16 +19,16 @@ usage: emp COMMAND [options]
 Effective Model Pruning during training: run recipes, compare ways of pruning, look at weights.
 
 commands:
-  fit       train a recipe
-  validate  evaluate a recipe's model on its validation split
-  test      evaluate a recipe's model on its test split
-  compare   train a recipe with several ways of pruning and several seeds, and report
-  report    write the report of a finished study or of a single fit again
-  recipes   list the recipes that come with the package, or copy one out to edit
-  inspect   show N_eff and what EMP would keep of a checkpoint or a timm model
-  prune     prune a finished model once, and write its weights
-  export    write the masked weights of a run as plain safetensors
-  perplexity  measure a language model in a Hugging Face folder, of any size
+  fit        train a recipe
+  validate   evaluate a recipe's model on its validation split
+  test       evaluate a recipe's model on its test split
+  compare    train a recipe with several ways of pruning and several seeds, and report
+  report     write the report of a finished study or of a single fit again
+  recipes    list the recipes that come with the package, or copy one out to edit
+  inspect    show N_eff and what EMP would keep of a checkpoint, a folder of any size, a timm model
+  prune      prune a finished model once: a checkpoint, a timm model, a Hugging Face folder of any size
+  export     write the masked weights of a run as plain safetensors
+  perplexity measure a language model in a Hugging Face folder of any size
 
 studies on trained models, pruned once:
   sweep-beta        is beta = 1 where the metric begins to fall?
@@ -40,6 +40,7 @@ examples:
   emp compare --config quickstart --out runs/quickstart
   emp inspect timm:resnet18 --pretrained
   emp export last.ckpt --out model.safetensors
+  emp prune llama --criterion wanda --text train.txt --out llama-pruned
 
 options:
   -h, --help  show this message, or with a command that command's options

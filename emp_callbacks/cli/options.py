@@ -237,7 +237,7 @@ Heads and neurons need modules: --config RECIPE, timm:NAME, or a Hugging Face fo
     parser.add_argument(
         "--scope",
         choices=("global", "tensor", "row"),
-        help="where scores compete (default: tensor for neurons and KAN nodes, else global)",
+        help="where scores compete (default: tensor for neurons and KAN nodes, row for wanda on a folder, else global)",
     )
     parser.add_argument(
         "--beta",
@@ -249,7 +249,7 @@ Heads and neurons need modules: --config RECIPE, timm:NAME, or a Hugging Face fo
         "--tolerance",
         type=float,
         metavar="SHARE",
-        help="how much beta auto may raise the loss on --batches, relative to the dense loss (default: 0.01)",
+        help="how much beta auto may raise the loss on --batches, or on a text, relative to dense (default: 0.01)",
     )
     parser.add_argument("--density", type=float, help="keep this fraction instead of N_eff")
     parser.add_argument("--pattern", metavar="N:M", help="keep N of every M neighbours along the inputs, such as 2:4")

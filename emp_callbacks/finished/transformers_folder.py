@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections import Counter
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from emp_callbacks.checkpoint.file_formats import refuse_quantized
@@ -64,7 +62,7 @@ def built_from(folder: str) -> nn.Module:
             local_files_only=True,
             use_safetensors=files.is_safetensors,
             output_loading_info=True,
-            torch_dtype=_dtype(files),
+            torch_dtype=files.dtype,
             **options,
         )
     except Exception as error:  # a configuration that does not fit is met anywhere
@@ -118,12 +116,3 @@ def _architecture(told: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
         return found, {}
     return transformers.AutoModel, {"trust_remote_code": False}  # it would ask, and wait for an answer
-
-
-def _dtype(files: FolderFiles) -> torch.dtype:
-    """Return the floating type of most values: what the configuration says is not always what the files hold."""
-    counts = Counter[torch.dtype]()
-    for info in files.infos.values():
-        if info.dtype.is_floating_point:
-            counts[info.dtype] += info.n
-    return counts.most_common(1)[0][0] if counts else torch.float32

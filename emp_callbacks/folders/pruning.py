@@ -162,7 +162,7 @@ def _check(config: EMPConfig, needs: str | None, samples: Samples | None, world_
     if needs and world_size > 1:
         raise ValueError(
             f"criterion {config.criterion_name!r} needs the blocks one after another, so that {world_size} processes "
-            "would wait for each other: start one (python -m, or emp, in place of torchrun)"
+            "would wait for each other: start one, without torchrun"
         )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from emp_callbacks.checkpoint.file_formats import refuse_quantized
 from emp_callbacks.checkpoint.folder_files import FolderFiles
 from emp_callbacks.extras import needs
 from emp_callbacks.folders.names import FileNames
@@ -19,14 +20,11 @@ from emp_callbacks.targets.names import few
 
 __all__ = ["Skeleton", "configuration_of"]
 
-_QUANTIZED = "quantization_config"
-
 
 class Skeleton:
     """A transformers model whose parameters are on no device until they are loaded, in evaluation mode.
 
-    Buffers that no file holds have their values. Parameters are loaded in the dtype of the model, which is that of its
-    configuration, else of its files.
+    Buffers that no file holds have their values. Parameters are loaded in the dtype of most values of the files.
 
     Args:
         folder: A Hugging Face folder.
@@ -53,7 +51,7 @@ class Skeleton:
         self.folder, self.device = folder, device or torch.device("cpu")
         self.config = configuration_of(folder)
         self.files = FolderFiles(folder)
-        self.dtype = dtype or _own_dtype(self.config, self.files)
+        self.dtype = dtype or self.files.dtype
         self.model = _empty_model(folder, self.config, self.dtype)
         self.names = FileNames(self.model, self.files.names)
         self.unused = self.names.unused
@@ -154,27 +152,15 @@ def configuration_of(folder: Path) -> Any:
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no config.json, which says what model its weights are of; copy it too")
+    refuse_quantized(folder)
     try:
-        told = json.loads(path.read_bytes())
-    except ValueError as error:
+        json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON ({error}); copy the folder again") from error
-    if isinstance(told, dict) and told.get(_QUANTIZED):
-        raise ValueError(
-            f"the weights in {folder} are quantized ({_QUANTIZED} in config.json); prune the model that they were made "
-            "from, and quantize it again"
-        )
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"transformers does not know the model of {folder}: {error}") from error
-
-
-def _own_dtype(config: Any, files: FolderFiles) -> torch.dtype:
-    told = getattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", None)  # to ask for both is a warning
-    if isinstance(told, torch.dtype):
-        return told
-    floating = [info.dtype for info in files.infos.values() if info.dtype.is_floating_point]
-    return floating[0] if floating else torch.float32
 
 
 def _empty_model(folder: Path, config: Any, dtype: torch.dtype) -> Any:
