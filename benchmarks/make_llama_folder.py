@@ -74,14 +74,14 @@ def llama_config(
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=1,
-        dtype=dtype,
+        torch_dtype=dtype,
     )
 
 
 def write_folder(folder: Path, config: LlamaConfig, *, shard_bytes: int, seed: int = 0) -> dict[str, int]:
     """Write a folder and return its numbers: weights, bytes of all tensors, bytes of one block, shards."""
     folder.mkdir(parents=True, exist_ok=True)
-    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else getattr(torch, config.dtype)
+    dtype = config.dtype if hasattr(config, "dtype") else config.torch_dtype  # before and since transformers 4.56
     config.save_pretrained(folder)
     GenerationConfig(max_new_tokens=32, pad_token_id=0, bos_token_id=1, eos_token_id=1).save_pretrained(folder)
     ByT5Tokenizer().save_pretrained(folder)

@@ -102,7 +102,7 @@ def _rules(model: Any) -> tuple[list[Any], Rename]:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
     except ImportError:  # before transformers 5, which converts nothing
-        return [], lambda name, state: (_known(name, prefix, state), None)
+        return [], lambda name, state: (_known(model, name, state), None)
     transforms = get_model_conversion_mapping(model)
     renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
     converters = [one for one in transforms if isinstance(one, WeightConverter)]
@@ -116,8 +116,10 @@ def _rules(model: Any) -> tuple[list[Any], Rename]:
     return transforms, rename
 
 
-def _known(name: str, prefix: str, state: dict[str, Tensor]) -> str:
-    """Return a tensor's name in a model that may have, or lack, the prefix of its base model."""
-    name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-    tried = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
+def _known(model: Any, name: str, state: dict[str, Tensor]) -> str:
+    """Return a tensor's name in a model of transformers 4, which may have, or lack, the prefix of its base model."""
+    fixed: str | tuple[str, bool] = model._fix_state_dict_key_on_load(name)
+    own = fixed if isinstance(fixed, str) else fixed[0]
+    prefix = model.base_model_prefix
+    tried = (own, f"{prefix}.{own}", own.removeprefix(f"{prefix}."))
     return next((one for one in tried if one in state), name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -182,6 +183,7 @@ def _in_turn(
             _go_past(plan, output, visit, order, told, len(inputs))
         else:
             _prune_visited(plan, output, visit, order, is_last=number == last)
+            gc.collect()  # a pruner, and torch.fx, hold weights in circles: without it those of many blocks at once
         if number == last:
             break
 
@@ -212,15 +214,20 @@ def _each_alone(plan: Plan, output: FolderOutput, rank: int, world_size: int, to
     told.begin("pruning", len(own))
     for unit in own:
         with plan.skeleton.loaded([unit.module]):
-            pruner = plan.pruner(unit)
-            if choice is None:
-                _refresh(plan, output, unit, pruner)
-            else:
-                names = plan.names[unit]
-                chosen = {name: choice.of(names[name], scores) for name, scores in pruner.scores().items()}
-                masks = {name: mask for name, (mask, _) in chosen.items()}
-                _write(plan, output, unit, masks, [row for _, row in chosen.values()])
+            _prune_alone(plan, output, unit, choice)
+        gc.collect()
         told.advance()
+
+
+def _prune_alone(plan: Plan, output: FolderOutput, unit: Unit, choice: GlobalChoice | None) -> None:
+    pruner = plan.pruner(unit)
+    if choice is None:
+        _refresh(plan, output, unit, pruner)
+        return
+    names = plan.names[unit]
+    chosen = {name: choice.of(names[name], scores) for name, scores in pruner.scores().items()}
+    masks = {name: mask for name, (mask, _) in chosen.items()}
+    _write(plan, output, unit, masks, [row for _, row in chosen.values()])
 
 
 def _global_choice(plan: Plan, told: Progress) -> GlobalChoice:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -119,7 +120,8 @@ class Skeleton:
             name: value.to(self.device, self.dtype) if value.is_floating_point() else value.to(self.device)
             for name, value in inputs.items()
         }
-        return self.model(**given, **({"use_cache": False} if hasattr(self.config, "use_cache") else {}))
+        takes = inspect.signature(self.model.forward).parameters
+        return self.model(**given, **({"use_cache": False} if "use_cache" in takes else {}))
 
     def load(self, owners: Iterable[nn.Module]) -> None:
         """Give the parameters that modules hold themselves their values; what is one parameter stays one."""

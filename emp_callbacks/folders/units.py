@@ -41,7 +41,7 @@ def find_units(model: nn.Module, chosen: Collection[nn.Parameter] = ()) -> list[
         model: The model.
         chosen: Parameters that are pruned.
     """
-    return list(_found("", model, chosen))
+    return list(dict.fromkeys(_found("", model, chosen)))  # a module may have several names, as T5's embedding has
 
 
 def _found(name: str, module: nn.Module, chosen: Collection[nn.Parameter]) -> Iterator[Unit]:

@@ -1,5 +1,7 @@
 """Tiny models of several kinds in folders, and what they are called with."""
 
+import inspect
+
 import torch
 import transformers
 
@@ -120,7 +122,8 @@ def samples(kind, count=3):
 
 def called(model, inputs):
     """Return the logits of a model in memory, as a folder's model is called."""
-    without_cache = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+    takes = inspect.signature(model.forward).parameters
+    without_cache = {"use_cache": False} if "use_cache" in takes else {}
     dtype = next(model.parameters()).dtype
     given = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
     with torch.no_grad():

@@ -8,7 +8,8 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-pytestmark = pytest.mark.slow  # a table is 14 prunings
+# A table is 14 prunings; the first import of matplotlib asks a process for the fonts.
+pytestmark = [pytest.mark.slow, pytest.mark.processes]
 
 ROOT = Path(__file__).parents[2]
 ROWS_OF_A_PART = 3 + 3 + 2 * 3 + 1  # EMP; magnitude at three densities; Wanda the same in both orders; global

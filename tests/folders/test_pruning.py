@@ -202,7 +202,7 @@ def test_what_is_not_pruned_is_the_same_to_the_bit(tmp_path):
     record = json.loads((tmp_path / "out" / RECORD).read_text())
     assert record["density"] == told.density
     assert len(record["rows"]) == 9
-    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out", torch_dtype="auto")
     assert model.dtype == torch.bfloat16
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=4, do_sample=False).shape == (1, 7)

@@ -30,7 +30,9 @@ def random_folder(tmp_path_factory):
 
 def test_a_random_folder_is_one_that_transformers_loads(random_folder):
     folder, told = random_folder
-    model, found = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    model, found = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, torch_dtype="auto", output_loading_info=True
+    )
     assert not found["missing_keys"]
     assert not found["unexpected_keys"]
     assert model.dtype == torch.bfloat16
