@@ -239,6 +239,7 @@ def _global_choice(plan: Plan, told: Progress) -> GlobalChoice:
             with plan.skeleton.loaded([unit.module]):
                 for name, value in plan.pruner(unit).scores().items():
                     yield plan.names[unit][name], value
+            gc.collect()
             told.advance()
 
     config = plan.config

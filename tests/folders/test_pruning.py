@@ -408,3 +408,47 @@ def test_the_head_is_left_out_unless_it_is_named(tmp_path):
         tmp_path / "dense", tmp_path / "head", criterion="wanda", include=["lm_head.weight"], inputs=samples("llama")
     )
     assert [row.name for row in named.rows] == ["lm_head.weight"]
+
+
+# ---- memory --------------------------------------------------------------------------------------------------------
+
+PEAK = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from emp_callbacks.config import EMPConfig
+from emp_callbacks.folders.pruning import prune_folder
+from tests.folders.kinds import samples
+
+def peak():  # of this program alone: what getrusage says is not less than what the one that started it had
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+def pruned(layers):
+    config = EMPConfig().once(criterion=sys.argv[2], scope=sys.argv[3])
+    folder = Path(sys.argv[1])
+    shown = SimpleNamespace(inputs=samples("llama", 2), notes=())
+    prune_folder(folder / str(layers), folder / f"out-{layers}", config, samples=shown)
+    return peak()
+
+small = pruned(2)
+print(pruned(12) - small)
+"""
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
+@pytest.mark.parametrize(("criterion", "scope"), [("magnitude", "row"), ("magnitude", "global"), ("wanda", "row")])
+def test_the_peak_does_not_grow_with_the_number_of_blocks(criterion, scope, tmp_path):
+    width = {"hidden_size": 512, "intermediate_size": 1024}
+    for layers in (2, 12):
+        made("llama", tmp_path / str(layers), torch.bfloat16, num_hidden_layers=layers, **width)
+    block = (tmp_path / "12" / "model.safetensors").stat().st_size / 12
+    assert block > 4e6
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, str(tmp_path), criterion, scope],
+        env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert int(done.stdout.split()[-1]) < 3 * block
