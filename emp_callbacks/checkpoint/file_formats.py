@@ -51,12 +51,12 @@ _FILES = (
     _Format(
         rb"\APK\x03\x04.*/code/", "TorchScript, a program", "torch.save what torch.jit.load(FILE).state_dict() gives"
     ),
-    _Format(rb"\APK\x03\x04.*/data\.pkl", _TORCH),
     _Format(
-        rb"\APK\x03\x04.*(archive_format|serialized_exported_program|data/weights/)",
+        rb"\APK\x03\x04.*\n([^\n]*/)?(archive_format|serialized_exported_program|data/weights/)",
         "a program of torch.export",
         "torch.save what torch.export.load(FILE).state_dict gives",
     ),
+    _Format(rb"\APK\x03\x04.*/data\.pkl", _TORCH),
     _Format(rb"\APK\x03\x04.*model\.weights\.h5", "a Keras model", _ARRAYS),
     _Format(rb"\APK\x03\x04.*\.npy\n", "an archive of NumPy arrays", _ARRAYS),
     _Format(rb"\APK\x03\x04.*\n", "a zip archive without weights of PyTorch's", "unpack it and name what it holds"),
@@ -153,7 +153,7 @@ def _names_in(path: Path, head: bytes) -> bytes:
         return b""
     try:
         with zipfile.ZipFile(path) as archive:
-            return "".join(f"{name}\n" for name in archive.namelist()).encode(errors="replace")
+            return "\n".join(["", *archive.namelist(), ""]).encode(errors="replace")
     except (zipfile.BadZipFile, NotImplementedError):
         return b""
 
