@@ -7,6 +7,7 @@ import inspect
 import warnings
 from collections.abc import Callable
 from functools import cache
+from threading import RLock, get_ident
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -32,8 +33,21 @@ def signature(forward: Callable[..., Any]) -> inspect.Signature:
     return inspect.signature(forward)
 
 
+# While it traces, torch.fx replaces what calls a module, in every thread: two at once would leave that in place.
+_TRACING = RLock()
+
+
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = get_ident()
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if get_ident() != self._thread:  # a model that runs meanwhile
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:  # noqa: ARG002
         return True
@@ -81,7 +95,7 @@ def _trace(module: nn.Module) -> fx.Graph | None:
         name: copy.copy(held) if isinstance(held, dict | list | set) else held for name, held in vars(module).items()
     }
     vars(stand_in).update({**own, "training": False})
-    with random_numbers_kept(), warnings.catch_warnings():
+    with _TRACING, random_numbers_kept(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             graph = _Tracer().trace(_Call(stand_in))
