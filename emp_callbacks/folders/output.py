@@ -111,11 +111,15 @@ class FolderOutput:
         """Replace a tensor, which has the shape and dtype that it had."""
         info = self._written.infos[name]
         raw = value.detach().to("cpu", info.dtype).contiguous().view(-1)
-        with (self._partial / info.file).open("r+b") as file:
-            file.seek(info.offset)
-            file.write(raw.view(torch.uint8).numpy().data)
-            file.flush()
-            os.fsync(file.fileno())
+        path = self._partial / info.file
+        try:
+            with path.open("r+b") as file:
+                file.seek(info.offset)
+                file.write(raw.view(torch.uint8).numpy().data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:  # a full disk does not say of which file
+            raise OSError(error.errno, error.strerror, str(path)) from error
 
     def note(self, block: str, told: Any) -> None:
         """Say that a block is finished, with what is to be known of it as plain JSON types."""

@@ -53,6 +53,20 @@ class Plan:
             if own:
                 self.names[unit] = own
 
+    def keep_called(self, called: Sequence[Unit]) -> None:
+        """Take the units that the model calls, in that order; of what it does not call nothing can be said.
+
+        Raises:
+            ValueError: It calls nothing that is pruned.
+        """
+        before = {name for names in self.names.values() for name in names.values()}
+        self.set_units(called)
+        uncalled = sorted(before - {name for names in self.names.values() for name in names.values()})
+        if uncalled:
+            self.notes.append(f"left out: {few(uncalled)}, which the model does not call for these samples")
+        if not self.names:
+            raise ValueError(f"the model calls nothing that is to be pruned: {few(uncalled)}; choose other weights")
+
     @property
     def units(self) -> list[Unit]:
         return list(self.names)

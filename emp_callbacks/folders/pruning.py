@@ -111,6 +111,10 @@ def prune_folder(
     _check(config, needs, samples, world_size)
     skeleton = Skeleton(folder, dtype, device)
     plan = Plan(skeleton, config)
+    walk = None
+    if needs and samples is not None:  # what cannot be followed is told before anything is written
+        walk = BlockWalk(skeleton, plan.all_units, samples.inputs[0], together=plan.prunes)
+        plan.keep_called(walk.order)
     settings = _settings(config, skeleton, samples if needs else None, order)
     told.begin("copying", sum(info.nbytes for info in skeleton.files.infos.values()))
     output = FolderOutput(
@@ -122,9 +126,9 @@ def prune_folder(
         overwrite=overwrite,
         on_copied=told.advance,
     )
-    if needs:
-        assert samples is not None
-        _in_turn(plan, output, samples.inputs, order, told)
+    finished = [f"went on behind {len(output.done)} blocks that an earlier call had finished"] if output.done else []
+    if walk is not None and samples is not None:
+        _in_turn(plan, output, walk, samples.inputs, order, told)
     else:
         _each_alone(plan, output, rank, world_size, told)
     if rank:
@@ -132,7 +136,7 @@ def prune_folder(
     output.wait_for(len(plan.units))
     rows = [LayerRow(**row) for unit in plan.units for row in output.done[unit.name]]
     seconds = time.monotonic() - begun
-    notes = (*plan.notes, *(samples.notes if samples and needs else ()))
+    notes = (*plan.notes, *finished, *(samples.notes if samples and needs else ()))
     report = FolderReport(
         out=out,
         rows=tuple(rows),
@@ -168,11 +172,14 @@ def _check(config: EMPConfig, needs: str | None, samples: Samples | None, world_
 
 
 def _in_turn(
-    plan: Plan, output: FolderOutput, inputs: Sequence[Mapping[str, Tensor]], order: Order, told: Progress
+    plan: Plan,
+    output: FolderOutput,
+    walk: BlockWalk,
+    inputs: Sequence[Mapping[str, Tensor]],
+    order: Order,
+    told: Progress,
 ) -> None:
     """Prune the units in the order in which the model calls them, by what they are called with."""
-    walk = BlockWalk(plan.skeleton, plan.all_units, inputs[0], together=plan.prunes)
-    plan.set_units(walk.order)
     last = max(number for number, unit in enumerate(walk.order) if unit in plan.names)
     twice = 2 * len(plan.names) if order == "sequential" else len(plan.names)
     told.begin("pruning", (last + 1 - len(plan.names) + twice) * len(inputs))

@@ -203,8 +203,8 @@ def _kept(made: Any, of_last_sample: Any) -> Any:
     def keep(leaf: Any, last: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        same = isinstance(last, Tensor) and last.shape == leaf.shape and torch.equal(last, leaf.cpu())
-        return last if same else leaf.detach().to("cpu", copy=True)
+        own = leaf.detach().to("cpu", copy=True)
+        return last if isinstance(last, Tensor) and last.shape == own.shape and torch.equal(last, own) else own
 
     if of_last_sample is None:
         return tree_map(partial(keep, last=None), made)

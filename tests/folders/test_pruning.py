@@ -308,6 +308,7 @@ def test_after_a_kill_the_same_call_goes_on(at, where, criterion, order, tmp_pat
     finished = {"note": at - 1, "write": (at - 1) // 7, "finish": 3}[where]
     assert chosen == [f"model.layers.{i}" for i in range(finished, 3)]
     assert len(told.rows) == 21
+    assert (f"went on behind {finished} blocks" in " ".join(told.notes)) == (finished > 0)
     whole, found = FolderFiles(tmp_path / "whole"), FolderFiles(out)
     assert all(torch.equal(whole.read(name), found.read(name)) for name in whole.names)
     assert {path.name for path in out.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
@@ -397,6 +398,31 @@ def test_weights_that_are_not_finite_stop_before_the_folder_is_there(tmp_path):
         with pytest.raises(FloatingPointError, match=r"mlp\.up_proj"):
             pruned(tmp_path / "dense", tmp_path / scope, criterion="magnitude", scope=scope)
         assert not (tmp_path / scope).exists()
+
+
+def test_what_the_model_does_not_call_is_told_of(tmp_path, monkeypatch):
+    made("llama", tmp_path / "dense")
+    from transformers.models.llama import modeling_llama
+
+    forward = modeling_llama.LlamaModel.forward
+
+    def without_the_last(self, *args, **settings):
+        layers, self.layers = self.layers, self.layers[:-1]
+        try:
+            return forward(self, *args, **settings)
+        finally:
+            self.layers = layers
+
+    monkeypatch.setattr(modeling_llama.LlamaModel, "forward", without_the_last)
+    inputs = samples("llama")
+    told = pruned(tmp_path / "dense", tmp_path / "out", criterion="wanda", inputs=inputs, include=["*.mlp.*"])
+    assert {row.name.split(".")[2] for row in told.rows} == {"0", "1"}
+    assert any("model.layers.2.mlp.down_proj.weight" in note and "does not call" in note for note in told.notes)
+    with pytest.raises(ValueError, match="calls nothing that is to be pruned"):
+        pruned(
+            tmp_path / "dense", tmp_path / "none", criterion="wanda", inputs=inputs, include=["model.layers.2.mlp.*"]
+        )
+    assert {path.name for path in tmp_path.iterdir()} == {"dense", "out"}
 
 
 def test_the_head_is_left_out_unless_it_is_named(tmp_path):
