@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from emp_callbacks.cli.console import make_console
 from emp_callbacks.cli.folder import is_for_folders, prune_folder
+from emp_callbacks.cli.freed_memory import give_freed_memory_back
 from emp_callbacks.cli.options import export_parser, inspect_parser, prune_parser
 from emp_callbacks.cli.recipes import find_recipe
 
@@ -36,6 +37,7 @@ def inspect(words: list[str]) -> None:
     from emp_callbacks.finished.streamed_model import stream_model
     from emp_callbacks.pruning.signatures import emptied_layers, nearly_all, starved_layers
 
+    give_freed_memory_back()
     console = make_console()
     beta, scope = 1.0 if options.beta is None else options.beta, options.scope or "global"
     loaded = stream_model(options.source, pretrained=options.pretrained)

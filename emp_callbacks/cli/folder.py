@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from emp_callbacks.cli.folder_options import perplexity_parser
+from emp_callbacks.cli.freed_memory import give_freed_memory_back
 
 __all__ = ["is_for_folders", "perplexity", "prune_folder"]
 
@@ -44,6 +45,7 @@ def prune_folder(options: argparse.Namespace, loss_tolerance: float | None) -> N
     """Prune a folder into another one; `loss_tolerance` looks for the budget."""
     from emp_callbacks.cli.folder_work import prune
 
+    give_freed_memory_back()
     prune(options, loss_tolerance)
 
 
@@ -52,4 +54,5 @@ def perplexity(words: list[str]) -> None:
     options = perplexity_parser().parse_args(words)
     from emp_callbacks.cli.folder_work import measure
 
+    give_freed_memory_back()
     measure(options)
