@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -190,7 +189,6 @@ def _in_turn(
             _go_past(plan, output, visit, order, told, len(inputs))
         else:
             _prune_visited(plan, output, visit, order, is_last=number == last)
-            gc.collect()  # a pruner, and torch.fx, hold weights in circles: without it those of many blocks at once
         if number == last:
             break
 
@@ -222,7 +220,6 @@ def _each_alone(plan: Plan, output: FolderOutput, rank: int, world_size: int, to
     for unit in own:
         with plan.skeleton.loaded([unit.module]):
             _prune_alone(plan, output, unit, choice)
-        gc.collect()
         told.advance()
 
 
@@ -246,7 +243,6 @@ def _global_choice(plan: Plan, told: Progress) -> GlobalChoice:
             with plan.skeleton.loaded([unit.module]):
                 for name, value in plan.pruner(unit).scores().items():
                     yield plan.names[unit][name], value
-            gc.collect()
             told.advance()
 
     config = plan.config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -113,6 +114,8 @@ class Skeleton:
             yield
         finally:
             self.unload(owners)
+            # Pruners and traced forwards hold weights in circles: without this, those of many blocks at once.
+            gc.collect()
 
     def call(self, inputs: Mapping[str, Tensor]) -> Any:
         """Return what the model returns for one sample; it keeps no keys and values for a next one."""

@@ -442,9 +442,12 @@ PEAK = """
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from emp_callbacks.cli.freed_memory import give_freed_memory_back
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.folders.pruning import prune_folder
 from tests.folders.kinds import samples
+
+give_freed_memory_back()  # as the command does
 
 def peak():  # of this program alone: what getrusage says is not less than what the one that started it had
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
@@ -458,7 +461,7 @@ def pruned(layers):
     return peak()
 
 small = pruned(2)
-print(pruned(12) - small)
+print(pruned(22) - small)
 """
 
 
@@ -468,13 +471,14 @@ print(pruned(12) - small)
 @pytest.mark.parametrize(("criterion", "scope"), [("magnitude", "row"), ("magnitude", "global"), ("wanda", "row")])
 def test_the_peak_does_not_grow_with_the_number_of_blocks(criterion, scope, tmp_path):
     width = {"hidden_size": 512, "intermediate_size": 1024}
-    for layers in (2, 12):
+    for layers in (2, 22):
         made("llama", tmp_path / str(layers), torch.bfloat16, num_hidden_layers=layers, **width)
-    block = (tmp_path / "12" / "model.safetensors").stat().st_size / 12
+    block = (tmp_path / "22" / "model.safetensors").stat().st_size / 22
     assert block > 4e6
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [sys.executable, "-c", PEAK, str(tmp_path), criterion, scope],
         env=environment, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert int(done.stdout.split()[-1]) < 3 * block
+    grown = int(done.stdout.split()[-1])
+    assert grown < 8 * block, f"{grown:,} bytes"
