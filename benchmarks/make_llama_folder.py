@@ -1,7 +1,7 @@
 """Write a Hugging Face Llama folder of random weights, one shard at a time: something large to measure on.
 
-    python benchmarks/make_llama_folder.py --layers 24 --hidden 2048 --out /tmp/llama   # 1.2 billion weights, 2.4 GB
-    python benchmarks/make_llama_folder.py --layers 28 --hidden 3072 --out /tmp/llama   # 3.0 billion weights, 6 GB
+    python benchmarks/make_llama_folder.py --layers 24 --hidden 2048 --out runs/llama   # 1.2 billion weights, 2.4 GB
+    python benchmarks/make_llama_folder.py --layers 28 --hidden 3072 --out runs/llama   # 3.0 billion weights, 6 GB
 
 Weights are Gaussian with a standard deviation of 0.02, as Llama's are at the start, and norms are 1. The tokenizer is
 ByT5's: it has no files to get. A shard lies in memory while it is written, safetensors' own copy of it beside it.
