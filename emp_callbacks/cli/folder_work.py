@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -84,8 +85,10 @@ def prune(options: argparse.Namespace, loss_tolerance: float | None) -> None:
                 raise ValueError(
                     "--tolerance measures the loss on a text; name one with --eval-text FILE or --text FILE"
                 )
-            trials = _Trials(pruned, perplexity_of, Path(f"{options.out.rstrip('/')}.trial"))
-            found = smallest_folder_budget(trials, config, math.log(before.value), loss_tolerance=loss_tolerance)
+            # A folder of its own: what a stop leaves is in nobody's way, and nothing of the user's is removed.
+            with TemporaryDirectory(prefix=f"{out.name}.trial-", dir=out.absolute().parent) as own:
+                trials = _Trials(pruned, perplexity_of, Path(own) / "pruned")
+                found = smallest_folder_budget(trials, config, math.log(before.value), loss_tolerance=loss_tolerance)
             config = found.config
         report = pruned(config, out)
         after = None if report is None else perplexity_of(out)
@@ -156,18 +159,18 @@ def _samples(options: argparse.Namespace, config: EMPConfig, progress: Progress)
     if make_criterion(config.criterion, config.target).needs != "inputs":
         return None
     folder = Path(options.source)
-    config = configuration_of(folder)
+    of_model = configuration_of(folder)
     if options.images is not None:
-        return image_samples(folder, config, options.images, count=options.samples)
+        return image_samples(folder, of_model, options.images, count=options.samples)
     if options.sounds is not None:
         text = options.text[0] if options.text else None
-        return sound_samples(folder, config, options.sounds, count=options.samples, text=text)
+        return sound_samples(folder, of_model, options.sounds, count=options.samples, text=text)
     if options.text is None:
         return None
     progress.begin("reading the text", 1)
     return text_samples(
         folder,
-        config,
+        of_model,
         options.text,
         count=options.samples,
         length=options.length,

@@ -24,7 +24,7 @@ from emp_callbacks.layer.mask_mode import Observe
 from emp_callbacks.pruning.refresh import Selection
 from emp_callbacks.pruning.refresher import Refresher
 
-__all__ = ["BOUNDS", "LOSS_FLOOR", "BudgetSearch", "Tried", "check_search", "smallest_budget"]
+__all__ = ["BOUNDS", "LOSS_FLOOR", "BudgetSearch", "Tried", "check_search", "search_result", "smallest_budget"]
 
 LossFunction = Callable[[Any, Any], Tensor]
 """Takes the model and a batch, returns the loss, shape ()."""
@@ -200,18 +200,20 @@ def smallest_budget(
                 owner.copy_(value)
             if on_tried is not None:
                 on_tried(tried)
+    told = {"dense_loss": dense, "limit": limit, "loss_tolerance": loss_tolerance, "loss_floor": loss_floor}
+    return search_result(bracket, settings=once, **told)
+
+
+def search_result(bracket: Bracket, **told: Any) -> BudgetSearch:
+    """Return what a bracket that asks for no more has found; `told` are the fields that it does not know."""
     answer = bracket.answer
     return BudgetSearch(
         beta=answer and answer.beta,
         density=answer and answer.density,
         loss=answer and answer.loss,
-        dense_loss=dense,
-        limit=limit,
-        loss_tolerance=loss_tolerance,
-        loss_floor=loss_floor,
         end=bracket.end,
         tried=bracket.measured,
-        settings=once,
+        **told,
     )
 
 

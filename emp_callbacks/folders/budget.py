@@ -11,7 +11,7 @@ from typing import Protocol
 
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.cost.bracket import Bracket, Tried
-from emp_callbacks.cost.budget_search import BOUNDS, LOSS_FLOOR, BudgetSearch, check_search
+from emp_callbacks.cost.budget_search import BOUNDS, LOSS_FLOOR, BudgetSearch, check_search, search_result
 from emp_callbacks.folders.pruning import FolderReport
 
 __all__ = ["FolderTrials", "smallest_folder_budget"]
@@ -73,19 +73,8 @@ def smallest_folder_budget(
             on_tried(tried)
     finally:
         shutil.rmtree(trials.place, ignore_errors=True)
-    answer = bracket.answer
-    found = BudgetSearch(
-        beta=answer and answer.beta,
-        density=answer and answer.density,
-        loss=answer and answer.loss,
-        dense_loss=dense_loss,
-        limit=limit,
-        loss_tolerance=loss_tolerance,
-        loss_floor=LOSS_FLOOR,
-        end=bracket.end,
-        tried=bracket.measured,
-        settings=once,
-    )
+    told = {"dense_loss": dense_loss, "limit": limit, "loss_tolerance": loss_tolerance, "loss_floor": LOSS_FLOOR}
+    found = search_result(bracket, settings=once, **told)
     if found.beta is None:
         raise ValueError(f"no budget is within --tolerance {loss_tolerance:g}: {found.says}")
     return found

@@ -22,6 +22,8 @@ from emp_callbacks.targets.names import few
 
 __all__ = ["Skeleton", "configuration_of"]
 
+_UNCOLLECTED = 1 << 24  # bytes of weights that were let go of; to look for them takes a quarter of a second
+
 
 class Skeleton:
     """A transformers model whose parameters are on no device until they are loaded, in evaluation mode.
@@ -55,8 +57,11 @@ class Skeleton:
         self.files = FolderFiles(folder)
         self.dtype = dtype or self.files.dtype
         self.model = _empty_model(folder, self.config, self.dtype)
+        takes = inspect.signature(self.model.forward).parameters
+        self._without_cache = {"use_cache": False} if "use_cache" in takes else {}
         self.names = FileNames(self.model, self.files.names)
         self.unused = self.names.unused
+        self._let_go = 0
         self._empty = {
             (module, name): parameter
             for module in self.model.modules()
@@ -84,10 +89,6 @@ class Skeleton:
             )
         return known
 
-    def file_names(self, parameter: nn.Parameter) -> tuple[str, ...]:
-        """Return the names of the tensors that a parameter, as the model holds it while empty, is made from."""
-        return self.names.of(self.own_names[parameter])
-
     def read(self, parameter: nn.Parameter) -> Tensor:
         """Return the value of a parameter, as the model holds it while empty, in memory of its own."""
         return self._value(self.own_names[parameter])
@@ -101,9 +102,10 @@ class Skeleton:
                     found.setdefault(self._empty[owner, name], f"{prefix}.{name}" if prefix else name)
         return {name: parameter for parameter, name in found.items()}
 
-    def nbytes(self, module: nn.Module) -> int:
-        """Return the bytes of a module's parameters once they are loaded."""
-        return sum(one.numel() for one in self.empty_parameters(module).values()) * self.dtype.itemsize
+    def outside(self, modules: Iterable[nn.Module]) -> list[nn.Module]:
+        """Return the modules of the model that are neither among some nor in them."""
+        held = {owner for module in modules for owner in module.modules()}
+        return [owner for owner in self.model.modules() if owner not in held]
 
     @contextmanager
     def loaded(self, modules: Iterable[nn.Module]) -> Iterator[None]:
@@ -114,8 +116,6 @@ class Skeleton:
             yield
         finally:
             self.unload(owners)
-            # Pruners and traced forwards hold weights in circles: without this, those of many blocks at once.
-            gc.collect()
 
     def call(self, inputs: Mapping[str, Tensor]) -> Any:
         """Return what the model returns for one sample; it keeps no keys and values for a next one."""
@@ -123,8 +123,7 @@ class Skeleton:
             name: value.to(self.device, self.dtype) if value.is_floating_point() else value.to(self.device)
             for name, value in inputs.items()
         }
-        takes = inspect.signature(self.model.forward).parameters
-        return self.model(**given, **({"use_cache": False} if "use_cache" in takes else {}))
+        return self.model(**given, **self._without_cache)
 
     def load(self, owners: Iterable[nn.Module]) -> None:
         """Give the parameters that modules hold themselves their values; what is one parameter stays one."""
@@ -141,9 +140,14 @@ class Skeleton:
     def unload(self, owners: Iterable[nn.Module]) -> None:
         """Let go of the values of the parameters that modules hold themselves."""
         for owner in owners:
-            for name in owner._parameters:
-                if owner._parameters[name] is not None:
+            for name, parameter in owner._parameters.items():
+                if parameter is not None:
+                    self._let_go += 0 if parameter.is_meta else parameter.nbytes
                     owner._parameters[name] = self._empty[owner, name]
+        # Pruners and traced forwards hold weights in circles: uncollected, those of many blocks would be in memory.
+        if self._let_go > _UNCOLLECTED:
+            gc.collect()
+            self._let_go = 0
 
     def _value(self, name: str) -> Tensor:
         value = self.names.assemble(name, self.files.read)

@@ -74,8 +74,7 @@ class BlockWalk:
             on_output: Takes the number of a sample and what the model returned for it, at the last visit.
         """
         self._inputs, self._answers = inputs, [[] for _ in inputs]
-        held = {owner for unit in self.units for owner in unit.module.modules()}
-        rest = [owner for owner in self._skeleton.model.modules() if owner not in held]
+        rest = self._skeleton.outside(unit.module for unit in self.units)
         self._skeleton.load(rest)
         try:
             for number, unit in enumerate(self.order):
@@ -280,8 +279,7 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def run(self, inputs: Inputs) -> None:
-        held = {owner for unit in self._units for owner in unit.module.modules()}
-        rest = [owner for owner in self._skeleton.model.modules() if owner not in held]
+        rest = self._skeleton.outside(unit.module for unit in self._units)
         self._skeleton.load(rest)
         try:
             with ExitStack() as stack:

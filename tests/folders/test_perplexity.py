@@ -12,20 +12,6 @@ WITH_A_HEAD = [name for name in TEXT_MODELS if name != "BertModel"]
 CAUSAL = [name for name, (config, _) in TEXT_MODELS.items() if "LM" in name and "Masked" not in name]
 
 
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text(TEXT)
-    return path
-
-
-@pytest.fixture
-def folder(tmp_path):
-    path = tmp_path / "model"
-    path.mkdir()
-    return path
-
-
 def model_of(config):
     torch.manual_seed(0)
     model = getattr(transformers, config.architectures[0])(config).eval()

@@ -8,20 +8,6 @@ from emp_callbacks.folders.samples import text_samples
 from tests.folders.tiny import TEXT, TEXT_MODELS, run, write_folder
 
 
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text(TEXT)
-    return path
-
-
-@pytest.fixture
-def folder(tmp_path):
-    path = tmp_path / "model"
-    path.mkdir()
-    return path
-
-
 def model_of(config):
     torch.manual_seed(0)
     return getattr(transformers, config.architectures[0])(config).eval()
