@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import pytorch_lightning as pl
 from jsonargparse import DefaultHelpFormatter
@@ -31,8 +31,7 @@ from emp_callbacks.study.recipe.reading import check_yaml, counts_given, read_re
 from emp_callbacks.study.recipe.seeds import check_seed, check_seeds
 from emp_callbacks.study.recipe.smoke import FLAG, FallingLoss, smoke_options
 
-_SMOKE_HELP = """options that --smoke alone lays over the recipe: a run of a minute on stand-in data, which fails unless the
-loss falls"""
+_SMOKE_HELP = "what --smoke alone lays over the recipe: a minute on stand-in data, which fails unless the loss falls"
 _USAGE = "emp %s --config recipe.yaml [--KEY VALUE ...]"
 CallbackEdit = Callable[[list[pl.Callback]], list[pl.Callback]]
 
@@ -142,7 +141,7 @@ class _EmpCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_class_arguments(StudyConfig, "study")
-        parser.add_argument(FLAG, type=Optional[dict[str, Any]], help=_SMOKE_HELP)
+        parser.add_argument(FLAG, type=dict[str, Any] | None, help=_SMOKE_HELP)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         known = self._parser(self._command) if self._runs else parser
@@ -293,14 +292,10 @@ def _with_smoke(args: list[str]) -> list[str]:
     """Return the words of a command with the options of `--smoke` in front of the user's own, which win."""
     words = [word for word in args if word != FLAG]
     files, _ = _files_and_options(words)
-    behind = max(
-        (i + (not word.startswith("--config=")) for i, word in enumerate(words) if _names_file(word)), default=0
-    )
-    return [*words[: behind + 1], *smoke_options(files), *words[behind + 1 :]]
-
-
-def _names_file(word: str) -> bool:
-    return word in ("-c", "--config") or word.startswith("--config=")
+    options = smoke_options(files)
+    apart = ("-c", "--config")
+    ends = [i + (word in apart) for i, word in enumerate(words) if word in apart or word.startswith("--config=")]
+    return [*words[: ends[-1] + 1], *options, *words[ends[-1] + 1 :]]
 
 
 def _as_list(callbacks: Any) -> list[pl.Callback]:

@@ -1,4 +1,4 @@
-"""`--smoke`: a recipe as it stands, with what its `smoke:` section lays over it, on stand-in data, and a loss that falls.
+"""`--smoke`: a recipe with what its `smoke:` section lays over it, on stand-in data, and a loss that has to fall.
 
 The section holds options as the command line has them, such as `trainer.max_steps: 40`. A value such as
 `stand-in:images` is the folder of that data.
@@ -62,11 +62,16 @@ class FallingLoss(pl.Callback):
         self._began = time.perf_counter()
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: pl.Trainer,  # noqa: ARG002
+        pl_module: pl.LightningModule,  # noqa: ARG002
+        outputs: Any,
+        batch: Any,  # noqa: ARG002
+        batch_idx: int,  # noqa: ARG002
     ) -> None:
         self._losses.append(float(outputs["loss"]))
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
         quarter = max(1, len(self._losses) // 4)
         parts = (self._losses[:quarter], self._losses[-quarter:])
         means = torch.tensor([sum(part) / len(part) for part in parts], device=trainer.strategy.root_device)

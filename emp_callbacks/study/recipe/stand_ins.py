@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -81,7 +82,7 @@ def _gpt2(folder: Path) -> None:
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        sizes = {"n_layer": 2, "n_head": 4, "n_embd": 64, "n_positions": 128, "vocab_size": 256}
+        sizes: dict[str, Any] = {"n_layer": 2, "n_head": 4, "n_embd": 64, "n_positions": 128, "vocab_size": 256}
         GPT2LMHeadModel(GPT2Config(bos_token_id=None, eos_token_id=None, **sizes)).save_pretrained(folder)
 
 

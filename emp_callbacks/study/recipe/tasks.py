@@ -250,7 +250,8 @@ def _network(pretrained: str | None, architecture: str, settings: dict[str, Any]
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if pretrained is not None:
-        model = AutoModelForCausalLM.from_pretrained(pretrained).float()  # a folder may hold bfloat16
+        model: Any = AutoModelForCausalLM.from_pretrained(pretrained)
+        model.float()  # a folder may hold bfloat16
         _check_fit(model.config, settings["vocab_size"], settings["max_position_embeddings"], padded=False)
         return model
     if architecture not in CONFIG_MAPPING:
