@@ -26,7 +26,7 @@ from emp_callbacks.study.recipe.check import (
     check_recipe,
     explain_parse_error,
 )
-from emp_callbacks.study.recipe.checkpoints import check_resumable, fitting_weights
+from emp_callbacks.study.recipe.checkpoints import check_resumable, fitting_weights, settle_checkpoints
 from emp_callbacks.study.recipe.reading import check_yaml, counts_given, read_recipe
 from emp_callbacks.study.recipe.seeds import check_seed, check_seeds
 from emp_callbacks.study.recipe.smoke import FLAG, FallingLoss, smoke_options
@@ -183,8 +183,10 @@ class _EmpCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         trainer = super().instantiate_trainer(**kwargs)
-        if self._smoke and self._command == "fit":
-            trainer.callbacks.append(FallingLoss())  # type: ignore[attr-defined]
+        if self._command == "fit":
+            settle_checkpoints(trainer.checkpoint_callbacks, self._given.trainer.default_root_dir)
+            if self._smoke:
+                trainer.callbacks.append(FallingLoss())  # type: ignore[attr-defined]
         return trainer
 
 

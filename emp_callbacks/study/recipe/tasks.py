@@ -27,6 +27,8 @@ _VOCABULARY_MULTIPLE = 64
 class ImageClassification(DistilledTask):
     """A timm model with cross entropy; logs `loss` and `accuracy` (fraction of correct images).
 
+    Targets are classes (B,), or in training also probabilities (B, num_classes), as mixup makes them.
+
     Args:
         model: Name in timm, such as resnet10t.
         model_args: Further arguments of the timm model, such as {img_size: 8}.
@@ -41,6 +43,7 @@ class ImageClassification(DistilledTask):
             falls anew, each time over the steps up to the next one: see `warm_restarts`. None: once.
         final_lr_fraction: The learning rate falls to this part of lr, in [0, 1).
         pretrained: Load timm's weights (needs a network).
+        label_smoothing: Part of each training target, in [0, 1), that is spread over all classes.
         distill: Learn from a dense model as well, see `Distillation`: {teacher: dense.ckpt, temperature: 2.0}. A
             teacher of null is the model as the fit begins, of pretrained weights. None: no.
 
@@ -61,6 +64,7 @@ class ImageClassification(DistilledTask):
         momentum: float = 0.9,
         warmup_fraction: float = 0.1,
         pretrained: bool = False,
+        label_smoothing: float = 0.0,
         lr_restarts: list[float] | None = None,
         final_lr_fraction: float = 0.0,
         distill: Distillation | None = None,
@@ -75,7 +79,7 @@ class ImageClassification(DistilledTask):
             raise ValueError(f"unknown timm model {model!r}; nearest names: {', '.join(near) or 'none'}")
         settings = {**(model_args or {}), "num_classes": num_classes, "in_chans": in_chans}
         self.model = timm.create_model(model, pretrained=pretrained, **settings)
-        self.optimizer_name, self.momentum = optimizer, momentum
+        self.optimizer_name, self.momentum, self.label_smoothing = optimizer, momentum, label_smoothing
         self.lr, self.weight_decay = lr, weight_decay
         self.warmup_fraction, self.lr_restarts = warmup_fraction, lr_restarts
         self.final_lr_fraction = final_lr_fraction
@@ -94,7 +98,8 @@ class ImageClassification(DistilledTask):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002
         images, labels = batch
         logits = self(images)
-        return self.training_loss(functional.cross_entropy(logits, labels), logits, images)
+        loss = functional.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        return self.training_loss(loss, logits, images)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
         self._evaluate("val", batch, self.val_accuracy)
