@@ -47,8 +47,8 @@ JobCompLoc=$FOLDER/finished_jobs.txt
 KillWait=$KILL_WAIT
 MinJobAge=86400
 ReturnToService=2
-NodeName=n1 NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=17001 CPUs=$CPUS State=UNKNOWN
-NodeName=n2 NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=17002 CPUs=$CPUS State=UNKNOWN
+NodeName=n1 NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=17001 CPUs=$CPUS RealMemory=16000 State=UNKNOWN
+NodeName=n2 NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=17002 CPUs=$CPUS RealMemory=16000 State=UNKNOWN
 PartitionName=all Nodes=n1,n2 Default=YES OverSubscribe=NO MaxTime=INFINITE State=UP
 CONF
 }

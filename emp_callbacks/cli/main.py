@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from emp_callbacks.cli import finished, folder, recipes, study
+from emp_callbacks.cli import finished, folder, recipes, study, submit
 from emp_callbacks.cli.console import printable, warnings_in_lines
 from emp_callbacks.cli.errors import for_the_user
 from emp_callbacks.cli.stopping import stopped_by, terminable
@@ -24,6 +24,7 @@ commands:
   validate   evaluate a recipe's model on its validation split
   test       evaluate a recipe's model on its test split
   compare    train a recipe with several ways of pruning and several seeds, and report
+  submit     hand a training, or a whole study, to Slurm
   report     write the report of a finished study or of a single fit again
   recipes    list the recipes that come with the package, or copy one out to edit
   inspect    show N_eff and what EMP would keep of a checkpoint, a folder of any size, a timm model
@@ -54,6 +55,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "sweep-beta": study.sweep_beta,
     "compare-criteria": study.compare_criteria,
     "violations": study.violations,
+    "submit": submit.submit,
     "report": study.report,
     "recipes": recipes.recipes,
     "inspect": finished.inspect,
