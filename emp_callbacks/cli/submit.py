@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from emp_callbacks.cli.console import make_console
 from emp_callbacks.cli.new_parser import new_parser
@@ -58,10 +58,6 @@ def _check_goes_with_array(options: argparse.Namespace) -> None:
             raise ValueError(f"--{name} is for a study: add --array, or leave it out")
     if options.array and options.ckpt_path:
         raise ValueError("--ckpt_path is for one training, and each of a study starts anew: leave it out, or --array")
-    if options.array and len(options.config) > 1:
-        raise ValueError(
-            f"a study has one recipe, and --config names {len(options.config)}; write what they say into one file"
-        )
 
 
 def _fit(options: argparse.Namespace, script: Path, words: Sequence[str]) -> list[Job]:
@@ -75,6 +71,7 @@ def _study(recipe: Recipe, options: argparse.Namespace, script: Path, words: Seq
     from emp_callbacks.study.comparison import study_cells, study_needs
     from emp_callbacks.study.submission import study_jobs, write_cells
 
+    _check_processes(recipe.resolved()["trainer"], options)
     out = Path(options.out or recipe.study.out or Path("runs", recipe.path.stem))
     with tempfile.TemporaryDirectory() as nothing:
         # A dry run makes no folder, and moves none aside.
@@ -85,6 +82,20 @@ def _study(recipe: Recipe, options: argparse.Namespace, script: Path, words: Seq
     file = write_cells(cells, out, dry=options.dry_run)
     named = [str(file), "--config", options.config[0], "--out", str(out), *words]
     return study_jobs(cells, needs, script, named, options.throttle)
+
+
+def _check_processes(trainer: Mapping[str, Any], options: argparse.Namespace) -> None:
+    """Check that a task of the array gets as many processes as a training of the study has: the recipe says that."""
+    for name, option, started in (
+        ("devices", "--gpus", max(1 if options.gpus is None else options.gpus, 1)),
+        ("num_nodes", "--nodes", options.nodes or 1),
+    ):
+        wanted = trainer[name]
+        if isinstance(wanted, int) and wanted != started:
+            raise ValueError(
+                f"the study trains with trainer.{name}={wanted}, and its jobs would have {started}: add {option} {wanted},"
+                f" or --trainer.{name} {started}"
+            )
 
 
 def _sbatch_options(options: argparse.Namespace) -> list[str]:

@@ -104,7 +104,8 @@ def study_jobs(
         array = array_of((number[cell] for cell in level), throttle)
         what = f"{len(level)} training{'s' if len(level) > 1 else ''}"
         found.append(Job(what=what, words=[str(script), *words], array=array, follows=bool(found)))
-    return [*found, Job(what="merge and report", words=[str(script), *words], follows=bool(found))]
+    # To the script, task 0 is the merge.
+    return [*found, Job(what="merge and report", words=[str(script), *words], array="0", follows=bool(found))]
 
 
 def submit(jobs: Sequence[Job], options: Sequence[str]) -> list[str]:

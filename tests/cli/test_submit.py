@@ -40,18 +40,18 @@ def calls(folder):
 
 @pytest.mark.processes
 def test_a_study_is_arrays_that_follow_each_other_and_a_merge(folder, capsys):
-    words = ["--array", "--gpus", "2", "--time", "60", "--account", "mine", "--throttle", "3", "--sbatch=--qos=low"]
+    words = ["--array", "--gpus", "1", "--time", "60", "--account", "mine", "--throttle", "3", "--sbatch=--qos=low"]
     assert main(["submit", "--config", "recipe.yaml", *words, "--out", "out", "--model.init_args.lr", "0.01"]) == 0
     assert capsys.readouterr().out == "job 101: 4 trainings\njob 102: 2 trainings\njob 103: merge and report\n"
     first, then, merge = calls(folder)
-    options = ["--parsable", "--time=60", "--account=mine", "--gpus-per-node=2", "--ntasks-per-node=2", "--qos=low"]
+    options = ["--parsable", "--time=60", "--account=mine", "--gpus-per-node=1", "--ntasks-per-node=1", "--qos=low"]
     assert first[:7] == [*options, "--array=1-4%3"]
     assert then[:9] == [*options, "--array=5-6%3", "--dependency=afterok:101", "--kill-on-invalid-dep=yes"]
-    assert merge[:8] == [*options, "--dependency=afterok:102", "--kill-on-invalid-dep=yes"]
+    assert merge[:9] == [*options, "--array=0", "--dependency=afterok:102", "--kill-on-invalid-dep=yes"]
     script, cells, *rest = first[7:]
     assert script.endswith("recipes/cluster/slurm_study.sbatch")
     assert rest == ["--config", "recipe.yaml", "--out", "out", "--model.init_args.lr", "0.01"]
-    assert first[7:] == then[9:] == merge[8:]
+    assert first[7:] == then[9:] == merge[9:]
     assert (folder / cells).read_text().split() == FIRST + THEN
 
 
@@ -62,7 +62,7 @@ def test_the_same_command_again_submits_what_is_left(folder, capsys):
     first, then, merge = calls(folder)
     assert "--array=1,3-5" in first  # random:0, too: what it needs is finished
     assert "--array=6" in then
-    assert not [word for word in merge if word.startswith("--array")]
+    assert "--array=0" in merge
 
 
 @pytest.mark.processes
@@ -119,7 +119,14 @@ def test_a_training_is_one_job(folder, capsys):
         (["--throttle", "3"], "--throttle is for a study: add --array"),
         (["--out", "x"], "--out is for a study: add --array"),
         (["--array", "--ckpt_path", "a.ckpt"], "--ckpt_path is for one training"),
-        (["--array", "--config", "cluster/ddp"], "a study has one recipe, and --config names 2"),
+        (
+            ["--array", "--gpus", "4"],
+            "trainer.devices=1, and a node of its jobs starts 4: add --gpus 1, or --trainer.dev",
+        ),
+        (
+            ["--array", "--nodes", "2"],
+            "trainer.num_nodes=1, and its jobs have 2: add --nodes 1, or --trainer.num_nodes 2",
+        ),
         (["--script", "none.sbatch"], "script none.sbatch does not exist"),
         (["--array", "--out", "bin"], "bin is not empty and was not written by emp"),
     ],

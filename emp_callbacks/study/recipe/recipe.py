@@ -184,8 +184,8 @@ class _EmpCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         trainer = super().instantiate_trainer(**kwargs)
-        trainer.callbacks.append(RequeueBetweenSteps())  # type: ignore[attr-defined]
         if self._command == "fit":
+            trainer.callbacks.append(RequeueBetweenSteps())  # type: ignore[attr-defined]
             settle_checkpoints(trainer.checkpoint_callbacks, self._given.trainer.default_root_dir)
             if self._smoke:
                 trainer.callbacks.append(FallingLoss())  # type: ignore[attr-defined]
