@@ -48,7 +48,9 @@ class TokenOutput:
         self._state = beside(self._partial[0])
         self._modified = [_modified(source["name"]) for source in settings["sources"]]
         self.place, self._tokens, self._documents = Place(), [0] * len(outs), [0] * len(outs)
-        self._lock = FileLock(self._partial[0], f"another process writes {self._partial[0]}; wait for it")
+        # Not the file itself, which gets another name at the end.
+        self._lock_file = self._state.with_suffix(".lock")
+        self._lock = FileLock(self._lock_file, f"another process writes {self._partial[0]}; wait for it")
         self._files: list[IO[bytes]] = []
         try:
             if overwrite:
@@ -56,7 +58,7 @@ class TokenOutput:
             if self._state.is_file():
                 self._take_up(json.loads(self._state.read_bytes()))
         except BaseException:
-            self._lock.release()
+            self._close()
             raise
         self._saved_at = time.monotonic()
 
@@ -71,14 +73,13 @@ class TokenOutput:
             )
         self.place, self._tokens, self._documents = Place(*state["place"]), state["tokens"], state["documents"]
         for path, whole, tokens in zip(self._partial, self._outs.values(), self._tokens, strict=True):
-            here = path if path.exists() or not whole.exists() else whole  # killed between two renamings
-            if not here.exists() or here.stat().st_size < tokens * self._width:
+            if whole.exists() and not path.exists():  # killed between two renamings
+                whole.rename(path)
+            if not path.exists() or path.stat().st_size < tokens * self._width:
                 raise FileExistsError(f"{path} is shorter than {self._state} says; begin anew: --overwrite")
 
     def __enter__(self) -> TokenOutput:
-        for path, whole, tokens in zip(self._partial, self._outs.values(), self._tokens, strict=True):
-            if self._state.is_file() and whole.exists() and not path.exists():
-                whole.rename(path)
+        for path, tokens in zip(self._partial, self._tokens, strict=True):
             file = path.open("ab")
             file.truncate(tokens * self._width)
             self._files.append(file)
@@ -104,6 +105,7 @@ class TokenOutput:
         while self._files:
             with suppress(OSError):  # a full disk has been told of
                 self._files.pop().close()
+        self._lock_file.unlink(missing_ok=True)
         self._lock.release()
 
     def add(self, tokens: Sequence[bytes], documents: Mapping[int, int], place: Place) -> None:
@@ -155,7 +157,7 @@ class TokenOutput:
 def no_document(part: str, documents: int) -> ValueError:
     """Return the error that of so many documents none is left for a part."""
     more = (
-        f"larger --{part}-fraction, or files of its own: --{part}" if part != "train" and documents else "other texts"
+        f"a larger --{part}-fraction, or files of its own: --{part}" if part != "train" and documents else "other texts"
     )
     return ValueError(f"of {documents} documents with text, {part} gets none; give {more}")
 
