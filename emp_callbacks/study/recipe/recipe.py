@@ -17,6 +17,7 @@ import pytorch_lightning as pl
 from jsonargparse import DefaultHelpFormatter
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+from emp_callbacks.integrations.lightning_requeue import RequeueBetweenSteps
 from emp_callbacks.setting_checks import check_fraction
 from emp_callbacks.study.arms import DEFAULT_ARMS, check_arms
 from emp_callbacks.study.recipe.building import building
@@ -184,6 +185,7 @@ class _EmpCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         trainer = super().instantiate_trainer(**kwargs)
         if self._command == "fit":
+            trainer.callbacks.append(RequeueBetweenSteps())  # type: ignore[attr-defined]
             settle_checkpoints(trainer.checkpoint_callbacks, self._given.trainer.default_root_dir)
             if self._smoke:
                 trainer.callbacks.append(FallingLoss())  # type: ignore[attr-defined]
