@@ -14,7 +14,7 @@ from torch import Tensor
 from emp_callbacks.checkpoint.tensor_file import write_tensors
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.study.arm_settings import Budget, arm_config, restarts_of
-from emp_callbacks.study.arms import ARMS, Cell, TrainingJob, leading_arm
+from emp_callbacks.study.arms import ARMS, Cell, TrainingJob, leading_arm, needed_cells
 from emp_callbacks.study.horizon import Horizon, horizon_of
 from emp_callbacks.study.recipe.check import RecipeError
 from emp_callbacks.study.recipe.recipe import Recipe, StudyConfig
@@ -79,13 +79,7 @@ class CellRunner:
 
     def needed(self, cell: Cell) -> list[Cell]:
         """Return the cells whose results decide how much this one keeps."""
-        arm, found = ARMS[cell.arm], []
-        if arm.narrower or (cell.point is not None and arm.density == "emp" and not arm.shares_fit_of):
-            found.append(Cell("dense", cell.seed))
-        if self.leader and (arm.leads_shares or (arm.density == "given" and cell.point is None)):
-            points = ARMS[self.leader].points_of(self._study.points)
-            found.append(Cell(self.leader, cell.seed, cell.point if cell.point in points else None))
-        return found
+        return needed_cells(cell, self._study.arms, self._study.points)
 
     def leader_of(self, cell: Cell) -> str | None:
         """Return the training arm that an arm follows; None where it follows none."""

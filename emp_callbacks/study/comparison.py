@@ -16,7 +16,7 @@ from rich.console import Console
 
 import emp_callbacks
 from emp_callbacks.study.arm_settings import fitting_arms
-from emp_callbacks.study.arms import ARMS, Cell, TrainingJob, plan_jobs
+from emp_callbacks.study.arms import ARMS, Cell, TrainingJob, fits_in_order, plan_jobs
 from emp_callbacks.study.cells import CellRunner
 from emp_callbacks.study.progress import StudyProgress
 from emp_callbacks.study.recipe.check import nearest
@@ -87,14 +87,8 @@ def study_cells(recipe: Recipe) -> list[str]:
 
     With points "arm@point:seed". `one_shot` and `dense` of a seed are one training, named after `dense`.
     """
-    study = _Study(recipe, Path(), None)
-    needed = {job.fit: study.runner.needed(job.fit) for job in study.jobs}
-
-    def depth(cell: Cell) -> int:
-        return 1 + max((depth(other) for other in needed[cell]), default=-1)
-
-    # Of all seeds first what needs no other: a cluster's job array can wait for that once.
-    return [cell.name for cell in sorted(needed, key=depth)]
+    study = _fitting_study(recipe)
+    return [cell.name for cell in fits_in_order(study.arms, study.seeds, study.points)]
 
 
 def study_needs(recipe: Recipe, out: Path, *, overwrite: bool = False) -> dict[str, list[str]]:
