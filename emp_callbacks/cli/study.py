@@ -70,6 +70,7 @@ def compare(words: list[str]) -> None:
         sys.stdout.write("".join(f"{cell}\n" for cell in cells))
         return
     from emp_callbacks.study.comparison import run_study, study_cells
+    from emp_callbacks.study.ranks import own_rank
     from emp_callbacks.study.recipe.recipe import Recipe
     from emp_callbacks.study.report.report import write_report
     from emp_callbacks.study.report.terminal import comparison_table
@@ -91,6 +92,8 @@ def compare(words: list[str]) -> None:
         )
     else:
         results = run_study(recipe, out, overwrite=options.overwrite, only=options.only, console=console)
+    if own_rank() != 0:  # rank 0 tells what was found
+        return
     if results is None:
         console.print(f"runs are left; the same command without --only merges all in {out} into one report")
         return

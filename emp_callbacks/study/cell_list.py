@@ -1,4 +1,4 @@
-"""The cells of a study, read off its recipe alone: a cluster's script asks for them before anything heavy is imported."""
+"""The cells of a study, read off its recipe alone: a cluster's script asks for them, and need not wait for imports."""
 
 from __future__ import annotations
 

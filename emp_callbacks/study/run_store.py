@@ -124,15 +124,20 @@ class RunStore:
         saved: dict[str, Any] = json.loads(json.dumps({**record, "recipe_digest": self.recipe_digest}))
         text = json.dumps({**saved, _DIGEST: digest(saved)}, indent=1)
         write_atomically(self._file(cell), text + "\n")
+        self.checkpoint(cell, str(record.get("fingerprint"))).unlink(missing_ok=True)
         return saved
 
-    def fresh_folder(self, cell: Cell) -> Path:
-        """Return an empty folder for one run's logs; drops what an interrupted run left there."""
+    def folder(self, cell: Cell, fingerprint: str) -> Path:
+        """Return the folder of one run's logs; empty, unless an interrupted run left a checkpoint to go on from."""
         folder = self.runs / cell.file
-        if folder.exists():
+        if folder.exists() and not self.checkpoint(cell, fingerprint).is_file():
             shutil.rmtree(folder)
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         return folder
+
+    def checkpoint(self, cell: Cell, fingerprint: str) -> Path:
+        """Return where an unfinished run keeps its checkpoint; a run with other settings does not go on from it."""
+        return self.runs / cell.file / f"{fingerprint[:16]}.ckpt"
 
     def weights(self, cell: Cell) -> Path:
         """Return where the weights of a trained network are kept, for what prunes it afterwards."""

@@ -431,7 +431,7 @@ def test_a_fingerprint_covers_what_trains_a_run_and_nothing_else(tmp_path):
 
     def fingerprint(arm, seed, *options):
         study = comparison._Study(Recipe(file, options), tmp_path / "out", None)
-        return study._fingerprint(Cell(arm, seed))
+        return study.runner.fingerprint(Cell(arm, seed))
 
     base = fingerprint("random", 0)
     assert fingerprint("random", 0, "--study.seeds", "[0]", "--trainer.enable_progress_bar", "false") == base
