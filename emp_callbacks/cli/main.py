@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from emp_callbacks.cli import finished, folder, recipes, study
+from emp_callbacks.cli import finished, folder, recipes, study, tokenize
 from emp_callbacks.cli.console import printable, warnings_in_lines
 from emp_callbacks.cli.errors import for_the_user
 
@@ -29,6 +29,7 @@ commands:
   prune      prune a finished model once: a checkpoint, a timm model, a Hugging Face folder of any size
   export     write the masked weights of a run as plain safetensors
   perplexity measure a language model in a Hugging Face folder of any size
+  tokenize   write text as the tokens that a language model trains on
 
 studies on trained models, pruned once:
   sweep-beta        is beta = 1 where the metric begins to fall?
@@ -59,6 +60,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "prune": finished.prune,
     "export": finished.export,
     "perplexity": folder.perplexity,
+    "tokenize": tokenize.tokenize,
 }
 
 

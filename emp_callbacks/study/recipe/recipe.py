@@ -26,10 +26,12 @@ from emp_callbacks.study.recipe.check import (
     check_recipe,
     explain_parse_error,
 )
-from emp_callbacks.study.recipe.checkpoints import check_resumable, fitting_weights
+from emp_callbacks.study.recipe.checkpoints import check_resumable, fitting_weights, settle_checkpoints
 from emp_callbacks.study.recipe.reading import check_yaml, counts_given, read_recipe
 from emp_callbacks.study.recipe.seeds import check_seed, check_seeds
+from emp_callbacks.study.recipe.smoke import FLAG, FallingLoss, smoke_options
 
+_SMOKE_HELP = "what --smoke alone lays over the recipe: a minute on stand-in data, which fails unless the loss falls"
 _USAGE = "emp %s --config recipe.yaml [--KEY VALUE ...]"
 CallbackEdit = Callable[[list[pl.Callback]], list[pl.Callback]]
 
@@ -106,6 +108,7 @@ class _EmpCLI(LightningCLI):
     def __init__(self, command: str, description: str, args: list[str], **settings: Any) -> None:
         """Parse `args` for one command; `fit`, `validate` and `test` also run it."""
         self._command = command
+        self._smoke = FLAG in args
         lightning = command in LightningCLI.subcommands()
         parser_settings: dict[str, Any] = {
             "prog": "emp" if lightning else f"emp {command}",
@@ -138,9 +141,12 @@ class _EmpCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_class_arguments(StudyConfig, "study")
+        parser.add_argument(FLAG, type=dict[str, Any] | None, help=_SMOKE_HELP)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         known = self._parser(self._command) if self._runs else parser
+        if self._smoke:
+            args = _with_smoke(args)
         files, options = _files_and_options(args)
         for file in files:
             check_recipe(read_recipe(file), known)
@@ -174,6 +180,14 @@ class _EmpCLI(LightningCLI):
         """Make model, data module and trainer; what goes wrong names its entry of the recipe."""
         with building(self._given):
             super().instantiate_classes()
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        trainer = super().instantiate_trainer(**kwargs)
+        if self._command == "fit":
+            settle_checkpoints(trainer.checkpoint_callbacks, self._given.trainer.default_root_dir)
+            if self._smoke:
+                trainer.callbacks.append(FallingLoss())  # type: ignore[attr-defined]
+        return trainer
 
 
 class Recipe(_EmpCLI):
@@ -249,7 +263,7 @@ class Recipe(_EmpCLI):
         """Return the recipe with every default filled in, as plain data."""
         data = json.loads(self.parser.dump(self.config, format="json"))
         data["trainer"] |= self._counts
-        return {key: value for key, value in data.items() if key != "config"}
+        return {key: value for key, value in data.items() if key not in ("config", "smoke")}
 
 
 def run_lightning(command: str, args: list[str], description: str) -> None:
@@ -274,6 +288,16 @@ def _files_and_options(args: list[str]) -> tuple[list[str], list[str]]:
     except argparse.ArgumentError as error:
         raise RecipeError(f"{error}; write --config recipe.yaml") from error
     return known.config, [text[2:].split("=")[0] for text in rest if text.startswith("--")]
+
+
+def _with_smoke(args: list[str]) -> list[str]:
+    """Return the words of a command with the options of `--smoke` in front of the user's own, which win."""
+    words = [word for word in args if word != FLAG]
+    files, _ = _files_and_options(words)
+    options = smoke_options(files)
+    apart = ("-c", "--config")
+    ends = [i + (word in apart) for i, word in enumerate(words) if word in apart or word.startswith("--config=")]
+    return [*words[: ends[-1] + 1], *options, *words[ends[-1] + 1 :]]
 
 
 def _as_list(callbacks: Any) -> list[pl.Callback]:
