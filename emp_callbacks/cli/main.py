@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from emp_callbacks.cli import finished, folder, recipes, study, tokenize
+from emp_callbacks.cli import check, finished, folder, recipes, study, tokenize
 from emp_callbacks.cli.console import printable, warnings_in_lines
 from emp_callbacks.cli.errors import for_the_user
 
@@ -22,6 +22,7 @@ commands:
   fit        train a recipe
   validate   evaluate a recipe's model on its validation split
   test       evaluate a recipe's model on its test split
+  check      say what a recipe will do: memory, steps, refreshes, files; trains nothing
   compare    train a recipe with several ways of pruning and several seeds, and report
   report     write the report of a finished study or of a single fit again
   recipes    list the recipes that come with the package, or copy one out to edit
@@ -50,6 +51,7 @@ options:
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     **{command: study.lightning(command) for command in study.LIGHTNING_HELP},
+    "check": check.check,
     "compare": study.compare,
     "sweep-beta": study.sweep_beta,
     "compare-criteria": study.compare_criteria,

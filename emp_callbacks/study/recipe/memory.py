@@ -11,7 +11,7 @@ import torch
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.core.kernels.tables import TILE
 from emp_callbacks.criteria import make_criterion
-from emp_callbacks.study.recipe.strategy import Strategy
+from emp_callbacks.study.recipe.sharding import Strategy
 
 __all__ = ["HALF_NORMAL", "Masked", "Sizes", "memory_of", "pruned_share"]
 
@@ -52,8 +52,8 @@ class Masked:
 def memory_of(sizes: Sizes, masked: Sequence[Masked], strategy: Strategy) -> dict[str, float | None]:
     """Return bytes of each rank by what they hold; None where that is not known.
 
-    "dense values" are those that `feedback` keeps behind its masks. On a CPU these are the pruned ones alone: as many as
-    N_eff says of normally distributed weights, or as `density` says. What offloading puts into the host's memory is
+    "dense values" are those that `feedback` keeps behind its masks. On a CPU these are the pruned ones alone: as many
+    as N_eff says of normally distributed weights, or as `density` says. What offloading puts into the host's memory is
     counted, too.
     """
     divided, weight, owner = strategy.divides, strategy.weight_dtype.itemsize, strategy.owner_dtype.itemsize

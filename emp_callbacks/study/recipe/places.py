@@ -6,11 +6,10 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from emp_callbacks.trajectory.places import place_of
 
-__all__ = ["Folder", "file_system_of", "folder_of", "log_folder"]
+__all__ = ["Folder", "file_system_of", "folder_of"]
 
 # File systems that several machines mount; whatever else is there, a disk or memory, is one machine's own.
 _SHARED = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "fuse", "cifs", "smb", "9p", "virtiofs", "afs", "panfs", "wekafs")
@@ -65,8 +64,3 @@ def _mount(line: str) -> tuple[Path, str]:
     for written, meant in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
         point = point.replace(written, meant)
     return Path(point), after.split(" ")[0]
-
-
-def log_folder(trainer: Any) -> str:
-    """Return where a trainer's logs go, and by default its checkpoints and trajectories."""
-    return str(trainer.log_dir or trainer.default_root_dir)

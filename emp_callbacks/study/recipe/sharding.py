@@ -5,20 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pytorch_lightning import strategies
 
 from emp_callbacks.pruning.traffic import Held
+from emp_callbacks.study.recipe.strategies import FSDP2Strategy
 
 __all__ = ["Strategy", "strategy_of"]
 
 Kind = Literal["one process", "DDP", "FSDP1", "FSDP2", "ZeRO"]
 
-# Lightning's own names (StrategyRegistry) for strategies with settings.
-_DEEPSPEED = "deepspeed"
-_NO_SHARDS = "NO_SHARD"
 _LOW = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
 
 
@@ -89,57 +89,54 @@ class Strategy:
     def told(self) -> str:
         """The strategy in words."""
         name = f"ZeRO-{self.stage}" if self.kind == "ZeRO" else self.kind
-        where = f"{self.nodes} nodes x {self.devices}" if self.nodes > 1 else f"{self.devices}"
+        where = f"{self.nodes} nodes of {self.devices}" if self.nodes > 1 else f"{self.devices}"
         device = "accelerator" if self.accelerator else "CPU process"
-        ranks = f"{where} {device}{'' if self.devices == 1 and self.nodes == 1 else 's' if device[-1] != 's' else 'es'}"
-        return f"{name}, {ranks}, precision {self.precision}"
+        return f"{name} on {where} x {device}, {self.precision}"
 
 
 def strategy_of(trainer: Mapping[str, Any], problems: list[str]) -> Strategy:
     """Return what a parsed trainer section asks for; what is wrong with it is appended to `problems`."""
-    name, settings = _named(trainer.get("strategy") or "auto")
+    kind, settings = _class_of(trainer.get("strategy") or "auto")
     accelerator = _on_accelerator(str(trainer.get("accelerator") or "auto"))
-    nodes, devices = int(trainer.get("num_nodes") or 1), _devices(trainer.get("devices"), accelerator)
     common: dict[str, Any] = {
-        "nodes": nodes,
-        "devices": devices,
+        "nodes": int(trainer.get("num_nodes") or 1),
+        "devices": _devices(trainer.get("devices"), accelerator),
         "accelerator": accelerator,
         "precision": _precision(trainer.get("precision")),
     }
-    ranks, lower = nodes * devices, name.lower()
-    if "deepspeed" in lower:
-        return _zero(lower, settings, ranks, common, problems)
-    if "modelparallel" in lower:
+    ranks = common["nodes"] * common["devices"]
+    if issubclass(kind, strategies.DeepSpeedStrategy):
+        return _zero(settings, ranks, common, problems)
+    if issubclass(kind, strategies.ModelParallelStrategy):
+        if issubclass(kind, FSDP2Strategy):
+            settings = {"data_parallel_size": ranks, "tensor_parallel_size": 1}
         return _fsdp2(settings, common, problems)
-    if "fsdp" in lower:
+    if issubclass(kind, strategies.FSDPStrategy):
         how = str(settings.get("sharding_strategy") or "FULL_SHARD").rpartition(".")[2]
-        shards = 1 if how == _NO_SHARDS else devices if "HYBRID" in how else ranks
-        return Strategy(kind="FSDP1", shards=shards, batches=ranks, offloads="offload" in lower, **common)
-    if ranks > 1 or "ddp" in lower:
-        bucketed = ranks > 1 and not settings.get("gradient_as_bucket_view", False)
-        return Strategy(kind="DDP", batches=ranks, bucketed=bucketed, **common)
+        shards = 1 if how == "NO_SHARD" else common["devices"] if "HYBRID" in how else ranks
+        return Strategy(
+            kind="FSDP1", shards=shards, batches=ranks, offloads=bool(settings.get("cpu_offload")), **common
+        )
+    if ranks > 1:
+        return Strategy(kind="DDP", batches=ranks, bucketed=not settings.get("gradient_as_bucket_view"), **common)
     return Strategy(kind="one process", **common)
 
 
-def _named(given: Any) -> tuple[str, dict[str, Any]]:
-    """Return the class or registered name of a strategy, and its settings."""
+def _class_of(given: Any) -> tuple[type, dict[str, Any]]:
+    """Return the class of a strategy, and its settings; of what the recipe leaves to Lightning, one that holds all."""
     if isinstance(given, str):
-        return given, {}
-    settings = given.get("init_args") or {}
-    settings = settings if isinstance(settings, Mapping) else vars(settings)
-    extra = given.get("dict_kwargs") or {}
-    return str(given["class_path"]).rpartition(".")[2], {**settings, **extra}
+        known = strategies.StrategyRegistry.get(given, default={})
+        return known.get("strategy", strategies.SingleDeviceStrategy), dict(known.get("init_params", {}))
+    module, _, name = str(given["class_path"]).rpartition(".")
+    settings = {**(given.get("init_args") or {}), **(given.get("dict_kwargs") or {})}
+    return getattr(import_module(module), name), settings
 
 
-def _zero(
-    lower: str, settings: Mapping[str, Any], ranks: int, common: Mapping[str, Any], problems: list[str]
-) -> Strategy:
+def _zero(settings: Mapping[str, Any], ranks: int, common: Mapping[str, Any], problems: list[str]) -> Strategy:
     given = settings.get("config")
     if isinstance(given, str):
         given = _read_json(Path(given), problems)
-    named = lower.partition("stage_")[2][:1]
-    stage, offloads = int(named or settings.get("stage") or 2), "offload" in lower
-    offloads = offloads or bool(settings.get("offload_optimizer"))
+    stage, offloads = int(settings.get("stage", 2)), bool(settings.get("offload_optimizer"))
     if isinstance(given, Mapping):  # DeepSpeed's own configuration replaces Lightning's settings
         zero = given.get("zero_optimization") or {}
         stage = int(zero.get("stage", 0))
@@ -171,8 +168,8 @@ def _fsdp2(settings: Mapping[str, Any], common: Mapping[str, Any], problems: lis
     if tensor > 1 and "auto" in asked.values():
         problems.append(
             f"ModelParallelStrategy: tensor_parallel_size is {tensor} by default, all ranks of a node, so that only "
-            f"{data} of {nodes * devices} would see batches of their own: say data_parallel_size: {nodes * devices} and "
-            "tensor_parallel_size: 1 (FSDP2), or both sizes for a model that is tensor parallel"
+            f"{data} of {nodes * devices} ranks would see batches of their own: give both sizes for a model that is "
+            f"tensor parallel, else use {FSDP2Strategy.__module__}.{FSDP2Strategy.__name__}"
         )
     return Strategy(kind="FSDP2", shards=data, batches=data, **common)
 
