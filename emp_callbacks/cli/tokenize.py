@@ -86,18 +86,13 @@ def tokenize(words: list[str]) -> None:
     (out if folder else out.parent).mkdir(parents=True, exist_ok=True)
     for sources, (_, parts) in zip(found, calls, strict=True):
         outs = {part: out / f"{part}.bin" if folder else out for part in parts}
+        settings = {"end_of_text": options.eot, "workers": workers, "overwrite": options.overwrite}
         began = monotonic()
-        with _bar(console, sum(source.size for source in sources)) as told:
-            held = work(
-                sources,
-                outs,
-                tokenizer,
-                shares=parts,
-                end_of_text=options.eot,
-                workers=workers,
-                overwrite=options.overwrite,
-                told=told,
-            )
+        try:
+            with _bar(console, sum(source.size for source in sources)) as told:
+                held = work(sources, outs, tokenizer, shares=parts, told=told, **settings)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("interrupted; the same command goes on from here") from None
         _show(console, outs, held, monotonic() - began)
 
 
