@@ -272,9 +272,9 @@ def words_of(line):
 
 @functools.cache
 def parsers():
-    from emp_callbacks.cli import folder_options, options
+    from emp_callbacks.cli import folder_options, options, tokenize
 
-    homes = {name: module for module in (options, folder_options) for name in module.__all__}
+    homes = {name: module for module in (options, folder_options, tokenize) for name in module.__all__}
     made = [getattr(module, name)() for name, module in homes.items() if name.endswith("_parser")]
     return {parser.prog.removeprefix("emp "): parser for parser in made}
 

@@ -275,6 +275,8 @@ class TextDatasetData(InMemoryData):
                 f"{workers} of num_workers={self.num_workers} read {self.path}: it has so many files for each rank",
                 stacklevel=2,
             )
+        # Lightning doubts a length beside endless data; it is how many batches this loader stops after.
+        warnings.filterwarnings("ignore", "Your `IterableDataset` has `__len__` defined")
         windows = PackedWindows(documents, self.tokenizer, self.text_column, self.sequence_length, self._eot)
         return StreamLoader(
             windows,

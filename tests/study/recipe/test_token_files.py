@@ -1,4 +1,5 @@
 import hashlib
+import itertools
 import json
 import pickle
 
@@ -9,9 +10,9 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
 
-from emp_callbacks.study.documents import TextFile
 from emp_callbacks.study.recipe.text_tokenizer import TextTokenizer
 from emp_callbacks.study.recipe.token_files import TokenFile, TokenFileData
+from emp_callbacks.study.text_sources import TextFile
 from emp_callbacks.study.tokenizing import tokenize
 from tests.study.recipe.token_makers import TEXT, byte_level
 
@@ -30,7 +31,9 @@ def folder(tmp_path):
 
 
 def ready(folder, **settings):
-    data = TokenFileData(str(folder), **{"sequence_length": 10, "batch_size": 2, "vocab_size": 200, "num_workers": 0, **settings})
+    data = TokenFileData(
+        str(folder), **{"sequence_length": 10, "batch_size": 2, "vocab_size": 200, "num_workers": 0, **settings}
+    )
     data.setup("fit")
     return data
 
@@ -122,7 +125,7 @@ def test_a_fit_resumes_in_the_middle_of_an_epoch(folder):
     whole = fit(data(), folder)
     assert len(whole) == 12
     assert fit(data(), folder, ckpt=folder / "step=7.ckpt") == whole[7:]
-    assert sorted(sum(whole[:5], [])) == list(range(0, 100, 10))
+    assert sorted(itertools.chain(*whole[:5])) == list(range(0, 100, 10))
 
 
 # ---- refusals -----------------------------------------------------------------------------------------------------
