@@ -93,8 +93,8 @@ def _check_processes(trainer: Mapping[str, Any], options: argparse.Namespace) ->
         wanted = trainer[name]
         if isinstance(wanted, int) and wanted != started:
             raise ValueError(
-                f"the study trains with trainer.{name}={wanted}, and its jobs would have {started}: add {option} {wanted},"
-                f" or --trainer.{name} {started}"
+                f"the study trains with trainer.{name}={wanted}, and its jobs have {started}: add {option} {wanted}, or"
+                f" --trainer.{name} {started}"
             )
 
 
