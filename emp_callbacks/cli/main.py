@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from emp_callbacks.cli import finished, folder, recipes, study, submit, tokenize
+from emp_callbacks.cli import check, finished, folder, recipes, study, submit, tokenize
 from emp_callbacks.cli.console import printable, warnings_in_lines
 from emp_callbacks.cli.errors import for_the_user
 from emp_callbacks.cli.stopping import stopped_by, terminable
@@ -23,6 +23,7 @@ commands:
   fit        train a recipe
   validate   evaluate a recipe's model on its validation split
   test       evaluate a recipe's model on its test split
+  check      say what a recipe will do: memory, steps, refreshes, files; trains nothing
   compare    train a recipe with several ways of pruning and several seeds, and report
   submit     hand a training, or a whole study, to Slurm
   report     write the report of a finished study or of a single fit again
@@ -52,6 +53,7 @@ options:
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     **{command: study.lightning(command) for command in study.LIGHTNING_HELP},
+    "check": check.check,
     "compare": study.compare,
     "sweep-beta": study.sweep_beta,
     "compare-criteria": study.compare_criteria,

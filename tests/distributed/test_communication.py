@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from emp_callbacks import EMPPruner
 from tests.distributed.ranks import process_group, spawn
 
-FEW, MANY = 5, 60
+FEW, MANY = 5, 15
 MOST = 50  # collectives of one refresh
 FOR_TIES = 4  # which of equal scores stay is searched by their places, digit by digit, where some must go
 SIDE = 24

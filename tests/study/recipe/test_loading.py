@@ -1,6 +1,7 @@
 """A fit that was interrupted goes on with the batch that is due: equal, bit for bit, to one that was not."""
 
 import functools
+import math
 import warnings
 
 import pytest
@@ -11,7 +12,13 @@ from torch import nn
 
 from emp_callbacks import EMPCallback
 from emp_callbacks.study.recipe.data import DigitsData
-from emp_callbacks.study.recipe.loading import EpochSampler, EvenBatches, ResumableLoader, evaluation_loader
+from emp_callbacks.study.recipe.loading import (
+    EpochSampler,
+    EvenBatches,
+    ResumableLoader,
+    evaluation_loader,
+    training_loader,
+)
 
 BATCHES = 5  # of 200 in an epoch of 1,077
 
@@ -131,7 +138,11 @@ def test_the_place_is_of_the_fit_that_resumes_and_of_no_other_loader(tmp_path):
     class Looks(pl.Callback):
         def on_train_batch_start(self, trainer, module, batch, batch_idx):
             if not first:
-                first["looked at"] = next(iter(trainer.datamodule.train_dataloader()))[0].sum().item()
+                for name, loader in {
+                    "another": trainer.datamodule.train_dataloader(),
+                    "its": trainer.train_dataloader,
+                }.items():
+                    first[name] = next(iter(loader))[0].sum().item()
 
     whole = fit(tmp_path, every_7_steps(tmp_path))
     resumed = Task()
@@ -141,7 +152,37 @@ def test_the_place_is_of_the_fit_that_resumes_and_of_no_other_loader(tmp_path):
         warnings.simplefilter("ignore")  # Lightning: the checkpoint has a callback that this fit has not
         trainer.fit(resumed, datamodule=DigitsData(batch_size=200, seed=1), ckpt_path=tmp_path / "step=7.ckpt")
     assert resumed.seen[0] == whole.seen[7]
-    assert first["looked at"] == whole.seen[0][-1]
+    assert first["another"] == whole.seen[0][-1]  # its sampler was told no epoch
+    assert first["its"] == whole.seen[BATCHES][-1]
+
+
+def test_a_loader_beside_a_longer_one_resumes_in_the_pass_that_it_is_in(tmp_path):
+    class Both(DigitsData):
+        def train_dataloader(self):
+            longer = training_loader(self._parts["train"], 100, trainer=self.trainer, seed=2, collate_fn=self.collate)
+            return [super().train_dataloader(), longer]
+
+        @staticmethod
+        def collate(batch):
+            return batch
+
+    class Sums(Task):
+        def training_step(self, batches, batch_idx):
+            for images, _ in batches:
+                self.seen.append(images.sum().item())
+            return self.net.weight.sum()
+
+    def sums(ckpt=None):
+        task, saver = Sums(), every_7_steps(tmp_path)
+        trainer = pl.Trainer(callbacks=[saver], accelerator="cpu", logger=False, max_epochs=1, limit_val_batches=0,
+                             enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
+        trainer.fit(task, datamodule=Both(batch_size=200, seed=1), ckpt_path=ckpt)
+        return task.seen
+
+    whole = sums()
+    assert len(whole) == 20
+    assert whole[4::2][:3] == whole[14::2]  # the shorter one's second pass: the same order
+    assert sums(tmp_path / "step=7.ckpt") == whole[14:]
 
 
 def test_a_loader_without_a_trainer_is_a_dataloader():
@@ -162,7 +203,8 @@ def test_a_loader_without_a_trainer_is_a_dataloader():
 def test_every_example_is_evaluated_once_in_as_many_batches_on_each_rank(size, batch_size, ranks):
     parts = [list(sampler) for sampler in (EvenBatches(range(size), batch_size, ranks, rank) for rank in range(ranks))]
     assert len({len(part) for part in parts}) == 1
-    assert len(parts[0]) == len(EvenBatches(range(size), batch_size, ranks, 0)) == -(-(-(-size // ranks)) // batch_size)
+    most = math.ceil(size / ranks)
+    assert len(parts[0]) == len(EvenBatches(range(size), batch_size, ranks, 0)) == math.ceil(most / batch_size)
     batches = [batch for part in parts for batch in part]
     assert all(0 < len(batch) <= batch_size for batch in batches)
     assert sorted(index for batch in batches for index in batch) == list(range(size))
