@@ -71,7 +71,6 @@ def tokenize(words: list[str]) -> None:
     folder = not options.out.endswith(".bin")
     if not folder and (len(shares) > 1 or others):
         raise ValueError(f"--out {options.out} is one file; name a folder, for train.bin, val.bin and test.bin")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are as many as there are cores
     from emp_callbacks.schedule import check_count
     from emp_callbacks.study.documents import sources_of
     from emp_callbacks.study.recipe.text_tokenizer import TextTokenizer

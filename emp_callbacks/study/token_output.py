@@ -14,7 +14,7 @@ from typing import IO, Any
 import numpy as np
 
 from emp_callbacks.study.documents import Place
-from emp_callbacks.study.folder_lock import FileLock
+from emp_callbacks.study.folder_lock import FolderLock
 from emp_callbacks.study.recipe.token_format import beside, file_sha256
 
 __all__ = ["TokenOutput", "no_document"]
@@ -48,7 +48,8 @@ class TokenOutput:
         self._state = beside(self._partial[0])
         self._modified = [_modified(source["name"]) for source in settings["sources"]]
         self.place, self._tokens, self._documents = Place(), [0] * len(outs), [0] * len(outs)
-        self._lock = FileLock(self._partial[0], f"another process writes {self._partial[0]}; wait for it")
+        busy = f"another process writes {self._partial[0]}: {{owner}}; wait for it"
+        self._lock = FolderLock(self._partial[0].parent, [self._partial[0].name], busy)
         self._files: list[IO[bytes]] = []
         try:
             if overwrite:
@@ -56,7 +57,7 @@ class TokenOutput:
             if self._state.is_file():
                 self._take_up(json.loads(self._state.read_bytes()))
         except BaseException:
-            self._lock.release()
+            self._close()
             raise
         self._saved_at = time.monotonic()
 
@@ -71,14 +72,13 @@ class TokenOutput:
             )
         self.place, self._tokens, self._documents = Place(*state["place"]), state["tokens"], state["documents"]
         for path, whole, tokens in zip(self._partial, self._outs.values(), self._tokens, strict=True):
-            here = path if path.exists() or not whole.exists() else whole  # killed between two renamings
-            if not here.exists() or here.stat().st_size < tokens * self._width:
+            if whole.exists() and not path.exists():  # killed between two renamings
+                whole.rename(path)
+            if not path.exists() or path.stat().st_size < tokens * self._width:
                 raise FileExistsError(f"{path} is shorter than {self._state} says; begin anew: --overwrite")
 
     def __enter__(self) -> TokenOutput:
-        for path, whole, tokens in zip(self._partial, self._outs.values(), self._tokens, strict=True):
-            if self._state.is_file() and whole.exists() and not path.exists():
-                whole.rename(path)
+        for path, tokens in zip(self._partial, self._tokens, strict=True):
             file = path.open("ab")
             file.truncate(tokens * self._width)
             self._files.append(file)
@@ -155,7 +155,7 @@ class TokenOutput:
 def no_document(part: str, documents: int) -> ValueError:
     """Return the error that of so many documents none is left for a part."""
     more = (
-        f"larger --{part}-fraction, or files of its own: --{part}" if part != "train" and documents else "other texts"
+        f"a larger --{part}-fraction, or files of its own: --{part}" if part != "train" and documents else "other texts"
     )
     return ValueError(f"of {documents} documents with text, {part} gets none; give {more}")
 

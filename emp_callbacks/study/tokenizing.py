@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import warnings
 from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -103,7 +104,7 @@ def tokenize(
     if not overwrite and (finished := _finished(outs, settings)):
         return finished
     with TokenOutput(outs, settings, overwrite=overwrite) as output:
-        work = _batches(pieces(sources, output.place), part_of)
+        work = _batches(_noticed(pieces(sources, output.place), tokenizer), part_of)
         encode = partial(_encode, tokenizer, settings["eot"], len(outs))
         for batch, tokens in _in_order(encode, work, workers):
             output.add(tokens, batch.ended, batch.after)
@@ -173,6 +174,21 @@ def _batches(stream: Iterable[Piece], part_of: Callable[[int], int]) -> Iterator
         yield batch
 
 
+def _noticed(stream: Iterable[Piece], tokenizer: TextTokenizer) -> Iterator[Piece]:
+    """Pass pieces on, and warn at the first document that is cut, if that changes its tokens."""
+    said = False
+    for piece in stream:
+        if not piece.ends and not said and tokenizer.marks_beginnings:
+            said = True
+            warnings.warn(
+                f"document {piece.number} has more than {BLOCK:,} characters, so it is tokenised in pieces, and the "
+                f"tokenizer {tokenizer.name} begins each piece as it begins a text: some tokens at the cuts are others "
+                "than those of the whole; give shorter documents to avoid that",
+                stacklevel=2,
+            )
+        yield piece
+
+
 def _encode(tokenizer: TextTokenizer, eot: int | None, parts: int, batch: _Batch) -> list[bytes]:
     """Return the tokens of a batch for each part, as they stand in its file."""
     found: list[list[int]] = [[] for _ in range(parts)]
@@ -191,11 +207,11 @@ def _in_order(
         yield from ((batch, work(batch)) for batch in batches)
         return
     # A fork would copy the threads of the tokenizer's and of pyarrow's libraries in the middle of what they do.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin_worker)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin_worker, (work,))
     waiting: deque[tuple[_Batch, Future[_Done]]] = deque()
     try:
         for batch in batches:
-            waiting.append((batch, pool.submit(work, batch)))
+            waiting.append((batch, pool.submit(_work_on, batch)))
             if len(waiting) > 2 * workers:
                 first, done = waiting.popleft()
                 yield first, done.result()
@@ -209,9 +225,17 @@ def _in_order(
         pool.shutdown(cancel_futures=True)
 
 
-def _begin_worker() -> None:
+_worker: dict[str, Callable[[_Batch], Any]] = {}  # what a worker does, sent to it once
+
+
+def _begin_worker(work: Callable[[_Batch], Any]) -> None:
+    _worker["work"] = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's to answer
     threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _work_on(batch: _Batch) -> Any:
+    return _worker["work"](batch)
 
 
 def _end_with_parent() -> None:

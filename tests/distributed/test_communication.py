@@ -12,7 +12,7 @@ from emp_callbacks import EMPPruner
 from emp_callbacks.pruning.traffic import Spread, refresh_traffic
 from tests.distributed.ranks import process_group, spawn
 
-FEW, MANY = 5, 60
+FEW, MANY = 5, 15
 MOST = 50  # collectives of one refresh
 FOR_TIES = 4  # which of equal scores stay is searched by their places, digit by digit, where some must go
 SIDE = 24

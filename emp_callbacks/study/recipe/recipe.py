@@ -17,6 +17,7 @@ import pytorch_lightning as pl
 from jsonargparse import DefaultHelpFormatter
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+from emp_callbacks.integrations.lightning_requeue import RequeueBetweenSteps
 from emp_callbacks.setting_checks import check_fraction
 from emp_callbacks.study.arms import DEFAULT_ARMS, check_arms
 from emp_callbacks.study.recipe.building import building
@@ -47,6 +48,7 @@ class StudyConfig:
             own count. Without points an arm whose density is given follows the first training arm.
         healing: Part of the training, in [0, 1), after the last refresh: what was pruned last is trained around.
         margin: Differences within +-margin, in units of the metric, count as equivalent where the interval shows it.
+        checkpoint_every: Minutes, >= 0, between two checkpoints of a training; cut off, it goes on from the last.
         metric: Logged test metric that the comparison is about.
         higher_is_better: Whether a higher metric is better; set false for losses and perplexities.
         out: Folder of the results; the default is runs/ plus the recipe's name.
@@ -60,6 +62,7 @@ class StudyConfig:
     points: list[float] = field(default_factory=list)
     healing: float = 0.25
     margin: float | None = None
+    checkpoint_every: float = 10.0
     metric: str = "test/accuracy"
     higher_is_better: bool = True
     out: str | None = None
@@ -75,6 +78,8 @@ class StudyConfig:
             raise ValueError("study.healing=1 leaves no time for pruning; choose less, such as 0.25")
         if self.margin is not None and not self.margin > 0:
             raise ValueError(f"study.margin must be > 0 in units of the metric, got {self.margin!r}")
+        if not self.checkpoint_every >= 0:
+            raise ValueError(f"study.checkpoint_every must be >= 0 minutes, got {self.checkpoint_every!r}")
         check_arms(self.arms, self.points)
 
 
@@ -184,6 +189,7 @@ class _EmpCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         trainer = super().instantiate_trainer(**kwargs)
         if self._command == "fit":
+            trainer.callbacks.append(RequeueBetweenSteps())  # type: ignore[attr-defined]
             settle_checkpoints(trainer.checkpoint_callbacks, self._given.trainer.default_root_dir)
             if self._smoke:
                 trainer.callbacks.append(FallingLoss())  # type: ignore[attr-defined]
