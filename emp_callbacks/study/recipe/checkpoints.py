@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytorch_lightning as pl
+
 from emp_callbacks.checkpoint.reading import read_checkpoint
 
-__all__ = ["check_resumable", "fitting_weights"]
+__all__ = ["check_resumable", "fitting_weights", "settle_checkpoints"]
 
 _WORDS = ("last", "best", "hpc")  # which Lightning looks for itself, as what is in a registry or on a server
 
@@ -29,6 +32,22 @@ def check_resumable(path: str) -> None:
         raise ValueError(
             f"{path} is no checkpoint of Lightning (a .ckpt that emp fit wrote); name one, or leave out --ckpt_path"
         )
+
+
+def settle_checkpoints(callbacks: Iterable[pl.callbacks.Checkpoint], folder: str | None) -> None:
+    """Give the checkpoints of a fit one place, ROOT/checkpoints with its last.ckpt, where `--ckpt_path last` looks.
+
+    Left to itself Lightning puts them into the logger's folder of this start, version_0, version_1, ...: a start after
+    a kill or a preemption finds none.
+
+    Args:
+        callbacks: Those of the Trainer.
+        folder: ROOT, as the recipe or the command gives it; None: no place is known, all stays as it is.
+    """
+    for callback in callbacks:
+        if folder is not None and isinstance(callback, pl.callbacks.ModelCheckpoint):
+            callback.dirpath = callback.dirpath or os.path.join(folder, "checkpoints")
+            callback.save_last = "link" if callback.save_last is None else callback.save_last
 
 
 @contextmanager

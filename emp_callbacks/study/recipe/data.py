@@ -1,8 +1,7 @@
 """Data of the studies, all of it on the machine: digits, Fashion-MNIST files, text as bytes."""
 
 import hashlib
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,10 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset
 
 from emp_callbacks.schedule import check_count
+from emp_callbacks.study.recipe.loading import evaluation_loader, training_loader
 from emp_callbacks.study.recipe.sources import read_idx, read_text, stdlib_text
 
 Batch = tuple[Tensor, Tensor]
@@ -27,23 +27,6 @@ _FASHION_FILES = {
     ("test", "images"): "t10k-images-idx3-ubyte.gz",
     ("test", "labels"): "t10k-labels-idx1-ubyte.gz",
 }
-
-
-class EpochSampler(DistributedSampler[Any]):
-    """Shuffled indices that are a pure function of (seed, epoch, rank); no global generator is read.
-
-    Ranks get disjoint parts of one permutation; if it does not divide evenly, its start fills the last parts.
-    A subclass of torch's DistributedSampler because Lightning leaves that in place: its older releases wrap
-    any other sampler without passing `set_epoch` on, so that every epoch has the order of the first.
-    """
-
-    def __iter__(self) -> Iterator[int]:
-        # Mixed, not added: seed 0 in epoch 1 must not be seed 1 in epoch 0.
-        mixed = np.random.SeedSequence([self.seed, self.epoch]).generate_state(1, np.uint64)[0]
-        generator = torch.Generator().manual_seed(int(mixed))
-        order = torch.randperm(len(self.dataset), generator=generator)  # type: ignore[arg-type]
-        padded = order[torch.arange(self.total_size) % len(order)]
-        return iter(padded[self.rank :: self.num_replicas].tolist())
 
 
 class TensorPart(Dataset[Batch]):
@@ -157,31 +140,20 @@ class InMemoryData(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Raises ValueError when not even one full batch fits."""
-        train: Any = self._parts["train"]
-        ranks = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
-        if len(train) < self.batch_size * ranks["num_replicas"]:
-            raise ValueError(
-                f"batch_size={self.batch_size} on {ranks['num_replicas']} rank(s) is more than the "
-                f"{len(train)} training examples: no full batch; choose a smaller batch_size"
-            )
-        seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if self.seed is None else self.seed
-        return self._loader(train, sampler=EpochSampler(train, seed=seed, **ranks), drop_last=True)
+        return training_loader(
+            self._parts["train"], self.batch_size, trainer=self.trainer, seed=self.seed, **self._settings
+        )
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        return self._loader(self._parts["val"])
+        return evaluation_loader(self._parts["val"], self.batch_size, trainer=self.trainer, **self._settings)
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        return self._loader(self._parts["test"])
+        return evaluation_loader(self._parts["test"], self.batch_size, trainer=self.trainer, **self._settings)
 
-    def _loader(self, dataset: Dataset[Batch], **settings: Any) -> DataLoader[Batch]:
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            collate_fn=_already_batched,
-            **settings,
-        )
+    @property
+    def _settings(self) -> dict[str, Any]:
+        workers = self.num_workers
+        return {"num_workers": workers, "persistent_workers": workers > 0, "collate_fn": _already_batched}
 
 
 class DigitsData(InMemoryData):

@@ -10,7 +10,8 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from emp_callbacks.study.recipe.data import DigitsData, EpochSampler, FashionMNISTData, TextData
+from emp_callbacks.study.recipe.data import DigitsData, FashionMNISTData, TextData
+from emp_callbacks.study.recipe.loading import EpochSampler
 from emp_callbacks.study.recipe.sources import read_idx, read_text, stdlib_text
 
 

@@ -7,13 +7,8 @@ from torch import nn
 from torch.nn import functional
 
 from emp_callbacks.study.recipe.data import DigitsData, TextData
-from emp_callbacks.study.recipe.tasks import (
-    ImageClassification,
-    LanguageModel,
-    decay_groups,
-    warm_restarts,
-    warmup_cosine,
-)
+from emp_callbacks.study.recipe.optimization import decay_groups, warm_restarts, warmup_cosine
+from emp_callbacks.study.recipe.tasks import ImageClassification, LanguageModel
 
 TINY_VIT = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}
 TINY_GPT = {"n_layer": 1, "n_head": 2, "n_embd": 8, "sequence_length": 16}
