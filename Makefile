@@ -61,7 +61,7 @@ $(VENV)/.installed-study: pyproject.toml
 
 $(VENV)/.installed-dev: pyproject.toml
 	@$(PYTHON) -c '$(NEEDS)'
-	@$(PYTHON) tools/make_venv.py $(VENV) study,hf,dev .installed-dev .installed-study
+	@$(PYTHON) tools/make_venv.py $(VENV) study,text,dev .installed-dev .installed-study
 
 $(VENV)/.installed-all: pyproject.toml
 	@$(PYTHON) -c '$(NEEDS)'
@@ -69,7 +69,7 @@ $(VENV)/.installed-all: pyproject.toml
 
 $(MINIMUM_VENV)/.installed-test: pyproject.toml
 	@$(MINIMUM_PYTHON) -c '$(NEEDS)'
-	@$(MINIMUM_PYTHON) tools/make_venv.py $(MINIMUM_VENV) study,hf,test .installed-test --lowest
+	@$(MINIMUM_PYTHON) tools/make_venv.py $(MINIMUM_VENV) study,text,test .installed-test --lowest
 
 clean:
 	rm -rf runs build *.egg-info
