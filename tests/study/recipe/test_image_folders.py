@@ -197,8 +197,13 @@ def test_a_tar_file_per_split_is_as_good_as_folders(drawn, tmp_path):
     expected = epoch_of(ready(drawn, augmentation=STRONG))
     assert_equal_batches(epoch_of(ready(tmp_path, augmentation=STRONG)), expected)
     data = ready(tmp_path, augmentation=STRONG, num_workers=2)
-    data._parts["train"][0]  # opens the file before the fork: one position for all processes, were it kept
+    source = data._parts["train"].source
+    assert source[0]  # opens the file before the fork: one position for all processes, were it kept
+    opened = source._reader.tar_state.tf
     assert_equal_batches(epoch_of(data), expected)
+    source._process = -1  # as a worker finds it
+    assert source[0]
+    assert source._reader.tar_state.tf is not opened
     assert pickle.loads(pickle.dumps(data)).content_digest == data.content_digest == ready(drawn).content_digest
 
 
