@@ -9,22 +9,29 @@ if sys.platform != "win32":
     import fcntl
 
 
-def try_lock(descriptor: int, *, shared: bool = False) -> bool:
+def try_lock(descriptor: int) -> bool:
     """Return whether nobody else has the lock, and take it; where the system or its disk knows none, nobody has.
 
     Args:
         descriptor: Of an open file.
-        shared: Whether others may have it, too, if they also share it.
     """
     if sys.platform == "win32":
         return True
     try:
-        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
         return True
     return True
+
+
+def wait_for_lock(descriptor: int) -> None:
+    """Take the lock as soon as nobody has it; at once where the system or its disk knows none."""
+    if sys.platform == "win32":
+        return
+    with suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 
 def unlock(descriptor: int) -> None:

@@ -272,9 +272,10 @@ def words_of(line):
 
 @functools.cache
 def parsers():
-    from emp_callbacks.cli import folder_options, options, tokenize
+    from emp_callbacks.cli import check, folder_options, options, submit, tokenize
 
-    homes = {name: module for module in (options, folder_options, tokenize) for name in module.__all__}
+    modules = (options, folder_options, check, submit, tokenize)
+    homes = {name: module for module in modules for name in module.__all__}
     made = [getattr(module, name)() for name, module in homes.items() if name.endswith("_parser")]
     return {parser.prog.removeprefix("emp "): parser for parser in made}
 
@@ -537,7 +538,7 @@ def run_engines(rank, world_size, folder):
 @pytest.mark.processes
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 def test_blocks_around_an_engine_run(tmp_path):
-    ranks.spawn(run_engines, 1, tmp_path, seconds=120)
+    ranks.spawn(run_engines, 1, tmp_path)
 
 
 # ---- the checks fail where they should ----------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import secrets
+import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -34,6 +35,7 @@ from emp_callbacks.checkpoint.state import (
     masked_weights,
     read_seed,
 )
+from emp_callbacks.checkpoint.whole_output import PARTIAL, appearing
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.layer import Layer
 from emp_callbacks.layer.mask_mode import MaskMode
@@ -44,6 +46,7 @@ from emp_callbacks.targets.forward_site import ForwardSite
 INDEX = "emp_masks.json"
 _PREFIX = "emp_masks-"
 _MESSAGE_BYTES = 2048
+_PATIENCE = 10.0  # seconds
 Result = TypeVar("Result")
 
 
@@ -57,7 +60,8 @@ def save_masks(
     """Write masks, the values behind them, `state` (of `describe`) and evidence into a folder. Collective.
 
     Raises:
-        OSError: A rank could not write its part; what the folder held before is still whole.
+        OSError: A rank could not write its part, or wrote it where rank 0 does not see it; what the folder held before
+            is still whole.
     """
     folder, rank, ranks = Path(folder), backend.rank, backend.world_size
     # Drawn by rank 0; other ranks may be seeded alike or not, and none of torch's generators is touched.
@@ -78,8 +82,8 @@ def save_masks(
     index = {**state, "masked": masked, "world_size": ranks, "files": files}
     on_all(backend, lambda: _write_index(folder, index) if rank == 0 else None, undo)
     if rank == 0:
-        for path in folder.glob(f"{_PREFIX}*.safetensors"):
-            if path.name not in names:
+        for path in (*folder.glob(f"{_PREFIX}*.safetensors"), *folder.glob(f"{INDEX}.*{PARTIAL}")):
+            if path.name not in names:  # of older saves, also of those that were killed
                 _remove(path)
 
 
@@ -168,12 +172,24 @@ def _check_same(path: Path, digest: int, backend: Backend) -> None:
 
 
 def _write_index(folder: Path, index: dict[str, Any]) -> None:
-    partial = folder / f"{INDEX}.partial"
-    with partial.open("wb") as file:
-        file.write(_signed(index))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, folder / INDEX)
+    for rank, file in enumerate(index["files"]):
+        _check_seen(folder / file["name"], rank)
+    with appearing(folder / INDEX, folder=False) as partial, partial.open("wb") as out:
+        out.write(_signed(index))
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _check_seen(path: Path, rank: int) -> None:
+    """Raise FileNotFoundError where a part went to a disk of another host; a shared disk may be slow to show it."""
+    until = time.monotonic() + _PATIENCE
+    while not path.is_file():
+        if time.monotonic() > until:
+            raise FileNotFoundError(
+                f"{path} is missing, which rank {rank} wrote: its host has another folder of this name. Save to a "
+                "folder that all hosts share"
+            )
+        time.sleep(_PATIENCE / 100)
 
 
 def _signed(index: dict[str, Any]) -> bytes:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import platform
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["appearing", "aside", "has_content", "is_folder"]
+__all__ = ["PARTIAL", "appearing", "aside", "has_content", "is_folder"]
+
+PARTIAL = ".partial"
+"""How the name of what is half written ends."""
 
 _FOREIGN = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".h5", ".npz", ".onnx", ".msgpack", ".gguf"}
 
@@ -24,7 +29,8 @@ def appearing(out: Path, *, folder: bool) -> Iterator[Path]:
         out: The file or folder to be.
         folder: Which of them; an empty folder is lent.
     """
-    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
+    # No other process takes this name, on whichever host and in whichever container: process ids repeat there.
+    partial = out.with_name(f"{out.name}.{platform.node()}-{secrets.token_hex(8)}{PARTIAL}")
     moved = None
     try:
         if folder:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from emp_callbacks.cli import finished, folder, recipes, study, tokenize
+from emp_callbacks.cli import check, finished, folder, recipes, study, submit, tokenize
 from emp_callbacks.cli.console import printable, warnings_in_lines
 from emp_callbacks.cli.errors import for_the_user
+from emp_callbacks.cli.stopping import stopped_by, terminable
 
 __all__ = ["COMMANDS", "main"]
 
-USAGE_ERROR, INTERRUPTED = 2, 130
+USAGE_ERROR = 2
 
 _HELP = """\
 usage: emp COMMAND [options]
@@ -22,7 +23,9 @@ commands:
   fit        train a recipe
   validate   evaluate a recipe's model on its validation split
   test       evaluate a recipe's model on its test split
+  check      say what a recipe will do: memory, steps, refreshes, files; trains nothing
   compare    train a recipe with several ways of pruning and several seeds, and report
+  submit     hand a training, or a whole study, to Slurm
   report     write the report of a finished study or of a single fit again
   recipes    list the recipes that come with the package, or copy one out to edit
   inspect    show N_eff and what EMP would keep of a checkpoint, a folder of any size, a timm model
@@ -50,10 +53,12 @@ options:
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     **{command: study.lightning(command) for command in study.LIGHTNING_HELP},
+    "check": check.check,
     "compare": study.compare,
     "sweep-beta": study.sweep_beta,
     "compare-criteria": study.compare_criteria,
     "violations": study.violations,
+    "submit": submit.submit,
     "report": study.report,
     "recipes": recipes.recipes,
     "inspect": finished.inspect,
@@ -65,7 +70,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run one `emp` command and return its exit code: 0, 2 for a usage error, 130 after Ctrl-C."""
+    """Run one `emp` command and return its exit code: 0, 2 for a usage error, 130 after Ctrl-C, 143 after SIGTERM."""
     words = list(sys.argv[1:] if args is None else args)
     if not words or words[0] in ("-h", "--help"):
         sys.stdout.write(_HELP)
@@ -87,16 +92,28 @@ def _run(command: str, words: list[str]) -> int:
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(COMMANDS)}"
         return _complain(f"unknown command {command!r}; {hint}", USAGE_ERROR)
     try:
-        with warnings_in_lines():
+        with terminable(), warnings_in_lines():
             COMMANDS[command](words)
-    except KeyboardInterrupt as stop:
-        return _complain(str(stop) or "interrupted", INTERRUPTED)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        code = stopped_by(stop)
+        if code is None:
+            raise
+        return _complain(_unfinished(command, stop), code)
     except Exception as error:
         message = for_the_user(error)
         if message is None:
             raise
         return _complain(message, USAGE_ERROR)
     return 0
+
+
+def _unfinished(command: str, stop: BaseException) -> str:
+    """Return what to say of a command that a signal ended, and how to go on."""
+    if isinstance(stop, KeyboardInterrupt) and str(stop):  # a study knows how far it came
+        return str(stop)
+    if command == "fit":
+        return "stopped: training did not finish; add --ckpt_path FILE.ckpt to go on from its last checkpoint"
+    return f"stopped: {command} did not finish; run the same command again"
 
 
 def _complain(message: str, code: int) -> int:

@@ -40,7 +40,14 @@ examples:
 Any key of the recipe can follow as --KEY VALUE; emp fit --help lists them.
 The same command again continues an interrupted study and reuses its finished runs.""",
     )
-    parser.add_argument("-c", "--config", required=True, metavar="RECIPE", help="recipe (YAML) with a study: section")
+    parser.add_argument(
+        "-c",
+        "--config",
+        required=True,
+        action="append",
+        metavar="RECIPE",
+        help="recipe (YAML) with a study: section; given again: settings to lay over it",
+    )
     parser.add_argument("--out", metavar="DIR", help="folder of the results (default: study.out, or runs/RECIPE)")
     parser.add_argument(
         "--overwrite", action="store_true", help="start anew; what DIR holds is moved to DIR.old-1, -2, ..."

@@ -10,7 +10,7 @@ from pathlib import Path
 from emp_callbacks.cli.console import make_console
 from emp_callbacks.cli.options import recipes_parser
 
-__all__ = ["find_recipe", "recipes", "shipped_recipes", "with_files"]
+__all__ = ["cluster_file", "find_recipe", "recipes", "shipped_recipes", "with_files"]
 
 _CLUSTER = "cluster"  # a folder of scripts and configurations, copied as one
 
@@ -40,6 +40,11 @@ def find_recipe(given: str) -> str:
     raise FileNotFoundError(f"recipe {given} does not exist; {hint}")
 
 
+def cluster_file(name: str) -> Path:
+    """Return a file of the folder that `emp recipes cluster` copies."""
+    return _folder() / _CLUSTER / name
+
+
 def with_files(words: Sequence[str]) -> list[str]:
     """Return the words of a command line with the path of each recipe that stands after -c or --config."""
     found = list(words)
@@ -67,9 +72,12 @@ def _list() -> None:
     table = Table(box=None, pad_edge=False)
     table.add_column("recipe", no_wrap=True)
     table.add_column("what it runs")
-    for name, file in shipped_recipes().items():
-        table.add_row(name, _first_command(file).replace(f"recipes/{name}.yaml", name))  # it may lie in no checkout
-    table.add_row(_CLUSTER, "torchrun and Slurm scripts, DeepSpeed configurations")
+    files = shipped_recipes()
+    strategies = [name for name in files if name.startswith(f"{_CLUSTER}/")]
+    for name, file in files.items():
+        if name not in strategies:  # it may lie in no checkout
+            table.add_row(name, _first_command(file).replace(f"recipes/{name}.yaml", name))
+    table.add_row(_CLUSTER, f"scripts for Slurm, torchrun, Kubernetes; to lay over a recipe: {', '.join(strategies)}")
     console = make_console()
     console.print(table)
     console.print("\nemp recipes NAME --out FILE.yaml copies one out to edit", highlight=False)

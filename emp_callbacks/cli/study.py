@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from emp_callbacks.cli.options import (
     violations_parser,
 )
 from emp_callbacks.cli.recipes import find_recipe, with_files
+from emp_callbacks.study.cell_list import listed_cells
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -63,14 +65,19 @@ def lightning(command: str) -> Callable[[list[str]], None]:
 def compare(words: list[str]) -> None:
     """Run a study and show what it found."""
     options, overrides = compare_parser().parse_known_args(words)
-    path = find_recipe(options.config)
+    path, *over = [find_recipe(given) for given in options.config]
+    if options.list_cells and (cells := listed_cells([path, *over], overrides)) is not None:  # before imports
+        sys.stdout.write("".join(f"{cell}\n" for cell in cells))
+        return
     from emp_callbacks.study.comparison import run_study, study_cells
+    from emp_callbacks.study.ranks import own_rank
     from emp_callbacks.study.recipe.recipe import Recipe
     from emp_callbacks.study.report.report import write_report
     from emp_callbacks.study.report.terminal import comparison_table
 
     console = make_console()
-    recipe = Recipe(path, overrides, called=options.config)
+    laid_over = [word for file in over for word in ("--config", file)]
+    recipe = Recipe(path, [*laid_over, *overrides], called=options.config[0])
     if options.list_cells:
         console.print("\n".join(study_cells(recipe)), highlight=False)
         return
@@ -85,6 +92,8 @@ def compare(words: list[str]) -> None:
         )
     else:
         results = run_study(recipe, out, overwrite=options.overwrite, only=options.only, console=console)
+    if own_rank() != 0:  # rank 0 tells what was found
+        return
     if results is None:
         console.print(f"runs are left; the same command without --only merges all in {out} into one report")
         return

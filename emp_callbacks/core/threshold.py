@@ -41,10 +41,16 @@ DIGIT_BITS = 11  # 2048 bins of int64: 16 KiB to communicate per round
 NARROW_DIGIT_BITS = 8  # of each of many groups 2 KiB
 MANY_GROUPS = 8
 ALL_TIES = torch.iinfo(torch.int64).max // 2
-SAMPLE = 1 << 18  # scores of a group that bracket its threshold; below four times as many, all are looked at
+SAMPLE = 1 << 18  # scores of a group that bracket its threshold
+TIE_BITS = 5  # of a place among equal scores, that one sum over ranks settles
 GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples, modulo 1, spread most evenly
 DEVIATIONS = 4.0  # of the sample's rank to each side of the threshold: a random order misses once in 10,000 times
 _INFINITE = {torch.float32: 0x7F800000, torch.float64: 0x7FF0000000000000}  # bit patterns
+
+
+def is_large(size: int) -> bool:
+    """Return whether a group of so many scores is looked at in a bracket; of smaller ones it is all of them."""
+    return size >= 4 * SAMPLE
 
 
 def local_sum(value: Tensor) -> Tensor:
@@ -139,7 +145,7 @@ def find_thresholds(groups: Sequence[Group], dtype: torch.dtype, all_sum: AllSum
     """
     if not groups:
         return []
-    inside = [group.scores if group.size >= 4 * SAMPLE else in_fewer(group.scores) for group in groups]
+    inside = [group.scores if is_large(group.size) else in_fewer(group.scores) for group in groups]
     need = torch.tensor([group.keep for group in groups])
     known: dict[int, _Divided] = {}
     for g, divided in _around_samples(groups, dtype, all_sum).items():
@@ -186,7 +192,7 @@ class _Divided(NamedTuple):
 
 def _around_samples(groups: Sequence[Group], dtype: torch.dtype, all_sum: AllSum) -> dict[int, _Divided]:
     """Return how the scores of each large group lie to a bracket that very likely holds the threshold. Collective."""
-    large = [g for g, group in enumerate(groups) if group.size >= 4 * SAMPLE]
+    large = [g for g, group in enumerate(groups) if is_large(group.size)]
     if not large:
         return {}
     samples = [join([_sample(values, groups[g].size / SAMPLE).to(dtype) for values in groups[g].scores]) for g in large]
@@ -319,8 +325,7 @@ def _last_ties(tied: Sequence[_Tied], all_sum: AllSum) -> list[int]:
     upto = [_upto(one) for one in tied]
     last = torch.zeros(len(tied), dtype=torch.int64)
     missing = torch.tensor([one.missing for one in tied])
-    # Alone, each bit is one look; over ranks five bits are asked for at a time.
-    width = 1 if all_sum is local_sum else 5
+    width = 1 if all_sum is local_sum else TIE_BITS  # alone, each bit is one look
     bits = max((one.group.size - 1).bit_length() for one in tied)
     for shift in reversed(range(0, bits, width)):
         candidates = last[:, None] + (torch.arange(1, 1 << width) << shift)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from emp_callbacks.checkpoint.folder_files import DTYPE_NAMES, FolderFiles, TensorInfo
-from emp_callbacks.checkpoint.whole_output import aside, has_content
+from emp_callbacks.checkpoint.whole_output import appearing, aside, has_content
 from emp_callbacks.file_lock import try_lock
 
 __all__ = ["RECORD", "FolderOutput"]
@@ -225,9 +225,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _write(path: Path, told: Mapping[str, Any]) -> None:
     """Write JSON so that a reader, or a kill, meets the old text or the new."""
-    partial = path.with_name(f"{path.name}.tmp")
-    partial.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with appearing(path, folder=False) as partial:
+        partial.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
 
 def _wait_for(met: Callable[[], bool]) -> None:

@@ -299,3 +299,23 @@ def plan_jobs(names: Sequence[str], seeds: Iterable[int], points: Sequence[float
                 fit = Cell(served, seed) if served else Cell(name, seed, point)
                 jobs.setdefault(fit, []).append(Cell(name, seed, point))
     return [TrainingJob(fit, tuple(cells)) for fit, cells in jobs.items()]
+
+
+def needed_cells(cell: Cell, names: Sequence[str], points: Sequence[float] = ()) -> list[Cell]:
+    """Return the cells of a study whose results decide how much this one keeps."""
+    arm, found, leader = ARMS[cell.arm], [], leading_arm(names)
+    if arm.narrower or (cell.point is not None and arm.density == "emp" and not arm.shares_fit_of):
+        found.append(Cell("dense", cell.seed))
+    if leader and (arm.leads_shares or (arm.density == "given" and cell.point is None)):
+        found.append(Cell(leader, cell.seed, cell.point if cell.point in ARMS[leader].points_of(points) else None))
+    return found
+
+
+def fits_in_order(names: Sequence[str], seeds: Iterable[int], points: Sequence[float] = ()) -> list[Cell]:
+    """Return the cells that are trained, of all seeds first what needs no other: a job array waits for that once."""
+    needed = {job.fit: needed_cells(job.fit, names, points) for job in plan_jobs(names, seeds, points)}
+
+    def depth(cell: Cell) -> int:
+        return 1 + max((depth(other) for other in needed[cell]), default=-1)
+
+    return sorted(needed, key=depth)

@@ -14,12 +14,13 @@ from torch import Tensor
 from emp_callbacks.checkpoint.tensor_file import write_tensors
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.study.arm_settings import Budget, arm_config, restarts_of
-from emp_callbacks.study.arms import ARMS, Cell, TrainingJob, leading_arm
+from emp_callbacks.study.arms import ARMS, Cell, TrainingJob, leading_arm, needed_cells
 from emp_callbacks.study.horizon import Horizon, horizon_of
+from emp_callbacks.study.ranks import Ranks
 from emp_callbacks.study.recipe.check import RecipeError
 from emp_callbacks.study.recipe.recipe import Recipe, StudyConfig
 from emp_callbacks.study.recipe.small import narrower
-from emp_callbacks.study.run_store import RunStore
+from emp_callbacks.study.run_store import RunStore, digest
 from emp_callbacks.study.training import Training, recipe_config
 from emp_callbacks.study.training_record import OnStep
 
@@ -38,10 +39,13 @@ class CellRunner:
         study: Its study, with the arms that fit.
         store: Where weights and logs go.
         records: Of the cells that are finished; whoever finishes one puts it there.
+        ranks: The processes that train a cell together; all do the same.
     """
 
-    def __init__(self, recipe: Recipe, study: StudyConfig, store: RunStore, records: Mapping[Cell, Record]) -> None:
-        self.recipe, self._study, self._store, self._records = recipe, study, store, records
+    def __init__(
+        self, recipe: Recipe, study: StudyConfig, store: RunStore, records: Mapping[Cell, Record], ranks: Ranks
+    ) -> None:
+        self.recipe, self._study, self._store, self._records, self._ranks = recipe, study, store, records, ranks
         self.leader = leading_arm(study.arms)
         self._dense: tuple[int, Training, dict[str, Tensor]] | None = None
         self._pairs: dict[tuple[int, int], Record] = {}
@@ -75,17 +79,18 @@ class CellRunner:
             if ARMS[name].narrower:
                 narrower(model["class_path"], model["init_args"], sys.maxsize)
 
+    def fingerprint(self, cell: Cell) -> str:
+        """Return a hash of everything that influences one run."""
+        arm, leader = ARMS[cell.arm], self.leader_of(cell)
+        parts = [dict(ARMS[name].settings) for name in (cell.arm, leader) if name]
+        scheduled = self._study.healing if arm.density != "none" and not arm.shares_fit_of else None
+        return digest([self._store.recipe_digest, cell.arm, cell.point, leader, parts, cell.seed, scheduled])
+
     # ---- how much is kept -----------------------------------------------------------------------------------------
 
     def needed(self, cell: Cell) -> list[Cell]:
         """Return the cells whose results decide how much this one keeps."""
-        arm, found = ARMS[cell.arm], []
-        if arm.narrower or (cell.point is not None and arm.density == "emp" and not arm.shares_fit_of):
-            found.append(Cell("dense", cell.seed))
-        if self.leader and (arm.leads_shares or (arm.density == "given" and cell.point is None)):
-            points = ARMS[self.leader].points_of(self._study.points)
-            found.append(Cell(self.leader, cell.seed, cell.point if cell.point in points else None))
-        return found
+        return needed_cells(cell, self._study.arms, self._study.points)
 
     def leader_of(self, cell: Cell) -> str | None:
         """Return the training arm that an arm follows; None where it follows none."""
@@ -116,16 +121,16 @@ class CellRunner:
             KeyboardInterrupt: The user stopped it.
         """
         kept = self._store.weights(job.fit)
-        if not (job.fit in self._records and kept.is_file()):
+        if not (job.fit in self._records and self._ranks.from_first(kept.is_file)):
             training = self._train(job.fit, on_step)
             if job.fit.arm == "dense":
-                self._dense = job.fit.seed, training, _save(training, kept)
+                self._dense = job.fit.seed, training, self._save(training, kept)
             if job.fit in missing:
                 yield job.fit, self._completed(job.fit, training.record())
         for cell in missing:
             if cell != job.fit:
                 config = arm_config(cell.arm, self.emp, self.leader, self.budget(cell))
-                yield cell, self._pruned_once(cell, config, self._store.fresh_folder(cell))
+                yield cell, self._pruned_once(cell, config, self._folder(cell))
 
     def _train(self, cell: Cell, on_step: OnStep) -> Training:
         # Before the recipe is built for this training: to know these it is built as well.
@@ -134,10 +139,27 @@ class CellRunner:
         def adapt(base: EMPConfig) -> EMPConfig:
             return arm_config(cell.arm, base, self.leader, budget, horizon)
 
-        folder = self._store.fresh_folder(cell)
-        training = Training(recipe, cell.seed, adapt, folder, on_step, rewinds=ARMS[cell.arm].rewinds)
+        training = Training(
+            recipe,
+            cell.seed,
+            adapt,
+            self._folder(cell),
+            on_step,
+            rewinds=ARMS[cell.arm].rewinds,
+            checkpoint=self._store.checkpoint(cell, self.fingerprint(cell)),
+        )
         training.fit()
         return training
+
+    def _folder(self, cell: Cell) -> Path:
+        return self._ranks.from_first(lambda: self._store.folder(cell, self.fingerprint(cell)))
+
+    def _save(self, training: Training, path: Path) -> dict[str, Tensor]:
+        """Write the weights of a trained network to a file and return them."""
+        state = training.model.state_dict().items()
+        weights = {name: value.detach().cpu().clone().contiguous() for name, value in state}
+        self._ranks.from_first(lambda: write_tensors(weights, path))
+        return weights
 
     def _recipe_of(self, cell: Cell) -> Recipe:
         """Return the recipe with what an arm changes of the model."""
@@ -211,10 +233,3 @@ def _as_pair(record: Record) -> Record:
 def _exactly(keep: int, n: int) -> float:
     """Return the density that keeps so many of n: half a weight more, so that no rounding loses one."""
     return min(1.0, (keep + 0.5) / n)
-
-
-def _save(training: Training, path: Path) -> dict[str, Tensor]:
-    """Write the weights of a trained network to a file and return them."""
-    weights = {name: value.detach().cpu().clone() for name, value in training.model.state_dict().items()}
-    write_tensors({name: value.contiguous() for name, value in weights.items()}, path)
-    return weights

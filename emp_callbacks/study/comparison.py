@@ -16,9 +16,10 @@ from rich.console import Console
 
 import emp_callbacks
 from emp_callbacks.study.arm_settings import fitting_arms
-from emp_callbacks.study.arms import ARMS, Cell, TrainingJob, plan_jobs
+from emp_callbacks.study.arms import Cell, TrainingJob, fits_in_order, plan_jobs
 from emp_callbacks.study.cells import CellRunner
 from emp_callbacks.study.progress import StudyProgress
+from emp_callbacks.study.ranks import Ranks
 from emp_callbacks.study.recipe.check import nearest
 from emp_callbacks.study.recipe.recipe import Recipe, StudyConfig
 from emp_callbacks.study.report.convergence import convergence
@@ -87,14 +88,8 @@ def study_cells(recipe: Recipe) -> list[str]:
 
     With points "arm@point:seed". `one_shot` and `dense` of a seed are one training, named after `dense`.
     """
-    study = _Study(recipe, Path(), None)
-    needed = {job.fit: study.runner.needed(job.fit) for job in study.jobs}
-
-    def depth(cell: Cell) -> int:
-        return 1 + max((depth(other) for other in needed[cell]), default=-1)
-
-    # Of all seeds first what needs no other: a cluster's job array can wait for that once.
-    return [cell.name for cell in sorted(needed, key=depth)]
+    study = _fitting_study(recipe)
+    return [cell.name for cell in fits_in_order(study.arms, study.seeds, study.points)]
 
 
 def study_needs(recipe: Recipe, out: Path, *, overwrite: bool = False) -> dict[str, list[str]]:
@@ -110,6 +105,11 @@ def study_needs(recipe: Recipe, out: Path, *, overwrite: bool = False) -> dict[s
         FileExistsError: The folder holds runs of a different recipe, or other things.
     """
     study = _Study(recipe, out, None)
+    if study.ranks.world_size > 1:
+        raise ValueError(
+            f"--jobs trains each cell in one process, and the recipe asks for {study.ranks.world_size}: drop --jobs, "
+            "or add --trainer.devices 1 --trainer.num_nodes 1"
+        )
     study.runner.check()
     try:
         study.store.open(study.resolved, overwrite)
@@ -132,14 +132,17 @@ class _Study:
     def __init__(self, recipe: Recipe, out: Path, console: Console | None) -> None:
         self.recipe = recipe
         self.config = _fitting_study(recipe)
-        self.console = console or Console(quiet=True)
+        self.ranks = Ranks(recipe.trainer)  # the one that was just made, to learn the settings
+        self.console = console if console is not None and self.ranks.is_first else Console(quiet=True)
         resolved = recipe.resolved()
         self.resolved = {**resolved, "study": {**resolved["study"], "out": str(out)}}
-        self.recipe_digest = digest(what_trains(resolved))
-        self.store = RunStore(out, self.recipe_digest)
+        trained = what_trains(resolved)
+        if self.ranks.world_size > 1:  # a batch is each rank's
+            trained["world_size"] = self.ranks.world_size
+        self.store = RunStore(out, digest(trained))
         self.jobs = plan_jobs(self.config.arms, self.config.seeds, self.config.points)
         self.records: dict[Cell, Record] = {}
-        self.runner = CellRunner(recipe, self.config, self.store, self.records)
+        self.runner = CellRunner(recipe, self.config, self.store, self.records, self.ranks)
 
     @property
     def cells(self) -> list[Cell]:
@@ -150,26 +153,44 @@ class _Study:
 
     def run(self, overwrite: bool, only: Sequence[str] | None) -> dict[str, Any] | None:
         self.runner.check()
-        jobs = self._chosen(only) if only else self.jobs
+        if self.ranks.started_elsewhere:
+            self.ranks.join()
         try:
-            return self._run(jobs, overwrite, alone=bool(only))
+            return self._run(overwrite, only)
         finally:
             self.store.close()
 
-    def _run(self, jobs: Sequence[TrainingJob], overwrite: bool, *, alone: bool) -> dict[str, Any] | None:
+    def _run(self, overwrite: bool, only: Sequence[str] | None) -> dict[str, Any] | None:
         cells = self.cells
-        if moved := self.store.open(self.resolved, overwrite, [job.fit for job in jobs] if alone else ()):
-            self.console.print(f"moved the earlier contents to {moved}", highlight=False)
-        self.collect()
+        found = self.ranks.from_first(lambda: self._begin(overwrite, only))
+        jobs = [job for job in self.jobs if not only or job.fit.name in only]
+        own = [cell for job in jobs for cell in job.cells] if only else cells
+        if self.ranks.from_first(lambda: any(self.is_open(cell) for cell in own)) and not self.ranks.started_elsewhere:
+            self.ranks.join()  # where nobody else starts the others: they, too, begin with what was found
+            self.ranks.from_first(lambda: found)
+            self.ranks.from_first(lambda: True)
+        self.records.update(found)
         with StudyProgress(self.console, len(cells), self.config.metric) as progress:
             progress.reused(len(self.records))
             try:
                 for job in jobs:
                     self._run_job(job, progress)
-                self._pair([cell for job in jobs for cell in job.cells] if alone else cells, progress)
+                self._pair(own, progress)
             except KeyboardInterrupt as error:
                 raise StudyInterrupted(len(self.records), len(cells)) from error
-        if any(self.is_open(cell) for cell in cells):
+        return self.ranks.from_first(self._finish)
+
+    def _begin(self, overwrite: bool, only: Sequence[str] | None) -> dict[Cell, Record]:
+        """Open the folder and return the records that are there."""
+        jobs = self._chosen(only) if only else ()
+        if moved := self.store.open(self.resolved, overwrite, [job.fit for job in jobs]):
+            self.console.print(f"moved the earlier contents to {moved}", highlight=False)
+        self.collect()
+        return dict(self.records)
+
+    def _finish(self) -> dict[str, Any] | None:
+        """Write and return the results, unless runs are left."""
+        if any(self.is_open(cell) for cell in self.cells):
             return None
         results = self._results()
         write_atomically(self.store.out / "results.json", json.dumps(results, indent=1) + "\n")
@@ -178,7 +199,7 @@ class _Study:
     def collect(self) -> None:
         """Take up the records that are there."""
         for cell in self.cells:
-            if record := self.store.finished(cell, self._fingerprint(cell)):
+            if record := self.store.finished(cell, self.runner.fingerprint(cell)):
                 self._keep(cell, record)
 
     def is_open(self, cell: Cell) -> bool:
@@ -192,7 +213,7 @@ class _Study:
             if name not in jobs:
                 raise ValueError(f"no cell {name!r} in this study{nearest(name, jobs)}; cells: {', '.join(jobs)}")
             for needed in self.runner.needed(jobs[name].fit):
-                if needed.name not in only and not self.store.finished(needed, self._fingerprint(needed)):
+                if needed.name not in only and not self.store.finished(needed, self.runner.fingerprint(needed)):
                     raise ValueError(
                         f"{name} takes its density from {needed.name}, which has not finished in {self.store.out}; run "
                         f"--only {needed.name} first"
@@ -212,22 +233,20 @@ class _Study:
 
     def _pair(self, cells: Sequence[Cell], progress: StudyProgress) -> None:
         """Set one-shot at exactly its density beside each cell that has none yet."""
-        lacking = sorted((cell for cell in cells if self.runner.lacks_pair(cell)), key=lambda cell: cell.seed)
+        found = self.ranks.from_first(lambda: [cell for cell in cells if self.runner.lacks_pair(cell)])
+        lacking = sorted(found, key=lambda cell: cell.seed)
         for i, cell in enumerate(lacking):
             progress.begin(f"one-shot as dense as {cell.label}", i, len(lacking))
             self._save(cell, self.runner.pair(cell))
 
     def _save(self, cell: Cell, record: Record) -> None:
-        identity = {"arm": cell.arm, "seed": cell.seed, "point": cell.point, "fingerprint": self._fingerprint(cell)}
-        self._keep(cell, self.store.save(cell, {**record, **identity}))
-
-    def _fingerprint(self, cell: Cell) -> str:
-        """Return a hash of everything that influences one run."""
-        arm = ARMS[cell.arm]
-        leader = self.runner.leader_of(cell)
-        parts = [dict(ARMS[name].settings) for name in (cell.arm, leader) if name]
-        scheduled = self.config.healing if arm.density != "none" and not arm.shares_fit_of else None
-        return digest([self.recipe_digest, cell.arm, cell.point, leader, parts, cell.seed, scheduled])
+        identity = {
+            "arm": cell.arm,
+            "seed": cell.seed,
+            "point": cell.point,
+            "fingerprint": self.runner.fingerprint(cell),
+        }
+        self._keep(cell, self.ranks.from_first(lambda: self.store.save(cell, {**record, **identity})))
 
     def _keep(self, cell: Cell, record: Record) -> None:
         check_metric(self.config.metric, record["metrics"], record["arm"])
@@ -248,7 +267,7 @@ class _Study:
                 "healing": study.healing,
                 "margin": study.margin,
             },
-            "environment": environment(),
+            "environment": {**environment(), "processes": self.ranks.world_size},
             "runs": [self.records[cell] for cell in self.cells],
         }
         found = convergence(results)

@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 from pytorch_lightning.utilities.seed import isolate_rng
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.study.quiet import quiet
@@ -65,10 +66,11 @@ def horizon_of(recipe: Recipe, healing: float) -> Horizon:
     only_steps = epochs < 0
     if only_steps and most < 0:
         raise ValueError("a study needs an end: set trainer.max_epochs or trainer.max_steps")
+    data.trainer = trainer  # says how many ranks share the batches
     data.prepare_data()
     data.setup("fit")
     try:
-        batches = _length(data.train_dataloader())
+        batches = _batches_of_rank(data.train_dataloader(), trainer.world_size)
     except ValueError:
         if only_steps:
             return Horizon(most, None, healing)
@@ -79,6 +81,17 @@ def horizon_of(recipe: Recipe, healing: float) -> Horizon:
     if only_steps or 0 <= most < of_epoch * epochs:
         return Horizon(most, max(1, most // of_epoch), healing)
     return Horizon(of_epoch * epochs, epochs, healing)
+
+
+def _batches_of_rank(loader: Any, ranks: int) -> int:
+    """Return the batches of an epoch on one rank; Lightning shares them out where the loader itself does not."""
+    sampler = getattr(loader, "sampler", None)
+    if ranks == 1 or not isinstance(loader, DataLoader) or isinstance(sampler, DistributedSampler):
+        return _length(loader)
+    if isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
+        return _length(loader)
+    examples = math.ceil(_length(sampler) / ranks)
+    return examples // loader.batch_size if loader.drop_last else math.ceil(examples / loader.batch_size)
 
 
 def _length(loader: Any) -> int:

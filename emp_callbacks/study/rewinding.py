@@ -30,7 +30,15 @@ class Rewinding(pl.Callback):
         self._initial: dict[str, Tensor] = {}
         self._rewound_at = 0
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"initial": self._initial, "rewound_at": self._rewound_at}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._initial, self._rewound_at = state_dict["initial"], state_dict["rewound_at"]
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+        if self._initial:  # a resumed training's
+            return
         self._initial = {name: value.detach().clone() for name, value in pl_module.state_dict().items()}
 
     @torch.no_grad()
@@ -42,7 +50,7 @@ class Rewinding(pl.Callback):
         self._rewound_at = pruner.clock.steps_at_refresh
         masks = pruner.weight_masks
         for name, value in pl_module.state_dict().items():
-            initial = self._initial[name]
+            initial = self._initial[name].to(value.device)
             value.copy_(torch.where(masks[name].to(value.device), initial, 0.0) if name in masks else initial)
         for optimizer in trainer.optimizers:
             optimizer.state.clear()

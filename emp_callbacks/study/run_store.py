@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,9 +11,9 @@ from typing import Any
 
 import yaml
 
-from emp_callbacks.checkpoint.whole_output import aside
+from emp_callbacks.checkpoint.whole_output import PARTIAL, appearing, aside
 from emp_callbacks.study.arms import Cell
-from emp_callbacks.study.folder_lock import FileLock
+from emp_callbacks.study.folder_lock import LOCKS, FolderLock
 
 __all__ = ["AGAIN", "RunStore", "digest", "read_results", "write_atomically"]
 
@@ -23,7 +22,6 @@ _OURS = "# written by emp"
 AGAIN = "run the study again: it reuses the finished runs"
 """What to do with a results.json that cannot be read."""
 
-_LOCK = ".lock"
 _DIGEST = "content_digest"
 
 
@@ -34,9 +32,8 @@ def digest(data: Any) -> str:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file so that a crash leaves the old file or the new one, never half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    with appearing(path, folder=False) as partial:
+        partial.write_text(text)
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -63,7 +60,7 @@ class RunStore:
         self.out = out
         self.recipe_digest = recipe_digest
         self.runs = out / "runs"
-        self._locks: list[FileLock] = []
+        self._lock: FolderLock | None = None
 
     def open(self, recipe: Mapping[str, Any], overwrite: bool = False, only: Sequence[Cell] = ()) -> Path | None:
         """Make the folder ready, write config.yaml into it, and keep other commands out until `close`.
@@ -83,32 +80,29 @@ class RunStore:
         """
         moved = None
         if _has_content(self.out):
-            if not overwrite:
-                self._check_owner()
-            else:
-                if (self.out / _LOCK).exists():
-                    self._lock(_LOCK)
+            if overwrite:
                 moved = self._move_aside()
-                self.close()
-        self.runs.mkdir(parents=True, exist_ok=True)
-        self._lock(_LOCK, shared=bool(only))
-        for cell in only:
-            self._lock(f"{_LOCK}-{cell.file}")
+            else:
+                self._check_owner()
+        self.out.mkdir(parents=True, exist_ok=True)
+        self._take([cell.file for cell in only] or None)
+        # First of all: a command that starts at the same time knows the folder by it.
         write_atomically(
             self.out / "config.yaml",
             f"{_OURS}: the recipe with every default filled in\n" + yaml.safe_dump(dict(recipe), sort_keys=False),
         )
+        self.runs.mkdir(exist_ok=True)
         return moved
 
     def close(self) -> None:
         """Let other commands work in the folder."""
-        for lock in self._locks:
-            lock.release()
-        self._locks.clear()
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
-    def _lock(self, name: str, *, shared: bool = False) -> None:
-        busy = f"another emp command works in {self.out}; let it finish, or choose another folder with --out DIR"
-        self._locks.append(FileLock(self.out / name, busy, shared=shared))
+    def _take(self, parts: list[str] | None) -> None:
+        busy = "let it finish, or choose another folder with --out DIR"
+        self._lock = FolderLock(self.out, parts, f"another emp command works in {self.out}: {{owner}}; {busy}")
 
     def finished(self, cell: Cell, fingerprint: str) -> dict[str, Any] | None:
         """Return the record of a finished run, or None if it has yet to run.
@@ -130,15 +124,20 @@ class RunStore:
         saved: dict[str, Any] = json.loads(json.dumps({**record, "recipe_digest": self.recipe_digest}))
         text = json.dumps({**saved, _DIGEST: digest(saved)}, indent=1)
         write_atomically(self._file(cell), text + "\n")
+        self.checkpoint(cell, str(record.get("fingerprint"))).unlink(missing_ok=True)
         return saved
 
-    def fresh_folder(self, cell: Cell) -> Path:
-        """Return an empty folder for one run's logs; drops what an interrupted run left there."""
+    def folder(self, cell: Cell, fingerprint: str) -> Path:
+        """Return the folder of one run's logs; empty, unless an interrupted run left a checkpoint to go on from."""
         folder = self.runs / cell.file
-        if folder.exists():
+        if folder.exists() and not self.checkpoint(cell, fingerprint).is_file():
             shutil.rmtree(folder)
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         return folder
+
+    def checkpoint(self, cell: Cell, fingerprint: str) -> Path:
+        """Return where an unfinished run keeps its checkpoint; a run with other settings does not go on from it."""
+        return self.runs / cell.file / f"{fingerprint[:16]}.ckpt"
 
     def weights(self, cell: Cell) -> Path:
         """Return where the weights of a trained network are kept, for what prunes it afterwards."""
@@ -167,13 +166,23 @@ class RunStore:
     def _move_aside(self) -> Path:
         if Path.cwd().resolve().is_relative_to(self.out.resolve()):
             raise FileExistsError(f"{self.out} is the current folder and cannot be moved; choose --out DIR")
-        return self.out.rename(aside(self.out))
+        if (self.out / LOCKS).is_dir():
+            self._take(None)
+        moved = self.out.rename(aside(self.out))
+        self.close()
+        shutil.rmtree(moved / LOCKS, ignore_errors=True)
+        return moved
 
 
 def _has_content(folder: Path) -> bool:
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file, and the results need a folder; choose --out DIR")
-    return folder.is_dir() and any(folder.iterdir())
+    return folder.is_dir() and any(not _is_beginning(path) for path in folder.iterdir())
+
+
+def _is_beginning(path: Path) -> bool:
+    """Whether a command that starts at this moment leaves this before it writes config.yaml."""
+    return path.name == LOCKS or (path.name.startswith("config.yaml.") and path.name.endswith(PARTIAL))
 
 
 def _read_record(path: Path) -> dict[str, Any]:

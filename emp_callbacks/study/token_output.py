@@ -14,7 +14,7 @@ from typing import IO, Any
 import numpy as np
 
 from emp_callbacks.study.documents import Place
-from emp_callbacks.study.folder_lock import FileLock
+from emp_callbacks.study.folder_lock import FolderLock
 from emp_callbacks.study.recipe.token_format import beside, file_sha256
 
 __all__ = ["TokenOutput", "no_document"]
@@ -48,9 +48,8 @@ class TokenOutput:
         self._state = beside(self._partial[0])
         self._modified = [_modified(source["name"]) for source in settings["sources"]]
         self.place, self._tokens, self._documents = Place(), [0] * len(outs), [0] * len(outs)
-        # Not the file itself, which gets another name at the end.
-        self._lock_file = self._state.with_suffix(".lock")
-        self._lock = FileLock(self._lock_file, f"another process writes {self._partial[0]}; wait for it")
+        busy = f"another process writes {self._partial[0]}: {{owner}}; wait for it"
+        self._lock = FolderLock(self._partial[0].parent, [self._partial[0].name], busy)
         self._files: list[IO[bytes]] = []
         try:
             if overwrite:
@@ -105,7 +104,6 @@ class TokenOutput:
         while self._files:
             with suppress(OSError):  # a full disk has been told of
                 self._files.pop().close()
-        self._lock_file.unlink(missing_ok=True)
         self._lock.release()
 
     def add(self, tokens: Sequence[bytes], documents: Mapping[int, int], place: Place) -> None:

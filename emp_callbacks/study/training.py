@@ -14,6 +14,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -30,8 +31,9 @@ from emp_callbacks.study.quiet import quiet
 from emp_callbacks.study.recipe.check import nearest
 from emp_callbacks.study.recipe.recipe import Recipe
 from emp_callbacks.study.rewinding import Rewinding
+from emp_callbacks.study.rolling_checkpoint import RollingCheckpoint
 from emp_callbacks.study.training_cost import network_cost
-from emp_callbacks.study.training_record import OnStep, TrainingRecord
+from emp_callbacks.study.training_record import OnStep, TrainingRecord, digest_of
 
 Adapt = Callable[[EMPConfig], EMPConfig]
 StepContext = Callable[[], AbstractContextManager[Any]]
@@ -51,6 +53,7 @@ class Training:
         folder: Where Lightning's logs and the trajectory go; None: nowhere, for a model that was trained earlier.
         on_step: Called after each optimizer step with (steps done, steps in all if known).
         rewinds: Whether what is kept goes back to its initial values at each refresh.
+        checkpoint: File that the training keeps up to date and goes on from where it is there; None: none.
 
     Attributes:
         recipe_config: EMP settings of the recipe.
@@ -58,36 +61,68 @@ class Training:
     """
 
     def __init__(
-        self, recipe: Recipe, seed: int, adapt: Adapt, folder: Path | None, on_step: OnStep, *, rewinds: bool = False
+        self,
+        recipe: Recipe,
+        seed: int,
+        adapt: Adapt,
+        folder: Path | None,
+        on_step: OnStep,
+        *,
+        rewinds: bool = False,
+        checkpoint: Path | None = None,
     ) -> None:
         self._adapt, self._seed, self._rewinds = adapt, seed, rewinds
+        self._folder, self._checkpoint = folder, checkpoint
+        self._rolling = [RollingCheckpoint(checkpoint, recipe.study.checkpoint_every)] if checkpoint else []
         self.evidence = TrainingRecord(on_step)
         pl.seed_everything(seed, workers=True, verbose=False)
         with quiet():
             recipe.build(
                 self._callbacks,
-                logger=CSVLogger(str(folder), name="", version="") if folder else False,
+                logger=CSVLogger(str(folder), name="", version=_free_version(folder)) if folder else False,
                 **({"default_root_dir": str(folder)} if folder else {}),
                 enable_progress_bar=False,
                 enable_model_summary=False,
-                enable_checkpointing=False,
+                enable_checkpointing=bool(self._rolling),
             )
         self.model, self.data, self.trainer = recipe.model, recipe.datamodule, recipe.trainer
-        _check_single_process(self.trainer)
+        self.data.trainer = self.trainer  # says how many ranks share the batches, also where nothing is fitted
         _check_fair(self.trainer.callbacks)  # type: ignore[attr-defined]
         self.seconds = self._seconds_after = 0.0
 
     def fit(self) -> None:
-        """Train; raises KeyboardInterrupt if the user stopped it."""
-        started = time.perf_counter()
+        """Train, or go on from the checkpoint that is there.
+
+        Raises:
+            KeyboardInterrupt: The user stopped it, or a signal.
+            RuntimeError: The ranks ended with different weights.
+        """
+        begun = self._checkpoint if self._checkpoint is not None and self._checkpoint.is_file() else None
+        self.evidence.begin()
         with quiet(), _interrupts_raised(self.trainer):
-            self.trainer.fit(self.model, datamodule=self.data)
-        self.seconds = time.perf_counter() - started
+            self.trainer.fit(self.model, datamodule=self.data, ckpt_path=begun)
+        self.seconds = self.evidence.seconds
+        if self.trainer.world_size > 1:
+            self._unite()
+
+    def _unite(self) -> None:
+        """Take rank 0's statistics of batches, which differ after a last step, and check that all else is alike."""
+        strategy = self.trainer.strategy
+        for buffer in self.model.buffers():
+            buffer.copy_(strategy.broadcast(buffer.cpu(), src=0))
+        own = digest_of(self.model)
+        if strategy.reduce_boolean_decision(own != strategy.broadcast(own, src=0), all=False):
+            raise RuntimeError(
+                f"the {self.trainer.world_size} ranks ended with different weights, so their masks differ, too: the "
+                "model or a callback of the recipe changes weights on one rank alone"
+            )
 
     def take_up(self, weights: Mapping[str, Tensor]) -> None:
         """Stand where a fit that ended with these weights left off."""
         self.model.load_state_dict(weights)
-        self.data.prepare_data()
+        if self.trainer.local_rank == 0:
+            self.data.prepare_data()
+        self.trainer.strategy.barrier()
         self.data.setup("fit")
 
     def prune_once(self, config: EMPConfig, folder: Path | None) -> EMPPruner:
@@ -144,6 +179,8 @@ class Training:
 
     def test(self, pruner: EMPPruner | None = None) -> dict[str, float]:
         """Return the test metrics of the model as it is; with a pruner, features are masked as it decided."""
+        # Each rank tests on all: shares of one size would count some examples twice.
+        self.trainer._accelerator_connector.use_distributed_sampler = False
         with quiet(), _interrupts_raised(self.trainer), pruner.masked_forward() if pruner else nullcontext():
             (metrics,) = self.trainer.test(self.model, datamodule=self.data, verbose=False)
         return {name: float(value) for name, value in metrics.items()}
@@ -171,7 +208,7 @@ class Training:
             "flops": self._cost(source),
             "trajectory": source.trajectory.records(),
             "init_digest": self.evidence.init_digest,
-            "batches_digest": self.evidence.batches.hexdigest(),
+            "batches_digest": self.evidence.batches_digest,
         }
 
     @cached_property
@@ -198,7 +235,8 @@ class Training:
         mode = "observe" if pruner.config.observe_only else pruner.config.mode
         rows = pruner.trajectory.records() if pruner.config.schedule.unit is not None else ()
         try:
-            cost = network_cost(layers, rows, mode, self.evidence.steps, examples)
+            batch = examples * self.trainer.accumulate_grad_batches * self.trainer.world_size
+            cost = network_cost(layers, rows, mode, self.evidence.steps, batch)
             return {**cost, "inference": masked_flops(layers, layer_densities(self.model, pruner.config))}
         except ValueError:  # a layer of several weights, of which nobody knows their parts of its FLOPs
             return None
@@ -207,10 +245,12 @@ class Training:
         self.recipe_config = _config_of(own)
         self.config = self._adapt(self.recipe_config)
         settings = {field.name: getattr(self.config, field.name) for field in dataclasses.fields(EMPConfig)}
-        self.emp = EMPCallback(summary=False, **settings)
+        # In one place, however often the training is taken up.
+        path = self._folder and self._folder / TRAJECTORY_FILE
+        self.emp = EMPCallback(summary=False, trajectory_path=path, **settings)
         kept = [callback for callback in own if not isinstance(callback, _REPLACED)]
         self.evidence.watch(self.emp)
-        return [self.evidence, *kept, self.emp, *([Rewinding(self.emp)] if self._rewinds else [])]
+        return [self.evidence, *kept, self.emp, *([Rewinding(self.emp)] if self._rewinds else []), *self._rolling]
 
 
 def recipe_config(recipe: Recipe) -> EMPConfig:
@@ -277,23 +317,23 @@ def _check_fair(callbacks: Sequence[pl.Callback]) -> None:
             )
 
 
-def _check_single_process(trainer: pl.Trainer) -> None:
-    if trainer.world_size > 1:
-        raise ValueError(
-            f"emp compare trains each arm in one process, and the recipe asks for {trainer.world_size};"
-            " add --trainer.devices 1 --trainer.num_nodes 1"
-        )
+def _free_version(folder: Path) -> str:
+    """Return the part of a run's folder for the logs: those of an interrupted training stay."""
+    taken = sum(path.is_file() for path in folder.rglob("metrics.csv"))
+    return f"resumed-{taken}" if taken else ""
 
 
 @contextmanager
 def _interrupts_raised(trainer: pl.Trainer) -> Iterator[None]:
-    """Turn Lightning's exit after Ctrl-C back into KeyboardInterrupt, with the signal handler restored."""
+    """Turn Lightning's exits after Ctrl-C and SIGTERM into KeyboardInterrupt, with the signal handler restored."""
     handler = signal.getsignal(signal.SIGINT)
     try:
         yield
+        if trainer.received_sigterm:  # in a test, which Lightning carries on with
+            raise SIGTERMException
     except SystemExit as stop:
         # Lightning ignores further signals and exits with code 1: the study has to end on its own terms.
-        if trainer.interrupted:
+        if trainer.interrupted or isinstance(stop, SIGTERMException):
             raise KeyboardInterrupt from stop
         raise
     finally:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import math
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from emp_callbacks.integrations.lightning import EMPCallback
+from emp_callbacks.study.random_state import random_state, set_random_state
 
 OnStep = Callable[[int, int | None], None]
 
@@ -19,13 +21,17 @@ OnStep = Callable[[int, int | None], None]
 class TrainingRecord(pl.Callback):
     """Digests of initial weights and of every training batch, and the validation curve.
 
-    The curve's `train/loss` is the mean over the batches since the point before.
+    The curve's `train/loss` is the mean over the batches since the point before, of all ranks. A checkpoint holds all
+    of it, and the states of the random generators: a training that is resumed ends as if it had not been interrupted.
     """
 
     def __init__(self, on_step: OnStep) -> None:
         self._on_step = on_step
         self.init_digest = ""
-        self.batches = hashlib.sha256()
+        self._batches = b""  # a chain of digests: a hash in the making cannot be saved
+        self._trainer: pl.Trainer | None = None
+        self._random: dict[str, Any] | None = None  # to go on with
+        self._started, self._seconds_before = 0.0, 0.0
         self.curve: list[dict[str, float]] = []
         self.steps = 0
         self._losses: list[Tensor] = []
@@ -57,12 +63,64 @@ class TrainingRecord(pl.Callback):
             here = mask.cpu()
             self._active[name] = here | self._active[name] if name in self._active else here.clone()
 
+    @property
+    def seconds(self) -> float:
+        """Seconds since `begin`, and those before the checkpoint that the training goes on from."""
+        return self._seconds_before + time.perf_counter() - self._started
+
+    @property
+    def batches_digest(self) -> str:
+        """Of the batches of all ranks, as 64 hexadecimal digits. Collective."""
+        digests = self._of_all_ranks(self._batches.hex())
+        return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+    def begin(self) -> None:
+        """Start the clock."""
+        self._started = time.perf_counter()
+
+    def _of_all_ranks(self, value: Any) -> list[Any]:
+        assert self._trainer is not None
+        strategy, rank = self._trainer.strategy, self._trainer.global_rank
+        return [strategy.broadcast(value if i == rank else None, src=i) for i in range(self._trainer.world_size)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Collective: each rank has its own batches, losses and random numbers, and rank 0 writes the checkpoint."""
+        losses = [float(loss) for loss in self._losses]
+        return {
+            "init_digest": self.init_digest,
+            "curve": self.curve,
+            "steps": self.steps,
+            "active": self._active,
+            "seen_at": self._seen_at,
+            "seconds": self.seconds,
+            "ranks": self._of_all_ranks({"batches": self._batches.hex(), "losses": losses, "random": random_state()}),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        assert self._trainer is not None
+        own = state_dict["ranks"][self._trainer.global_rank]
+        self._batches, self._random = bytes.fromhex(own["batches"]), own["random"]
+        self.init_digest, self.curve, self.steps = (state_dict[name] for name in ("init_digest", "curve", "steps"))
+        self._losses = [torch.tensor(loss) for loss in own["losses"]]
+        self._active, self._seen_at = state_dict["active"], state_dict["seen_at"]
+        self._seconds_before = state_dict["seconds"]
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:  # noqa: ARG002
+        self._trainer = trainer
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+        self._resume_random_numbers()
+
+    def _resume_random_numbers(self) -> None:
+        """Go on with the generators as they were: not before, because making loaders and iterators draws from them."""
+        if self._random is not None:
+            set_random_state(self._random)
+            self._random = None
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
-        hasher = hashlib.sha256()
-        for name, value in pl_module.state_dict().items():
-            hasher.update(name.encode())
-            _update(hasher, value)
-        self.init_digest = hasher.hexdigest()
+        if self.init_digest:  # of the weights that the interrupted training began with
+            return
+        self.init_digest = digest_of(pl_module)
 
     def on_train_batch_start(
         self,
@@ -71,7 +129,10 @@ class TrainingRecord(pl.Callback):
         batch: Any,
         batch_idx: int,  # noqa: ARG002
     ) -> None:
-        _update(self.batches, batch)
+        self._resume_random_numbers()
+        hasher = hashlib.sha256(self._batches)
+        _update(hasher, batch)
+        self._batches = hasher.digest()
         self._take_masks()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:  # noqa: ARG002
@@ -85,9 +146,22 @@ class TrainingRecord(pl.Callback):
         if trainer.sanity_checking:
             return
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val")}
-        trained = {"train/loss": float(torch.stack(self._losses).mean())} if self._losses else {}
+        trained = {"train/loss": self._mean_loss(trainer)} if self._losses else {}
         self._losses.clear()
         self.curve.append({"step": trainer.global_step, "epoch": trainer.current_epoch, **trained, **metrics})
+
+    def _mean_loss(self, trainer: pl.Trainer) -> float:
+        mean = torch.tensor([float(loss) for loss in self._losses]).mean().to(trainer.strategy.root_device)
+        return float(trainer.strategy.reduce(mean, reduce_op="mean"))
+
+
+def digest_of(module: nn.Module) -> str:
+    """Return a hash of a module's weights and buffers, as 64 hexadecimal digits."""
+    hasher = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        hasher.update(name.encode())
+        _update(hasher, value)
+    return hasher.hexdigest()
 
 
 def _update(hasher: Any, value: Any) -> None:

@@ -309,6 +309,24 @@ def test_ranks_that_see_different_folders_are_refused(tmp_path):
             raise error
 
 
+def test_a_save_into_folders_of_single_hosts_is_refused_when_it_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(mask_file, "_PATIENCE", 0.1)
+    folders = [tmp_path / "host0", tmp_path / "host1"]
+    for folder in folders:
+        folder.mkdir()
+    full, rows = full_tensors(), some_rows()
+
+    def work(backend):
+        persistence(layers_of(flat, backend, full), rows, backend).save(folders[backend.rank], CLOCK)
+
+    for error in on_ranks(2, work):
+        assert isinstance(error, FileNotFoundError)
+        assert "which rank 1 wrote: its host has another folder of this name. Save to a folder that all" in str(error)
+        assert str(error).count("host0/emp_masks-") == 1
+    assert not parts_of(folders[0])
+    assert not parts_of(folders[1])
+
+
 def test_a_part_that_cannot_be_written_leaves_the_old_checkpoint_on_all_ranks(tmp_path, monkeypatch):
     full = full_tensors()
     save_from(flat, 2, tmp_path, full)
@@ -359,7 +377,7 @@ def half_a_part(tensors, path):
 
 
 def half_an_index(folder, index):
-    (folder / f"{mask_file.INDEX}.partial").write_bytes(mask_file._signed(index)[:40])
+    (folder / f"{mask_file.INDEX}.host-0.partial").write_bytes(mask_file._signed(index)[:40])
     die()
 
 

@@ -1,5 +1,7 @@
 """An output is there as a whole or not at all, and what others wrote stays."""
 
+import os
+
 import pytest
 
 from emp_callbacks.checkpoint.whole_output import appearing, aside, has_content
@@ -66,3 +68,12 @@ def test_a_folder_that_cannot_take_its_place_brings_the_old_one_back(tmp_path, m
     with pytest.raises(OSError, match="No space"), appearing(out, folder=True):
         pass
     assert contents(tmp_path) == {"out/old": "precious"}
+
+
+def test_two_containers_with_one_process_number_write_side_by_side(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    out = tmp_path / "out"
+    with appearing(out, folder=False) as one, appearing(out, folder=False) as other:
+        one.write_text("one")
+        other.write_text("other")
+    assert contents(tmp_path) == {"out": "one"}

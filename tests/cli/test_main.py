@@ -9,10 +9,12 @@ from itertools import pairwise
 import pytest
 import torch
 import yaml
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 from safetensors.torch import load_file
 
 from emp_callbacks import __version__
 from emp_callbacks.cli.main import COMMANDS, main
+from emp_callbacks.study.comparison import StudyInterrupted
 
 TASK = "emp_callbacks.study.recipe.tasks.ImageClassification"
 RECIPE = {
@@ -207,7 +209,11 @@ def test_fit_trains_saves_its_recipe_and_never_overwrites_it(tmp_path, capsys):
     assert "an earlier run lives in this folder" in capsys.readouterr().err
     assert (folder / "config.yaml").read_text() == saved
     assert (folder / "emp_trajectory.jsonl").read_text() == rows
-    checkpoint = str(next(folder.glob("checkpoints/*.ckpt")))
+    assert main([*words, "--trainer.max_epochs", "2", "--ckpt_path", "last"]) == 0  # goes on, as a restart does
+    assert [json.loads(row)["step"] for row in (folder / "emp_trajectory.jsonl").read_text().splitlines()] == [2, 4]
+    assert "max_epochs: 2" in (folder / "config.yaml").read_text()
+    checkpoint = str(folder / "checkpoints" / "last.ckpt")
+    assert main([*words[:-1], str(tmp_path / "other"), "--ckpt_path", checkpoint, "--trainer.max_epochs", "3"]) == 0
     words[0] = "test"
     assert main([*words, "--ckpt_path", checkpoint]) == 0
     assert main(["report", str(folder)]) == 0
@@ -379,6 +385,64 @@ def test_version(capsys):
 def test_an_unknown_command_names_the_nearest(capsys):
     assert main(["comparee"]) == 2
     assert "did you mean 'compare'" in capsys.readouterr().err
+
+
+STOPPED = """
+import os, pathlib, signal, sys, threading, time
+from emp_callbacks.cli.main import COMMANDS, main
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started without one
+recipe, folder = sys.argv[1], pathlib.Path(sys.argv[2])
+
+
+def stop_when(exists, number):
+    def wait():
+        while not exists.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def fit(name, number):
+    run = folder / name
+    stop_when(run / "emp_trajectory.jsonl", number)
+    return main(["fit", "--config", recipe, "--trainer.max_epochs", "100000", "--trainer.default_root_dir", str(run)])
+
+
+def inspect(_):
+    stop_when(folder, signal.SIGTERM)
+    time.sleep(60)
+
+
+COMMANDS["inspect"] = inspect
+print(fit("terminated", signal.SIGTERM), fit("interrupted", signal.SIGINT), main(["inspect"]), "codes")
+"""
+
+
+@pytest.mark.processes
+def test_a_real_signal_ends_a_command_with_a_code_that_schedulers_believe(tmp_path):
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    words = [sys.executable, "-c", STOPPED, write_recipe(tmp_path), str(folder)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.stdout.splitlines()[-1] == "143 130 143 codes", done.stderr[-2000:]
+    said = [line for line in done.stderr.splitlines() if line.startswith("emp: stopped")]
+    go_on = "emp: stopped: training did not finish; add --ckpt_path FILE.ckpt to go on from its last checkpoint"
+    assert said == [go_on, go_on, "emp: stopped: inspect did not finish; run the same command again"]
+
+
+@pytest.mark.parametrize(("lightning", "code"), [(SIGTERMException(), 143), (KeyboardInterrupt(), 130)])
+def test_a_study_that_lightning_ended_says_how_far_it_came_and_by_which_signal(lightning, code, monkeypatch, capsys):
+    def stop(_):
+        try:
+            raise lightning
+        except BaseException as error:
+            raise StudyInterrupted(1, 2) from error
+
+    monkeypatch.setitem(COMMANDS, "compare", stop)
+    assert main(["compare"]) == code
+    assert capsys.readouterr().err.startswith("emp: interrupted after 1 of 2 runs; run the same command")
 
 
 @pytest.mark.processes

@@ -119,7 +119,7 @@ def runs(request, tmp_path_factory):
     """Return case -> one result per rank: all cases in one process group, so that DeepSpeed is imported once."""
     folder = tmp_path_factory.mktemp(f"ranks{request.param}")
     names = list(CASES) if request.param == 2 else ON_THREE
-    spawn(all_cases_rank, request.param, folder, names, seconds=240)
+    spawn(all_cases_rank, request.param, folder, names)
     ranks = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(request.param)]
     return {name: [rank[name] for rank in ranks] for name in names}
 

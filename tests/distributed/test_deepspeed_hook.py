@@ -145,7 +145,7 @@ def everything(rank, world_size, folder):
 def found(tmp_path_factory):
     """Return what each rank found; that the engine behaved is asserted on the ranks."""
     folder = tmp_path_factory.mktemp("ranks")
-    spawn(everything, 2, folder, seconds=240)
+    spawn(everything, 2, folder)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from emp_callbacks import EMPPruner
 from emp_callbacks.checkpoint import mask_part
-from tests.distributed.ranks import process_group, spawn
+from tests.distributed.ranks import process_group, spawn, start
 
 # One process reads every link's folder too.
 NUMBERS_OF_RANKS = [("one", 1), ("ddp", 3), ("ddp", 2)]
@@ -189,7 +188,7 @@ def killed_rank(rank, world_size, folder):
 
 
 def test_a_rank_killed_while_it_saves_leaves_the_old_checkpoint(tmp_path):
-    context = mp.start_processes(killed_rank, (2, str(tmp_path)), nprocs=2, join=False, start_method="spawn")
+    context = start(killed_rank, 2, tmp_path)
     for process in context.processes:
         process.join(timeout=60)
     codes = [process.exitcode for process in context.processes]

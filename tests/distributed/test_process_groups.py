@@ -47,7 +47,7 @@ def on_rank(rank, world_size, folder):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    spawn(on_rank, 3, folder, seconds=60)
+    spawn(on_rank, 3, folder)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in TRAINING]
 
 

@@ -13,7 +13,7 @@ from emp_callbacks import EMPPruner
 from tests.core.reference import reference_mask
 from tests.distributed.ranks import process_group
 
-STEPS, EVERY, ROWS = 20, 5, 12
+STEPS, EVERY, ROWS = 10, 3, 12
 
 
 class Net(nn.Module):

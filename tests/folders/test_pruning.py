@@ -6,17 +6,20 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from torch import nn
+from torch.multiprocessing import ProcessExitedException
 
 from emp_callbacks.checkpoint.folder_files import FolderFiles
 from emp_callbacks.config import EMPConfig
-from emp_callbacks.folders.output import RECORD
+from emp_callbacks.folders.output import RECORD, FolderOutput
 from emp_callbacks.folders.pruning import prune_folder
+from tests.distributed.ranks import spawn
 from tests.folders.kinds import KINDS, called, made, samples
 
 BETA = 0.9
@@ -254,31 +257,24 @@ def test_experts_are_written_under_the_names_of_their_files(tmp_path):
 
 # ---- kills ---------------------------------------------------------------------------------------------------------
 
-CHILD = """
-import os, signal, sys
-from pathlib import Path
-import emp_callbacks.folders.output as output
-import tests.folders.test_pruning as t
-at, where = int(sys.argv[1]), sys.argv[2]
-note, calls = getattr(output.FolderOutput, where), []
-def killed(self, *args):
-    calls.append(1)
-    if len(calls) == at:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return note(self, *args)
-setattr(output.FolderOutput, where, killed)
-t.pruned(Path(sys.argv[3]), Path(sys.argv[4]), criterion=sys.argv[5], order=sys.argv[6], inputs=t.samples("llama"))
-"""
+
+def prune_until(rank, world_size, folder, at, where, out, criterion, order):
+    """Prune, and be killed as the output's method `where` is called for the time `at`."""
+    method, calls = getattr(FolderOutput, where), []
+
+    def until(self, *args):
+        calls.append(1)
+        if len(calls) == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return method(self, *args)
+
+    setattr(FolderOutput, where, until)
+    pruned(Path(folder), Path(out), criterion=criterion, order=order, inputs=samples("llama"))
 
 
 def killed(at, where, folder, out, criterion, order):
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(at), where, str(folder), str(out), criterion, order],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == -signal.SIGKILL
+    with pytest.raises(ProcessExitedException, match="SIGKILL"):
+        spawn(prune_until, 1, folder, at, where, str(out), criterion, order)
     assert not out.exists()
 
 
@@ -323,16 +319,10 @@ def test_half_a_folder_of_another_command_is_refused(tmp_path):
         pruned(tmp_path / "dense", tmp_path / "out", criterion="wanda", order="dense", inputs=samples("llama"))
 
 
-RANK = """
-import os, sys
-from pathlib import Path
-from emp_callbacks.config import EMPConfig
-from emp_callbacks.folders.pruning import prune_folder
-rank, scope = int(sys.argv[1]), sys.argv[4]
-told = prune_folder(Path(sys.argv[2]), Path(sys.argv[3]), EMPConfig().once(criterion="magnitude", scope=scope),
-                    rank=rank, world_size=3)
-assert (told is None) == (rank != 0)
-"""
+def prune_a_part(rank, world_size, folder, out, scope):
+    config = EMPConfig().once(criterion="magnitude", scope=scope)
+    told = prune_folder(Path(folder), Path(out), config, rank=rank, world_size=world_size)
+    assert (told is None) == (rank != 0)
 
 
 @pytest.mark.processes
@@ -341,15 +331,7 @@ assert (told is None) == (rank != 0)
 def test_blocks_are_spread_over_processes(scope, tmp_path):
     made("llama", tmp_path / "dense", num_hidden_layers=5)
     one = prune_folder(tmp_path / "dense", tmp_path / "one", EMPConfig().once(criterion="magnitude", scope=scope))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), str(tmp_path / "dense"), str(tmp_path / "three"), scope],
-            env=environment,
-        )
-        for rank in (2, 1, 0)
-    ]
-    assert [rank.wait(timeout=200) for rank in ranks] == [0, 0, 0]
+    spawn(prune_a_part, 3, tmp_path / "dense", str(tmp_path / "three"), scope)
     whole, found = FolderFiles(tmp_path / "one"), FolderFiles(tmp_path / "three")
     assert all(torch.equal(whole.read(name), found.read(name)) for name in whole.names)
     record = json.loads((tmp_path / "three" / RECORD).read_text())
@@ -454,10 +436,10 @@ def peak():  # of this program alone: what getrusage says is not less than what 
     return int(line.split()[1]) * 1024
 
 def pruned(layers):
-    config = EMPConfig().once(criterion=sys.argv[2], scope=sys.argv[3])
-    folder = Path(sys.argv[1])
+    config = EMPConfig().once(criterion=sys.argv[3], scope=sys.argv[4])
+    folder, out = Path(sys.argv[1]), Path(sys.argv[2])
     shown = SimpleNamespace(inputs=samples("llama", 2), notes=())
-    prune_folder(folder / str(layers), folder / f"out-{layers}", config, samples=shown)
+    prune_folder(folder / str(layers), out / str(layers), config, samples=shown)
     return peak()
 
 small = pruned(2)
@@ -465,19 +447,26 @@ print(pruned(22) - small)
 """
 
 
+@pytest.fixture(scope="module")
+def two_and_twenty_two_blocks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("blocks")
+    width = {"hidden_size": 512, "intermediate_size": 1024}
+    for layers in (2, 22):
+        made("llama", folder / str(layers), torch.bfloat16, num_hidden_layers=layers, **width)
+    return folder
+
+
 @pytest.mark.processes
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
-@pytest.mark.parametrize(("criterion", "scope"), [("magnitude", "row"), ("magnitude", "global"), ("wanda", "row")])
-def test_the_peak_does_not_grow_with_the_number_of_blocks(criterion, scope, tmp_path):
-    width = {"hidden_size": 512, "intermediate_size": 1024}
-    for layers in (2, 22):
-        made("llama", tmp_path / str(layers), torch.bfloat16, num_hidden_layers=layers, **width)
-    block = (tmp_path / "22" / "model.safetensors").stat().st_size / 22
+@pytest.mark.parametrize(("criterion", "scope"), [("magnitude", "global"), ("wanda", "row")])
+def test_the_peak_does_not_grow_with_the_number_of_blocks(criterion, scope, two_and_twenty_two_blocks, tmp_path):
+    folder = two_and_twenty_two_blocks
+    block = (folder / "22" / "model.safetensors").stat().st_size / 22
     assert block > 4e6
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
-        [sys.executable, "-c", PEAK, str(tmp_path), criterion, scope],
+        [sys.executable, "-c", PEAK, str(folder), str(tmp_path), criterion, scope],
         env=environment, capture_output=True, text=True, check=True,
     )  # fmt: skip
     grown = int(done.stdout.split()[-1])

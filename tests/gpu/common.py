@@ -21,6 +21,7 @@ from emp_callbacks import EMPPruner
 
 DEVICE = os.environ.get("EMP_GPU_REHEARSAL", "cuda")
 REHEARSAL = DEVICE == "cpu"
+WIDTH, DEPTH = (16, 1) if REHEARSAL else (64, 3)  # Triton's interpreter takes its time for every weight and tensor
 ON_A_GPU = [
     pytest.mark.gpu,
     pytest.mark.processes,  # Triton starts a compiler
@@ -59,10 +60,10 @@ def forms(table):
     return pytest.mark.parametrize("settings", list(table.values()), ids=list(table))
 
 
-def network(depth=3):
+def network(depth=DEPTH):
     torch.manual_seed(0)
     return timm.create_model(
-        "vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=64, depth=depth, num_heads=4, num_classes=10
+        "vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=WIDTH, depth=depth, num_heads=4, num_classes=10
     )
 
 
@@ -89,7 +90,7 @@ def trained_on_the_cpu(settings, **options):
 
 
 def trained(
-    settings, device=DEVICE, *, dtype=torch.float32, autocast=None, depth=3, wrap=lambda model: model, step=None
+    settings, device=DEVICE, *, dtype=torch.float32, autocast=None, depth=DEPTH, wrap=lambda model: model, step=None
 ):
     """Train for six steps with a refresh after each second one.
 

@@ -10,6 +10,7 @@ from tests.gpu.common import DEVICE, FORMS, ON_A_GPU, ONCE, REHEARSAL, batches, 
 
 pytestmark = ON_A_GPU
 MOST_WAITS = 12  # in one refresh
+FEW, MANY = (1, 2) if REHEARSAL else (4, 16)  # layers
 
 
 @pytest.mark.skipif(REHEARSAL, reason="nothing waits on a CPU")
@@ -49,7 +50,7 @@ def test_nothing_waits_between_refreshes(settings):
 @pytest.mark.parametrize("scope", ["global", "tensor", "row"])
 def test_waits_of_a_refresh_do_not_grow_with_the_layers(scope, mode, capsys):
     waits = {}
-    for layers in (4, 16):
+    for layers in (FEW, MANY):
         torch.manual_seed(0)
         model = nn.Sequential(*(nn.Linear(128, 128, device=DEVICE) for _ in range(layers)))
         pruner = EMPPruner(model, scope=scope, mode=mode)
@@ -59,4 +60,4 @@ def test_waits_of_a_refresh_do_not_grow_with_the_layers(scope, mode, capsys):
     with capsys.disabled():
         print(f"\nwaits of a refresh, scope={scope}, mode={mode}: {waits}")
     if not REHEARSAL and scope != "row":
-        assert waits[16] == waits[4] <= MOST_WAITS
+        assert waits[MANY] == waits[FEW] <= MOST_WAITS

@@ -15,27 +15,24 @@ from torch import Tensor
 
 from emp_callbacks.core.bit_patterns import as_bits
 from emp_callbacks.core.kernels.sums import sums_of_runs
-from emp_callbacks.core.kernels.survey import TILE_BINS, Surveyed, sample_tensors, survey_tensors, ties_before
-from emp_callbacks.core.kernels.tables import to_device
+from emp_callbacks.core.kernels.survey import Surveyed, sample_tensors, survey_tensors, ties_before
+from emp_callbacks.core.kernels.tables import EMPTY_BITS, LEAST_SAMPLE, SAMPLE, TILE_BINS, to_device
 from emp_callbacks.core.threshold import (
     ALL_TIES,
     DEVIATIONS,
     DIGIT_BITS,
     MANY_GROUPS,
     NARROW_DIGIT_BITS,
+    TIE_BITS,
     AllSum,
     ScoredPart,
     Threshold,
     local_sum,
 )
 
-SAMPLE = 1 << 20  # scores of all groups together; the bracket of one group then holds one score in 200
-LEAST_SAMPLE = 1 << 14
 BINS = 22  # bits of the number of bins of all groups together
 MOST_BINS = 18
 _MOST_PASSES = 64
-# The lowest bits of a key that are 0 whatever the score.
-_EMPTY_BITS = {torch.bfloat16: 16, torch.float16: 13}
 
 
 class _Pass(NamedTuple):
@@ -71,7 +68,7 @@ class DeviceSearch:
         wide = dtype == torch.float64
         self._integer, self._bits = (torch.int64, 63) if wide else (torch.int32, 31)
         kinds = {part.scores.dtype for part in self._parts}
-        self._empty_bits = 0 if wide else min(_EMPTY_BITS.get(kind, 0) for kind in kinds)
+        self._empty_bits = 0 if wide else min(EMPTY_BITS.get(kind, 0) for kind in kinds)
         groups = len(self._sizes)
         self._by_tile = self._empty_bits > 0
         over_ranks = all_sum is not local_sum
@@ -279,7 +276,7 @@ class DeviceSearch:
             upto = torch.nn.functional.pad(ties.long().cumsum(0), (1, 0))
             counted.append((one, upto, self._indices([self._parts[i] for i in one.parts])))
         values, last = as_values(key, self._dtype), torch.zeros_like(missing)
-        width, bits = 5, max((self._sizes[g] - 1).bit_length() for g in cut)
+        width, bits = TIE_BITS, max((self._sizes[g] - 1).bit_length() for g in cut)
         for shift in reversed(range(0, bits, width)):
             candidates = last[:, None] + (torch.arange(1, 1 << width, device=self._device) << shift)
             before = torch.zeros_like(candidates)

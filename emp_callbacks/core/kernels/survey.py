@@ -11,12 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from emp_callbacks.core.kernels.sums import FLOATS, sums_of_tiles
-from emp_callbacks.core.kernels.tables import Tiles, addresses, launching, tiles_of, to_device
+from emp_callbacks.core.kernels.tables import TILE_BINS, Tiles, addresses, launching, tiles_of, to_device
 
 BLOCK = 1024
 TILE = 32 * BLOCK
 WARPS = 4
-TILE_BINS = 32  # of a histogram of each tile
 
 
 class Surveyed(NamedTuple):

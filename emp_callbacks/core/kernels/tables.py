@@ -13,6 +13,11 @@ from torch import Tensor
 
 ALIGNMENT = 16  # bytes: the widest load
 TILE = 4096  # values that one program masks, of which one check sum is kept
+TILE_BINS = 32  # of a histogram of each tile of scores
+SAMPLE = 1 << 20  # scores of all groups together; the bracket of one group then holds one score in 200
+LEAST_SAMPLE = 1 << 14  # of one group
+# The lowest bits of a score's bit pattern that are 0 whatever the score.
+EMPTY_BITS = {torch.bfloat16: 16, torch.float16: 13}
 _KEPT = 8
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -12,11 +11,12 @@ import torch
 from torch import Tensor
 
 from emp_callbacks.checkpoint.reading import read_checkpoint
+from emp_callbacks.checkpoint.whole_output import appearing
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.pruning.pruner import EMPPruner
 from emp_callbacks.study.arm_settings import arm_config
 from emp_callbacks.study.comparison import what_trains
-from emp_callbacks.study.folder_lock import FileLock
+from emp_callbacks.study.folder_lock import FolderLock
 from emp_callbacks.study.recipe.recipe import Recipe
 from emp_callbacks.study.run_store import digest
 from emp_callbacks.study.training import Training
@@ -100,9 +100,10 @@ def dense_model(recipe: Recipe, seed: int, folder: Path, on_step: OnStep) -> Den
         training.take_up(saved["weights"])
         return DenseModel(recipe, seed, training, saved, reused=True)
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(
-        folder / f".lock-{name}",
-        f"another emp command trains {name} in {folder}; let it finish, or name other --models",
+    lock = FolderLock(
+        folder,
+        [name],
+        f"another emp command trains {name} in {folder}: {{owner}}; let it finish, or name other --models",
     )
     try:
         if logs.exists():
@@ -112,9 +113,8 @@ def dense_model(recipe: Recipe, seed: int, folder: Path, on_step: OnStep) -> Den
         training.fit()
         weights = {key: value.detach().clone() for key, value in training.model.state_dict().items()}
         saved = {"weights": weights, "metrics": training.test(), "seconds": training.seconds}
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        torch.save(saved, partial)
-        os.replace(partial, path)
+        with appearing(path, folder=False) as partial:
+            torch.save(saved, partial)
     finally:
         lock.release()
     return DenseModel(recipe, seed, training, saved, reused=False)

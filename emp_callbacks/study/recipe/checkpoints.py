@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytorch_lightning as pl
+from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+
 from emp_callbacks.checkpoint.reading import read_checkpoint
 
-__all__ = ["check_resumable", "fitting_weights"]
+__all__ = ["check_resumable", "fitting_weights", "goes_on_in", "settle_checkpoints"]
 
 _WORDS = ("last", "best", "hpc")  # which Lightning looks for itself, as what is in a registry or on a server
 
@@ -29,6 +33,34 @@ def check_resumable(path: str) -> None:
         raise ValueError(
             f"{path} is no checkpoint of Lightning (a .ckpt that emp fit wrote); name one, or leave out --ckpt_path"
         )
+
+
+def goes_on_in(checkpoint: str | None, root: str) -> bool:
+    """Whether a fit in folder `root` goes on with the one that was there: its checkpoint lies there, or is looked for.
+
+    Args:
+        checkpoint: As `--ckpt_path` has it; None: not given, but for one that Lightning saved before a requeue.
+        root: The Trainer's default_root_dir.
+    """
+    if checkpoint is None:
+        return SLURMEnvironment.detect() and any(Path(root).glob("hpc_ckpt_*.ckpt"))
+    return checkpoint in ("last", "hpc") or Path(checkpoint).resolve().is_relative_to(Path(root).resolve())
+
+
+def settle_checkpoints(callbacks: Iterable[pl.callbacks.Checkpoint], folder: str | None) -> None:
+    """Give the checkpoints of a fit one place, ROOT/checkpoints with its last.ckpt, where `--ckpt_path last` looks.
+
+    Left to itself Lightning puts them into the logger's folder of this start, version_0, version_1, ...: a start after
+    a kill or a preemption finds none.
+
+    Args:
+        callbacks: Those of the Trainer.
+        folder: ROOT, as the recipe or the command gives it; None: no place is known, all stays as it is.
+    """
+    for callback in callbacks:
+        if folder is not None and isinstance(callback, pl.callbacks.ModelCheckpoint):
+            callback.dirpath = callback.dirpath or os.path.join(folder, "checkpoints")
+            callback.save_last = "link" if callback.save_last is None else callback.save_last
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from emp_callbacks.schedule import check_count
-from emp_callbacks.study.recipe.loading import training_loader
+from emp_callbacks.study.recipe.loading import evaluation_loader, training_loader
 from emp_callbacks.study.recipe.sources import read_idx, read_text, stdlib_text
 
 Batch = tuple[Tensor, Tensor]
@@ -145,10 +145,10 @@ class InMemoryData(pl.LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        return DataLoader(self._parts["val"], self.batch_size, **self._settings)
+        return evaluation_loader(self._parts["val"], self.batch_size, trainer=self.trainer, **self._settings)
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        return DataLoader(self._parts["test"], self.batch_size, **self._settings)
+        return evaluation_loader(self._parts["test"], self.batch_size, trainer=self.trainer, **self._settings)
 
     @property
     def _settings(self) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import CombinedLoader
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 Example = TypeVar("Example")
@@ -28,12 +29,69 @@ class EpochSampler(DistributedSampler[Any]):
     start = 0
 
     def __iter__(self) -> Iterator[Any]:
+        places = torch.arange(self.rank, self.total_size, self.num_replicas)[self.start :]
+        return self.drawn(places, self.order())
+
+    def order(self) -> Tensor:
+        """Return the permutation of this epoch: all ranks' indices, shape (examples,), int64."""
         # Mixed, not added: seed 0 in epoch 1 must not be seed 1 in epoch 0.
         mixed = np.random.SeedSequence([self.seed, self.epoch]).generate_state(1, np.uint64)[0]
         generator = torch.Generator().manual_seed(int(mixed))
-        order = torch.randperm(len(self.dataset), generator=generator)  # type: ignore[arg-type]
-        padded = order[torch.arange(self.total_size) % len(order)]
-        return iter(padded[self.rank :: self.num_replicas][self.start :].tolist())
+        return torch.randperm(len(self.dataset), generator=generator)  # type: ignore[arg-type]
+
+    def drawn(self, places: Tensor, order: Tensor) -> Iterator[Any]:
+        """Return what the dataset is asked for, of places in the epoch of all ranks, shape (n,), int64."""
+        return iter(order[places % len(order)].tolist())
+
+
+class EvenBatches(DistributedSampler[Any]):
+    """Lists of indices, each a batch: every index once, in order, and as many batches on each rank.
+
+    Lightning's own sampler has some examples counted twice where the ranks' parts would differ in length. Here they
+    differ by at most one, so that the last batch of some ranks is smaller by one, or comes in two; a rank must not run
+    out of batches before the others, which wait for it in the collectives of sharded and normalized models.
+
+    Args:
+        dataset: What the indices are of.
+        batch_size: Most indices in a batch.
+        num_replicas: Ranks.
+        rank: This one, in [0, num_replicas).
+
+    Raises:
+        ValueError: Fewer examples than ranks, or batches of one that cannot come in two.
+    """
+
+    def __init__(self, dataset: Any, batch_size: int, num_replicas: int, rank: int) -> None:
+        super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=False)
+        self.batch_size, size = batch_size, len(dataset)
+        if size < num_replicas or (batch_size == 1 and size % num_replicas):
+            raise ValueError(
+                f"{size} examples to evaluate in batches of {batch_size} do not make as many batches on each of "
+                f"{num_replicas} ranks: choose a larger batch_size, fewer ranks or more examples"
+            )
+
+    def __iter__(self) -> Iterator[list[int]]:
+        mine = list(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
+        batches = [mine[start : start + self.batch_size] for start in range(0, len(mine), self.batch_size)]
+        if len(batches) < len(self):
+            batches[-1:] = [batches[-1][:-1], batches[-1][-1:]]
+        return iter(batches)
+
+    def __len__(self) -> int:
+        return -(-self.num_samples // self.batch_size)
+
+
+class _Batches(Dataset[Any]):
+    """Asked for a list of indices; a single one is a batch of one (Lightning's overfit_batches asks so)."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, indices: Any) -> Any:
+        return self.dataset.__getitems__(indices if isinstance(indices, list) else [indices])
 
 
 class ResumableLoader(DataLoader[Example]):
@@ -123,39 +181,61 @@ class ResumableLoader(DataLoader[Example]):
 
 
 def training_loader(
-    dataset: Dataset[Example],
+    dataset: Any,
     batch_size: int,
     *,
     trainer: pl.Trainer | None,
     seed: int | None,
-    sampler: type[EpochSampler] = EpochSampler,
+    sampler: Callable[..., EpochSampler] = EpochSampler,
     **settings: Any,
-) -> ResumableLoader[Example]:
+) -> ResumableLoader[Any]:
     """Return a loader of the full batches of each epoch, in an order of its own, split over the trainer's ranks.
 
     Args:
         dataset: Its examples must be a pure function of what `sampler` yields, whichever worker asks.
         batch_size: Examples in a batch, per rank.
         trainer: Gives ranks and place; None: one rank, from the start.
-        seed: Seed of the order. None: the run's seed (PL_GLOBAL_SEED, set by `seed_everything`), else 0; torch's own
-            seed may differ between ranks, so it is not used.
-        sampler: What draws the indices.
+        seed: Seed of the order; None: see `run_seed`.
+        sampler: Makes what draws the indices.
         settings: Further arguments of DataLoader.
 
     Raises:
         ValueError: Not even one full batch fits.
     """
-    size = len(dataset)  # type: ignore[arg-type]
-    ranks = (trainer and trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
-    if size < batch_size * ranks["num_replicas"]:
+    ranks = _ranks(trainer)
+    if len(dataset) < batch_size * ranks["num_replicas"]:
         raise ValueError(
-            f"batch_size={batch_size} on {ranks['num_replicas']} rank(s) is more than the {size} training examples: "
-            "no full batch; choose a smaller batch_size"
+            f"batch_size={batch_size} on {ranks['num_replicas']} rank(s) is more than the {len(dataset)} training "
+            "examples: no full batch; choose a smaller batch_size"
         )
     order = sampler(dataset, seed=run_seed(seed), **ranks)
     return ResumableLoader(dataset, batch_size, sampler=order, drop_last=True, trainer=trainer, **settings)
 
 
+def evaluation_loader(dataset: Any, batch_size: int, *, trainer: pl.Trainer | None, **settings: Any) -> DataLoader[Any]:
+    """Return a loader of every example once, split over the trainer's ranks as `EvenBatches` says.
+
+    Args:
+        dataset: Has `__getitems__`, which returns a finished batch of a list of indices.
+        batch_size: Most examples in a batch, per rank.
+        trainer: Gives the ranks; None: one.
+        settings: Further arguments of DataLoader.
+
+    Raises:
+        ValueError: Not every rank would get as many batches.
+    """
+    batches = EvenBatches(dataset, batch_size, **_ranks(trainer))
+    return DataLoader(_Batches(dataset), batch_size=None, sampler=batches, **settings)
+
+
+def _ranks(trainer: pl.Trainer | None) -> dict[str, int]:
+    ranks: dict[str, int] | None = trainer.distributed_sampler_kwargs if trainer else None
+    return ranks or {"num_replicas": 1, "rank": 0}
+
+
 def run_seed(seed: int | None) -> int:
-    """Return `seed`, or the run's where it is None: PL_GLOBAL_SEED, else 0."""
+    """Return `seed`, or the run's where it is None: PL_GLOBAL_SEED, set by `seed_everything`, else 0.
+
+    Torch's own seed may differ between ranks, so it is not used.
+    """
     return int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed

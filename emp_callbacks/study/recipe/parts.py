@@ -12,10 +12,10 @@ from typing import Any
 
 from emp_callbacks.config import EMPConfig
 
-__all__ = ["RecipeParts", "open_recipe"]
+__all__ = ["ANYWHERE", "RecipeParts", "open_recipe"]
 
 # A recipe for a cluster is opened on a laptop, too: nothing is trained here.
-_ANYWHERE = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": None, "plugins": None}
+ANYWHERE = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": None, "plugins": None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ def open_recipe(path: str | Path) -> RecipeParts:
     seed = recipe.config.seed_everything
     pl.seed_everything(seed if isinstance(seed, int) else 0, workers=True, verbose=False)
     with _without_notices():
-        callbacks = recipe.build_bare(logger=False, enable_checkpointing=False, **_ANYWHERE)
+        callbacks = recipe.build_bare(logger=False, enable_checkpointing=False, **ANYWHERE)
     recipe.datamodule.prepare_data()
     recipe.datamodule.setup("fit")
     configs = tuple(callback.config for callback in callbacks if isinstance(callback, EMPCallback))

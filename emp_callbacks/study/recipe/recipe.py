@@ -17,6 +17,7 @@ import pytorch_lightning as pl
 from jsonargparse import DefaultHelpFormatter
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+from emp_callbacks.integrations.lightning_requeue import RequeueBetweenSteps
 from emp_callbacks.setting_checks import check_fraction
 from emp_callbacks.study.arms import DEFAULT_ARMS, check_arms
 from emp_callbacks.study.recipe.building import building
@@ -26,10 +27,12 @@ from emp_callbacks.study.recipe.check import (
     check_recipe,
     explain_parse_error,
 )
-from emp_callbacks.study.recipe.checkpoints import check_resumable, fitting_weights
+from emp_callbacks.study.recipe.checkpoints import check_resumable, fitting_weights, goes_on_in, settle_checkpoints
 from emp_callbacks.study.recipe.reading import check_yaml, counts_given, read_recipe
 from emp_callbacks.study.recipe.seeds import check_seed, check_seeds
+from emp_callbacks.study.recipe.smoke import FLAG, FallingLoss, smoke_options
 
+_SMOKE_HELP = "what --smoke alone lays over the recipe: a minute on stand-in data, which fails unless the loss falls"
 _USAGE = "emp %s --config recipe.yaml [--KEY VALUE ...]"
 CallbackEdit = Callable[[list[pl.Callback]], list[pl.Callback]]
 
@@ -45,6 +48,7 @@ class StudyConfig:
             own count. Without points an arm whose density is given follows the first training arm.
         healing: Part of the training, in [0, 1), after the last refresh: what was pruned last is trained around.
         margin: Differences within +-margin, in units of the metric, count as equivalent where the interval shows it.
+        checkpoint_every: Minutes, >= 0, between two checkpoints of a training; cut off, it goes on from the last.
         metric: Logged test metric that the comparison is about.
         higher_is_better: Whether a higher metric is better; set false for losses and perplexities.
         out: Folder of the results; the default is runs/ plus the recipe's name.
@@ -58,6 +62,7 @@ class StudyConfig:
     points: list[float] = field(default_factory=list)
     healing: float = 0.25
     margin: float | None = None
+    checkpoint_every: float = 10.0
     metric: str = "test/accuracy"
     higher_is_better: bool = True
     out: str | None = None
@@ -73,17 +78,21 @@ class StudyConfig:
             raise ValueError("study.healing=1 leaves no time for pruning; choose less, such as 0.25")
         if self.margin is not None and not self.margin > 0:
             raise ValueError(f"study.margin must be > 0 in units of the metric, got {self.margin!r}")
+        if not self.checkpoint_every >= 0:
+            raise ValueError(f"study.checkpoint_every must be >= 0 minutes, got {self.checkpoint_every!r}")
         check_arms(self.arms, self.points)
 
 
 class _SaveConfig(SaveConfigCallback):
-    """Saves the resolved recipe next to a fit's results and never overwrites an earlier one."""
+    """Saves the resolved recipe next to a fit's results; overwrites only that of the fit which it goes on with."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":  # evaluating a finished run must not need a new folder
             return
         saved = Path(trainer.log_dir or trainer.default_root_dir) / self.config_filename
-        taken = trainer.strategy.broadcast(saved.is_file()) and not self.already_saved
+        # Also where Lightning itself takes up what it saved before Slurm requeued the job.
+        self.overwrite = goes_on_in(self.config.get("ckpt_path"), trainer.default_root_dir)
+        taken = trainer.strategy.broadcast(saved.is_file()) and not (self.already_saved or self.overwrite)
         if taken:
             raise FileExistsError(
                 f"{saved} exists: an earlier run lives in this folder; choose another one with"
@@ -106,6 +115,7 @@ class _EmpCLI(LightningCLI):
     def __init__(self, command: str, description: str, args: list[str], **settings: Any) -> None:
         """Parse `args` for one command; `fit`, `validate` and `test` also run it."""
         self._command = command
+        self._smoke = FLAG in args
         lightning = command in LightningCLI.subcommands()
         parser_settings: dict[str, Any] = {
             "prog": "emp" if lightning else f"emp {command}",
@@ -138,9 +148,12 @@ class _EmpCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_class_arguments(StudyConfig, "study")
+        parser.add_argument(FLAG, type=dict[str, Any] | None, help=_SMOKE_HELP)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         known = self._parser(self._command) if self._runs else parser
+        if self._smoke:
+            args = _with_smoke(args)
         files, options = _files_and_options(args)
         for file in files:
             check_recipe(read_recipe(file), known)
@@ -174,6 +187,15 @@ class _EmpCLI(LightningCLI):
         """Make model, data module and trainer; what goes wrong names its entry of the recipe."""
         with building(self._given):
             super().instantiate_classes()
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        trainer = super().instantiate_trainer(**kwargs)
+        if self._command == "fit":
+            trainer.callbacks.append(RequeueBetweenSteps())  # type: ignore[attr-defined]
+            settle_checkpoints(trainer.checkpoint_callbacks, self._given.trainer.default_root_dir)
+            if self._smoke:
+                trainer.callbacks.append(FallingLoss())  # type: ignore[attr-defined]
+        return trainer
 
 
 class Recipe(_EmpCLI):
@@ -249,7 +271,7 @@ class Recipe(_EmpCLI):
         """Return the recipe with every default filled in, as plain data."""
         data = json.loads(self.parser.dump(self.config, format="json"))
         data["trainer"] |= self._counts
-        return {key: value for key, value in data.items() if key != "config"}
+        return {key: value for key, value in data.items() if key not in ("config", "smoke")}
 
 
 def run_lightning(command: str, args: list[str], description: str) -> None:
@@ -274,6 +296,16 @@ def _files_and_options(args: list[str]) -> tuple[list[str], list[str]]:
     except argparse.ArgumentError as error:
         raise RecipeError(f"{error}; write --config recipe.yaml") from error
     return known.config, [text[2:].split("=")[0] for text in rest if text.startswith("--")]
+
+
+def _with_smoke(args: list[str]) -> list[str]:
+    """Return the words of a command with the options of `--smoke` in front of the user's own, which win."""
+    words = [word for word in args if word != FLAG]
+    files, _ = _files_and_options(words)
+    options = smoke_options(files)
+    apart = ("-c", "--config")
+    ends = [i + (word in apart) for i, word in enumerate(words) if word in apart or word.startswith("--config=")]
+    return [*words[: ends[-1] + 1], *options, *words[ends[-1] + 1 :]]
 
 
 def _as_list(callbacks: Any) -> list[pl.Callback]:
