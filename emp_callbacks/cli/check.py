@@ -98,7 +98,9 @@ def as_data(seen: Foresight) -> dict[str, Any]:
         "memory_bytes": seen.memory,
         "data": vars(seen.data),
         "examples_per_step": seen.examples,
-        **vars(length),
+        "optimizer_steps": length.steps,
+        "steps_of_epoch": length.steps_of_epoch,
+        "epochs": length.epochs,
         "pruning": [_pruning_data(one, seen.sizes.parameters) for one in seen.prunings],
         "folders": [vars(folder) for folder in seen.folders],
         "warnings": seen.warnings,
@@ -171,12 +173,12 @@ def _refreshes(one: Pruning) -> str:
     steps = one.refreshes
     if steps is None:
         return f"{one.config.schedule.told}; how many is not known"
-    shown = steps if len(steps) <= 6 else (*steps[:3], "...", *steps[-2:])
-    return (
-        f"{len(steps):,}, after steps {', '.join(f'{s:,}' if isinstance(s, int) else s for s in shown)}"
-        if steps
-        else "0"
-    )
+    if not steps:
+        return "0"
+    shown = [f"{step:,}" for step in steps]
+    if len(shown) > 6:
+        shown[3:-2] = ["..."]
+    return f"{len(steps):,}, after {'step' if len(steps) == 1 else 'steps'} {', '.join(shown)}"
 
 
 def _bounds(bounds: Bounds) -> str:

@@ -91,10 +91,10 @@ def cut_row_sums(rows: int, longest: int, dtype: torch.dtype, *, certain: bool) 
 
 def _digits(what: str, groups: int, targets: int, dtype: torch.dtype) -> Iterator[Sum]:
     """Yield what is summed to find `targets` ranks of each group: a histogram of each digit."""
-    most = NARROW_DIGIT_BITS if groups * targets > MANY_GROUPS else DIGIT_BITS
-    for i, width in enumerate(_widths(_key_bits(dtype), most)):
-        # Targets share a histogram as long as they have all digits in common.
-        yield Sum(what, (groups << width) * WORD, (groups * (targets if i else 1) << width) * WORD)
+    count = groups * targets
+    most = NARROW_DIGIT_BITS if count > MANY_GROUPS else DIGIT_BITS
+    for width in _widths(_key_bits(dtype), most):
+        yield exactly(what, count << width)
 
 
 def _widths(bits: int, most: int) -> list[int]:

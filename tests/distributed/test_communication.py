@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.pytorch_utils import Conv1D
 
 from emp_callbacks import EMPPruner
+from emp_callbacks.pruning.traffic import Spread, refresh_traffic
 from tests.distributed.ranks import process_group, spawn
 
 FEW, MANY = 5, 15
@@ -114,13 +115,22 @@ def kept(pruner):
     return [[layer.keep for layer in event.layers] for event in pruner.trajectory]
 
 
+def foreseen(pruner, way, world_size):
+    """Return, of each sum that a refresh is said to make, its least and most bytes and whether it is certain."""
+    held = "whole" if way == "ddp" else "slices"
+    dtype = torch.bfloat16 if way.endswith("bf16") else torch.float32
+    spread = Spread(ranks=world_size, held=held, dtype=dtype)
+    traffic = refresh_traffic(pruner.config, pruner._refresher.layers, spread)
+    return [(one.least, one.most, one.certain) for one in traffic.sums]
+
+
 def on_rank(rank, world_size, folder):
     with process_group(rank, world_size, folder):
         found = {}
         for way, name in CASES:
             for count in (FEW, MANY):
                 pruner, sent = refreshed(spread(way, made(way, count)), name, rank, world_size)
-                found[way, name, count] = (kept(pruner), sent)
+                found[way, name, count] = (kept(pruner), sent, foreseen(pruner, way, world_size))
                 pruner.finalize()
     torch.save(found, f"{folder}/rank{rank}.pt")
 
@@ -158,6 +168,34 @@ def test_of_a_pattern_the_groups_that_are_cut_are_sent(found):
     sent = [found[world_size]["cut", "pattern-cut", MANY][1] for world_size in (2, 3)]
     assert max(sent[0]) == MANY * 8 * SIDE * torch.float32.itemsize
     assert max(sent[1]) < MANY * SIDE * torch.float32.itemsize
+
+
+def is_made_of(sent, sums):
+    """Whether the bytes of collectives are those of the sums, in order, of which some uncertain ones are not made."""
+    if not sums:
+        return not sent
+    (least, most, certain), *others = sums
+    if sent and least <= sent[0] <= most and is_made_of(sent[1:], others):
+        return True
+    return not certain and is_made_of(sent, others)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize(("way", "name"), [case for case in CASES if case[1] != "neurons-own"])
+def test_every_collective_was_foreseen(way, name, world_size, found):
+    for count in (FEW, MANY):
+        _, sent, sums = found[world_size][way, name, count]
+        assert is_made_of(sent, sums)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_bytes_are_foreseen_exactly_but_for_equal_scores_and_cut_rows(world_size, found):
+    certain = 0
+    for _, sent, sums in found[world_size].values():
+        if len(sent) == len(sums) and all(least == most for least, most, _ in sums):
+            assert sum(sent) == sum(most for _, most, _ in sums)
+            certain += 1
+    assert certain > len(CASES)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

@@ -56,7 +56,14 @@ def test_two_ranks_make_one_study_and_go_on_with_it_after_a_signal(tmp_path):
 
 @pytest.mark.parametrize(
     ("strategy", "words"),
-    [("fsdp", "FSDPStrategy may shard the model"), ("ddp_spawn", "DDPStrategy starts 2 processes by fork or spawn")],
+    [
+        (
+            '{"class_path": "pytorch_lightning.strategies.ModelParallelStrategy"}',
+            "ModelParallelStrategy may shard the model",
+        ),
+        ("ddp_spawn", "DDPStrategy starts 2 processes by fork or spawn"),
+    ],
+    ids=["sharded", "spawned"],
 )
 def test_what_shards_or_forks_is_refused_before_anything_is_made(strategy, words, tmp_path, fits):
     with pytest.raises(ValueError, match=rf"{words}.*add --trainer\.strategy ddp"):

@@ -83,7 +83,8 @@ def _batches_of(loader: Any, trainer: AskedTrainer) -> int | None:
     except (TypeError, NotImplementedError):
         return None
     ranks = trainer.distributed_sampler_kwargs["num_replicas"]
-    sampler, size = getattr(loader, "sampler", None), getattr(loader, "batch_size", None)
+    sampler: Any = getattr(loader, "sampler", None)
+    size: int | None = getattr(loader, "batch_size", None)
     divided = getattr(sampler, "num_replicas", 1) == ranks or not trainer._accelerator_connector.use_distributed_sampler
     if divided or sampler is None or size is None:
         return batches

@@ -125,7 +125,7 @@ def strategy_of(trainer: Mapping[str, Any], problems: list[str]) -> Strategy:
 def _class_of(given: Any) -> tuple[type, dict[str, Any]]:
     """Return the class of a strategy, and its settings; of what the recipe leaves to Lightning, one that holds all."""
     if isinstance(given, str):
-        known = strategies.StrategyRegistry.get(given, default={})
+        known = dict(strategies.StrategyRegistry).get(given, {})  # the registry's own `get` would make one
         return known.get("strategy", strategies.SingleDeviceStrategy), dict(known.get("init_params", {}))
     module, _, name = str(given["class_path"]).rpartition(".")
     settings = {**(given.get("init_args") or {}), **(given.get("dict_kwargs") or {})}
