@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from emp_callbacks.cli import check, finished, folder, recipes, study, submit, tokenize
 from emp_callbacks.cli.console import printable, warnings_in_lines
 from emp_callbacks.cli.errors import for_the_user
-from emp_callbacks.cli.stopping import stopped_by, terminable
+from emp_callbacks.cli.stopping import outlive_time_signal, stopped_by, terminable
 
 __all__ = ["COMMANDS", "main"]
 
@@ -93,7 +93,10 @@ def _run(command: str, words: list[str]) -> int:
         return _complain(f"unknown command {command!r}; {hint}", USAGE_ERROR)
     try:
         with terminable(), warnings_in_lines():
+            if command != "fit":  # Lightning answers the signal in a fit, and only if nobody else does
+                outlive_time_signal()
             COMMANDS[command](words)
+            outlive_time_signal()
     except (KeyboardInterrupt, SystemExit) as stop:
         code = stopped_by(stop)
         if code is None:

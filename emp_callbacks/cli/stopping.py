@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["stopped_by", "terminable"]
+__all__ = ["outlive_time_signal", "stopped_by", "terminable"]
 
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 """Exit codes that a shell gives a program which such a signal ended: schedulers take them for unfinished work."""
@@ -37,6 +38,16 @@ def _terminate(number: int, _: FrameType | None) -> None:
     # Lightning's handler calls the one before it; it ends the training itself, when the step is done.
     if signal.getsignal(number) is _terminate:
         raise _Terminated(TERMINATED)
+
+
+def outlive_time_signal() -> None:
+    """In a Slurm job, outside of trainings: the signal before a time limit must not end what has nothing to save.
+
+    Trainings answer it themselves; `emp fit` has just ended its own, and a study tests and compares between its own.
+    """
+    default = threading.current_thread() is threading.main_thread() and "SLURM_JOB_ID" in os.environ
+    if default and signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def stopped_by(error: BaseException) -> int | None:

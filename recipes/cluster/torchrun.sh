@@ -24,6 +24,9 @@ else
   : "${RENDEZVOUS:?HOST:PORT of one of the nodes, the same on all}" "${RUN:?a folder that all nodes see}"
   WHERE=(--rdzv-backend c10d --rdzv-endpoint "$RENDEZVOUS" --rdzv-id "$(basename "$RUN")")
 fi
+# With a shared store the first node does not tell its address to a node that joins again, and both give up after 60 s
+# (torch 2.14).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / PROCESSES ? $(nproc) / PROCESSES : 1))}
 
 exec torchrun "${WHERE[@]}" --nnodes "$NODES" --nproc-per-node "$PROCESSES" --max-restarts "$RESTARTS" --no-python \

@@ -1,5 +1,7 @@
 import copy
 import json
+import os
+import signal
 import subprocess
 import sys
 import unicodedata
@@ -430,6 +432,20 @@ def test_a_real_signal_ends_a_command_with_a_code_that_schedulers_believe(tmp_pa
     said = [line for line in done.stderr.splitlines() if line.startswith("emp: stopped")]
     go_on = "emp: stopped: training did not finish; add --ckpt_path FILE.ckpt to go on from its last checkpoint"
     assert said == [go_on, go_on, "emp: stopped: inspect did not finish; run the same command again"]
+
+
+@pytest.mark.parametrize("command", ["fit", "compare"])
+def test_the_signal_before_a_time_limit_ends_no_command_that_has_nothing_to_save(command, monkeypatch):
+    during = []
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setitem(COMMANDS, command, lambda _: during.append(signal.getsignal(signal.SIGUSR1)))
+    before = signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    try:
+        assert main([command]) == 0
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert during == [signal.SIG_DFL if command == "fit" else signal.SIG_IGN]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 @pytest.mark.parametrize(("lightning", "code"), [(SIGTERMException(), 143), (KeyboardInterrupt(), 130)])
