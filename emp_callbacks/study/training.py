@@ -320,8 +320,7 @@ def _check_fair(callbacks: Sequence[pl.Callback]) -> None:
 
 def _free_version(folder: Path) -> str:
     """Return the part of a run's folder for the logs: those of an interrupted training stay."""
-    taken = sum(path.is_file() for path in folder.rglob("metrics.csv"))
-    return f"resumed-{taken}" if taken else ""
+    return f"resumed-{1 + len(list(folder.glob('resumed-*')))}" if any(folder.iterdir()) else ""
 
 
 @contextmanager
