@@ -1,6 +1,6 @@
 # make quickstart   train, prune and compare on the built-in data, then say where the report is
 # make test-quick   the tests that start no process and compile nothing (2 minutes on two cores)
-# make test         lint and all tests (30 minutes on two cores)
+# make test         lint and all tests, those of two files at a time (WORKERS=4 where there are more cores)
 # make lint         ruff, mypy, import-linter
 # make gpu          the tests that need a CUDA device, and benchmarks/bench_gpu.py (8 minutes), in $(PYTHON) as it is
 # make test-minimum all tests but DeepSpeed's, on the lowest versions that pyproject.toml allows and the oldest Python
@@ -20,12 +20,17 @@ MINIMUM_VENV   := .venv-minimum
 quickstart: $(VENV)/.installed-study
 	$(BIN)/emp compare --config recipes/quickstart.yaml
 
-# One thread, because beside another program several wait for each other. `make test` takes all, as users do.
+# One thread, because beside another program several wait for each other.
 test-quick: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not processes and not compiler" --timeout 60
 
+# A file stays in one process, with what its tests share and its ports. A program that waits for another as slow as
+# itself takes longer, so the limit of a test is longer than when it runs alone.
+WORKERS  ?= 2
+PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder --timeout 600
+
 test: $(VENV)/.installed-all lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL)
 
 # Nothing is installed: a machine with a GPU may reach no registry. Plugins of pytest that pyproject.toml counts on may
 # be absent, so its options are left out. The benchmark runs also where a test has failed, or waits for ever.
@@ -41,7 +46,7 @@ gpu:
 test-minimum: $(MINIMUM_VENV)/.installed-test
 	@$(MINIMUM_VENV)/bin/python --version
 	@cat $(MINIMUM_VENV)/lowest.txt
-	$(MINIMUM_VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(MINIMUM_VENV)/bin/python -m pytest $(PARALLEL)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -56,7 +61,7 @@ $(VENV)/.installed-study: pyproject.toml
 
 $(VENV)/.installed-dev: pyproject.toml
 	@$(PYTHON) -c '$(NEEDS)'
-	@$(PYTHON) tools/make_venv.py $(VENV) study,hf,dev .installed-dev .installed-study
+	@$(PYTHON) tools/make_venv.py $(VENV) study,text,dev .installed-dev .installed-study
 
 $(VENV)/.installed-all: pyproject.toml
 	@$(PYTHON) -c '$(NEEDS)'
@@ -64,7 +69,7 @@ $(VENV)/.installed-all: pyproject.toml
 
 $(MINIMUM_VENV)/.installed-test: pyproject.toml
 	@$(MINIMUM_PYTHON) -c '$(NEEDS)'
-	@$(MINIMUM_PYTHON) tools/make_venv.py $(MINIMUM_VENV) study,hf,test .installed-test --lowest
+	@$(MINIMUM_PYTHON) tools/make_venv.py $(MINIMUM_VENV) study,text,test .installed-test --lowest
 
 clean:
 	rm -rf runs build *.egg-info

@@ -3,12 +3,9 @@
 That the scripts do on a Slurm what they say is tried with tools/local_slurm.sh.
 """
 
-import json
 import os
 import re
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +13,6 @@ import yaml
 
 from emp_callbacks.cli.recipes import shipped_recipes
 from emp_callbacks.study.recipe.recipe import Recipe
-from tests.distributed import ranks
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "recipes" / "cluster"
@@ -174,23 +170,32 @@ def test_the_kubernetes_job_starts_as_many_pods_and_processes_as_its_training_ex
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_torchrun_trains_on_two_processes_and_goes_on_where_it_stopped(strategy, tmp_path):
-    binaries = Path(sys.executable).parent
-    if not (binaries / "torchrun").exists() or shutil.which("bash") is None:
-        pytest.skip("torchrun is not installed beside this Python")
-    run = tmp_path / "run"
-    tiny = ["--trainer.limit_val_batches", "1", "--trainer.val_check_interval", "4", "--trainer.logger", "false"]
-    tiny += ["--model.init_args.n_layer", "1", "--model.init_args.n_embd", "16", "--trainer.accelerator", "cpu"]
-    tiny += ["--data.init_args.max_bytes", "60000", "--trainer.callbacks.every_n_steps", "2"]
-    tiny += ["--trainer.callbacks.trajectory_path", str(run / "rows.jsonl")]
-    tiny += ["--trainer.callbacks+=pytorch_lightning.callbacks.ModelCheckpoint"]
-    tiny += ["--trainer.callbacks.every_n_train_steps", "2"]
-    environment = {**os.environ, "STRATEGY": strategy, "PROCESSES": "2", "OMP_NUM_THREADS": "1", "RUN": str(run)}
-    environment["PATH"] = f"{binaries}{os.pathsep}{environment['PATH']}"
-    words = ["bash", str(CLUSTER / "torchrun.sh"), "gpt_stdlib", *tiny, "--trainer.max_steps"]
-    done = ranks.run_command([*words, "4"], written=run, env=environment, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = [json.loads(line) for line in (run / "rows.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [2, 4]
-    assert (run / "checkpoints" / "last.ckpt").exists()
+def test_torchrun_restarts_workers_that_go_on_from_the_last_checkpoint(tmp_path):
+    def start(*words, **environment):
+        return subprocess.run(
+            ["bash", str(CLUSTER / "torchrun.sh"), *words],
+            env={"PATH": f"{tmp_path}:/usr/bin:/bin", "PROCESSES": "2", **environment},
+            capture_output=True,
+            text=True,
+        )
+
+    (tmp_path / "torchrun").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "torchrun").chmod(0o755)
+    words = start("mine", "--trainer.max_steps", "9", RUN="run", STRATEGY="zero3").stdout.split()
+    at = words.index("emp")
+    assert words[:at] == [
+        "--standalone",
+        "--nnodes",
+        "1",
+        "--nproc-per-node",
+        "2",
+        "--max-restarts",
+        "3",
+        "--no-python",
+    ]
+    assert words[at + 2 : at + 6] == ["--config", "mine", "--config", "cluster/zero3"]
+    assert words[-4:] == ["--trainer.default_root_dir", "run", "--ckpt_path", "last"]
+    assert re.search(r" runs/fit-\d{8}-\d{6} --ckpt_path last$", start("mine").stdout.strip())
+    several = start("mine", NODES="2", RENDEZVOUS="n1:29400", RUN="shared/fit").stdout
+    assert several.startswith("--rdzv-backend c10d --rdzv-endpoint n1:29400 --rdzv-id fit --nnodes 2 ")
+    assert "RUN: a folder that all nodes see" in start("mine", NODES="2", RENDEZVOUS="n1:29400").stderr

@@ -272,9 +272,10 @@ def words_of(line):
 
 @functools.cache
 def parsers():
-    from emp_callbacks.cli import folder_options, options
+    from emp_callbacks.cli import check, folder_options, options, submit, tokenize
 
-    homes = {name: module for module in (options, folder_options) for name in module.__all__}
+    modules = (options, folder_options, check, submit, tokenize)
+    homes = {name: module for module in modules for name in module.__all__}
     made = [getattr(module, name)() for name, module in homes.items() if name.endswith("_parser")]
     return {parser.prog.removeprefix("emp "): parser for parser in made}
 

@@ -2,11 +2,13 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 PARTS = {"refresh", "steps", "launches", "memory"}
@@ -68,12 +70,14 @@ def test_the_benchmark_refuses_where_no_gpu_is():
     assert "no CUDA device" in done.stdout
 
 
-def test_what_make_gpu_lacks_is_said_in_one_line():
-    done = run("tools/gpu_ready.py", CUDA_VISIBLE_DEVICES="", EMP_GPU_REHEARSAL="")
-    assert done.returncode == 1
-    assert done.stderr.startswith("make gpu: ")
-    assert done.stderr.count("\n") == 1
-    assert "sees no CUDA device" in done.stderr
+def test_what_make_gpu_lacks_is_said_in_one_line(monkeypatch):
+    monkeypatch.delenv("EMP_GPU_REHEARSAL", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as left:  # of a text: Python writes it to stderr and exits with 1
+        runpy.run_path(str(ROOT / "tools/gpu_ready.py"), run_name="__main__")
+    assert left.value.code.startswith("make gpu: ")
+    assert "\n" not in left.value.code
+    assert "sees no CUDA device" in left.value.code
 
 
 def test_tests_for_a_gpu_run_without_plugins_of_pytest():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -68,33 +67,27 @@ def _fit(options: argparse.Namespace, script: Path, words: Sequence[str]) -> lis
 
 
 def _study(recipe: Recipe, options: argparse.Namespace, script: Path, words: Sequence[str]) -> list[Job]:
-    from emp_callbacks.study.comparison import study_cells, study_needs
-    from emp_callbacks.study.submission import study_jobs, write_cells
+    from emp_callbacks.study.submission import StudyPlan, study_jobs, write_cells
 
-    _check_processes(recipe.resolved()["trainer"], options)
+    per_node, nodes = max(1 if options.gpus is None else options.gpus, 1), options.nodes or 1
+    _check_processes(recipe.resolved()["trainer"], devices=("--gpus", per_node), num_nodes=("--nodes", nodes))
     out = Path(options.out or recipe.study.out or Path("runs", recipe.path.stem))
-    with tempfile.TemporaryDirectory() as nothing:
-        # A dry run makes no folder, and moves none aside.
-        beside = options.dry_run and (options.overwrite or not out.exists())
-        looked_at = Path(nothing, "study") if beside else out
-        needs = study_needs(recipe, looked_at, overwrite=options.overwrite)
-    cells = study_cells(recipe)
-    file = write_cells(cells, out, dry=options.dry_run)
+    plan = StudyPlan(recipe, out, per_node * nodes)
+    if not options.dry_run:
+        plan.open_folder(overwrite=options.overwrite)
+    needs = plan.needs(anew=options.overwrite)
+    file = write_cells(plan.cells, out, dry=options.dry_run)
     named = [str(file), "--config", options.config[0], "--out", str(out), *words]
-    return study_jobs(cells, needs, script, named, options.throttle)
+    return study_jobs(plan.cells, needs, script, named, options.throttle)
 
 
-def _check_processes(trainer: Mapping[str, Any], options: argparse.Namespace) -> None:
-    """Check that a task of the array gets as many processes as a training of the study has: the recipe says that."""
-    for name, option, started in (
-        ("devices", "--gpus", max(1 if options.gpus is None else options.gpus, 1)),
-        ("num_nodes", "--nodes", options.nodes or 1),
-    ):
-        wanted = trainer[name]
-        if isinstance(wanted, int) and wanted != started:
+def _check_processes(trainer: Mapping[str, Any], **started: tuple[str, int]) -> None:
+    """Check that the jobs have the processes that the recipe asks for, before they have waited for their turn."""
+    for name, (option, count) in started.items():
+        if isinstance(trainer[name], int) and trainer[name] != count:
             raise ValueError(
-                f"the study trains with trainer.{name}={wanted}, and its jobs would have {started}: add {option} {wanted},"
-                f" or --trainer.{name} {started}"
+                f"the study trains with trainer.{name}={trainer[name]}, and its jobs have {count}: "
+                f"add {option} {trainer[name]}, or --trainer.{name} {count}"
             )
 
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from emp_callbacks.cli.console import make_console
@@ -72,8 +71,8 @@ def tokenize(words: list[str]) -> None:
     if not folder and (len(shares) > 1 or others):
         raise ValueError(f"--out {options.out} is one file; name a folder, for train.bin, val.bin and test.bin")
     from emp_callbacks.schedule import check_count
-    from emp_callbacks.study.documents import sources_of
     from emp_callbacks.study.recipe.text_tokenizer import TextTokenizer
+    from emp_callbacks.study.text_sources import sources_of
     from emp_callbacks.study.tokenizing import tokenize as work
 
     workers = len(os.sched_getaffinity(0)) if options.workers is None else options.workers
@@ -86,19 +85,13 @@ def tokenize(words: list[str]) -> None:
     (out if folder else out.parent).mkdir(parents=True, exist_ok=True)
     for sources, (_, parts) in zip(found, calls, strict=True):
         outs = {part: out / f"{part}.bin" if folder else out for part in parts}
-        began = monotonic()
-        with _bar(console, sum(source.size for source in sources)) as told:
-            held = work(
-                sources,
-                outs,
-                tokenizer,
-                shares=parts,
-                end_of_text=options.eot,
-                workers=workers,
-                overwrite=options.overwrite,
-                told=told,
-            )
-        _show(console, outs, held, monotonic() - began)
+        settings = {"end_of_text": options.eot, "workers": workers, "overwrite": options.overwrite}
+        try:
+            with _bar(console, sum(source.size for source in sources)) as told:
+                held = work(sources, outs, tokenizer, shares=parts, told=told, **settings)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("interrupted; the same command goes on from here") from None
+        _show(console, outs, held)
 
 
 def _shares(options: argparse.Namespace) -> dict[str, Fraction]:
@@ -128,7 +121,7 @@ def _bar(console: Console, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda read: bars.update(task, completed=read)
 
 
-def _show(console: Console, outs: Mapping[str, Path], found: Mapping[str, Mapping[str, Any]], seconds: float) -> None:
+def _show(console: Console, outs: Mapping[str, Path], found: Mapping[str, Mapping[str, Any]]) -> None:
     for part, told in found.items():
         console.print(
             f"{outs[part]}: {told['tokens']:,} tokens ({told['dtype']}, vocabulary of {told['vocab_size']:,}) of "
@@ -136,4 +129,3 @@ def _show(console: Console, outs: Mapping[str, Path], found: Mapping[str, Mappin
             highlight=False,
             soft_wrap=True,
         )
-    console.print(f"{seconds:.1f} s", highlight=False)

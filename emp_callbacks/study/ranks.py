@@ -10,6 +10,8 @@ from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 from pytorch_lightning.utilities import rank_zero_only
 
+from emp_callbacks.study.quiet import quiet
+
 __all__ = ["Ranks", "own_rank"]
 
 Result = TypeVar("Result")
@@ -66,7 +68,8 @@ class Ranks:
         if self.world_size > 1 and not self._joined:
             launcher = self._strategy.launcher
             begin = self._strategy.setup_environment
-            launcher.launch(begin) if launcher is not None else begin()
+            with quiet():
+                launcher.launch(begin) if launcher is not None else begin()
             self._joined = True
 
     def from_first(self, work: Callable[[], Result]) -> Result:

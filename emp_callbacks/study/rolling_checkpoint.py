@@ -47,8 +47,18 @@ class RollingCheckpoint(pl.callbacks.Checkpoint):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
         self._saved_at, self._step = time.monotonic(), trainer.global_step
+        self._listen()
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+        self._listen()
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+        self._stop_if_told(trainer)
+
+    def _listen(self) -> None:
         if threading.current_thread() is threading.main_thread():
-            # In place of Lightning's own, which save in the middle of a step; it puts back what there was before.
+            # In place of Lightning's own handlers, which save in the middle of a step, and on several ranks wait for
+            # each other at different ones; it puts back what there was before.
             for number in {signal.SIGTERM, _REQUEUE} - {None}:
                 signal.signal(number, self._tell)  # type: ignore[arg-type]
 
@@ -70,16 +80,18 @@ class RollingCheckpoint(pl.callbacks.Checkpoint):
     def _save_or_stop(self, trainer: pl.Trainer, *, resumable: bool) -> None:
         """Save if it is time or a signal came, on whichever rank, and stop after a signal. Collective."""
         due = resumable and time.monotonic() - self._saved_at >= self._seconds
+        if trainer.strategy.reduce_boolean_decision(due or self._told is not None, all=False):
+            if resumable:
+                self._save(trainer)
+            self._stop_if_told(trainer)
+            self._saved_at = time.monotonic()
+
+    def _stop_if_told(self, trainer: pl.Trainer) -> None:
         decide = trainer.strategy.reduce_boolean_decision
-        if not decide(due or self._told is not None, all=False):
-            return
-        if resumable:
-            self._save(trainer)
         if decide(self._told is not None, all=False):
-            if self._told == _REQUEUE and trainer.is_global_zero:
+            if decide(self._told == _REQUEUE, all=False) and trainer.is_global_zero:
                 _requeue()
             raise SIGTERMException
-        self._saved_at = time.monotonic()
 
     def _save(self, trainer: pl.Trainer) -> None:
         if trainer.is_global_zero:

@@ -12,9 +12,14 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from emp_callbacks.study.run_store import digest, write_atomically
+from emp_callbacks.study.arm_settings import fitting_arms
+from emp_callbacks.study.arms import DEFAULT_ARMS, TrainingJob, fits_in_order, needed_cells, plan_jobs
+from emp_callbacks.study.comparison import what_trains
+from emp_callbacks.study.recipe.recipe import Recipe
+from emp_callbacks.study.run_store import RunStore, digest, write_atomically
+from emp_callbacks.study.training import recipe_config
 
-__all__ = ["Job", "array_of", "levels", "study_jobs", "submit", "write_cells"]
+__all__ = ["Job", "StudyPlan", "array_of", "has_slurm", "levels", "shell_lines", "study_jobs", "submit", "write_cells"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +43,53 @@ class Job:
         array = [f"--array={self.array}"] if self.array else []
         # Without the second it would wait for ever for a job that failed.
         return [*array, *([f"--dependency=afterok:{before}", "--kill-on-invalid-dep=yes"] if self.follows else [])]
+
+
+class StudyPlan:
+    """The trainings of a study, known without building its model or finding its GPUs: login nodes have neither.
+
+    Args:
+        recipe: The parsed recipe.
+        out: Folder of the study.
+        processes: How many train each cell.
+
+    Attributes:
+        cells: The trainings, in the order of `emp compare --list-cells`.
+    """
+
+    def __init__(self, recipe: Recipe, out: Path, processes: int) -> None:
+        study = recipe.study
+        by_default = tuple(study.arms) == DEFAULT_ARMS
+        self._arms = fitting_arms(study.arms, recipe_config(recipe)) if by_default else study.arms
+        self._points = study.points
+        self._jobs: dict[str, TrainingJob] = {
+            job.fit.name: job for job in plan_jobs(self._arms, study.seeds, study.points)
+        }
+        self.cells = [cell.name for cell in fits_in_order(self._arms, study.seeds, study.points)]
+        resolved = recipe.resolved()
+        self._resolved = {**resolved, "study": {**resolved["study"], "out": str(out)}}
+        trained = what_trains(resolved) | ({"world_size": processes} if processes > 1 else {})
+        self._store = RunStore(out, digest(trained))
+
+    def open_folder(self, *, overwrite: bool) -> None:
+        """Make the folder of the study ready, or see that it is.
+
+        Raises:
+            BusyError: A command works in it.
+            FileExistsError: It holds runs of a different recipe, or other things.
+        """
+        self._store.open(self._resolved, overwrite)
+        self._store.close()
+
+    def needs(self, *, anew: bool = False) -> dict[str, list[str]]:
+        """Return the trainings without records of all their runs (or all of them, `anew`), each with those it needs."""
+
+        def is_left(name: str) -> bool:
+            records = (self._store.runs / f"{cell.file}.json" for cell in self._jobs[name].cells)
+            return anew or not all(record.is_file() for record in records)
+
+        found = {name: needed_cells(self._jobs[name].fit, self._arms, self._points) for name in self.cells}
+        return {name: [cell.name for cell in needed] for name, needed in found.items() if is_left(name)}
 
 
 def levels(needs: Mapping[str, Sequence[str]]) -> list[list[str]]:

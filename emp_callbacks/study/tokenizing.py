@@ -22,9 +22,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from emp_callbacks.study.documents import BLOCK, Piece, Place, Source, SplitText, TextFile, pieces
+from emp_callbacks.study.documents import BLOCK, Piece, Place, pieces
 from emp_callbacks.study.recipe.text_tokenizer import TextTokenizer
 from emp_callbacks.study.recipe.token_format import FORMAT, dtype_for, read_sidecar
+from emp_callbacks.study.text_sources import Source, SplitText, TextFile
 from emp_callbacks.study.token_output import TokenOutput, no_document
 
 __all__ = ["tokenize"]

@@ -84,16 +84,16 @@ class TrainingRecord(pl.Callback):
         return [strategy.broadcast(value if i == rank else None, src=i) for i in range(self._trainer.world_size)]
 
     def state_dict(self) -> dict[str, Any]:
-        """Collective: each rank has its own batches and random numbers, and rank 0 writes the checkpoint."""
+        """Collective: each rank has its own batches, losses and random numbers, and rank 0 writes the checkpoint."""
+        losses = [float(loss) for loss in self._losses]
         return {
             "init_digest": self.init_digest,
             "curve": self.curve,
             "steps": self.steps,
-            "losses": [float(loss) for loss in self._losses],
             "active": self._active,
             "seen_at": self._seen_at,
             "seconds": self.seconds,
-            "ranks": self._of_all_ranks({"batches": self._batches.hex(), "random": random_state()}),
+            "ranks": self._of_all_ranks({"batches": self._batches.hex(), "losses": losses, "random": random_state()}),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -101,7 +101,7 @@ class TrainingRecord(pl.Callback):
         own = state_dict["ranks"][self._trainer.global_rank]
         self._batches, self._random = bytes.fromhex(own["batches"]), own["random"]
         self.init_digest, self.curve, self.steps = (state_dict[name] for name in ("init_digest", "curve", "steps"))
-        self._losses = [torch.tensor(loss) for loss in state_dict["losses"]]
+        self._losses = [torch.tensor(loss) for loss in own["losses"]]
         self._active, self._seen_at = state_dict["active"], state_dict["seen_at"]
         self._seconds_before = state_dict["seconds"]
 

@@ -13,7 +13,7 @@ set -euo pipefail
 [ $# -ge 1 ] || { echo "usage: bash torchrun.sh RECIPE [--KEY VALUE ...]" >&2; exit 2; }
 RECIPE=$1
 shift
-GPUS=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
+GPUS=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
 PROCESSES=${PROCESSES:-$((GPUS ? GPUS : 2))}       # per node
 NODES=${NODES:-1}
 RESTARTS=${RESTARTS:-3}

@@ -209,7 +209,11 @@ def test_fit_trains_saves_its_recipe_and_never_overwrites_it(tmp_path, capsys):
     assert "an earlier run lives in this folder" in capsys.readouterr().err
     assert (folder / "config.yaml").read_text() == saved
     assert (folder / "emp_trajectory.jsonl").read_text() == rows
-    checkpoint = str(next(folder.glob("checkpoints/*.ckpt")))
+    assert main([*words, "--trainer.max_epochs", "2", "--ckpt_path", "last"]) == 0  # goes on, as a restart does
+    assert [json.loads(row)["step"] for row in (folder / "emp_trajectory.jsonl").read_text().splitlines()] == [2, 4]
+    assert "max_epochs: 2" in (folder / "config.yaml").read_text()
+    checkpoint = str(folder / "checkpoints" / "last.ckpt")
+    assert main([*words[:-1], str(tmp_path / "other"), "--ckpt_path", checkpoint, "--trainer.max_epochs", "3"]) == 0
     words[0] = "test"
     assert main([*words, "--ckpt_path", checkpoint]) == 0
     assert main(["report", str(folder)]) == 0

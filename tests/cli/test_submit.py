@@ -121,7 +121,7 @@ def test_a_training_is_one_job(folder, capsys):
         (["--array", "--ckpt_path", "a.ckpt"], "--ckpt_path is for one training"),
         (
             ["--array", "--gpus", "4"],
-            "trainer.devices=1, and a node of its jobs starts 4: add --gpus 1, or --trainer.dev",
+            "trainer.devices=1, and its jobs have 4: add --gpus 1, or --trainer.devices 4",
         ),
         (
             ["--array", "--nodes", "2"],

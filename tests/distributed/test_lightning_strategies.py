@@ -23,8 +23,10 @@ def set_environment(rank, world_size, port):
 def make_strategy(name):
     from pytorch_lightning import strategies
 
+    from emp_callbacks.study.recipe.strategies import FSDP2Strategy, ZeRODeepSpeedStrategy
+
     if name == "fsdp2":
-        return strategies.ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+        return FSDP2Strategy()
     if name == "fsdp1":
         from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -40,19 +42,7 @@ def make_strategy(name):
 
         return CPUFSDPStrategy(state_dict_type="sharded")
 
-    class CPUDeepSpeedStrategy(strategies.DeepSpeedStrategy):  # the same
-        def setup_environment(self):
-            super(strategies.DeepSpeedStrategy, self).setup_environment()
-
-        @property
-        def parallel_devices(self):
-            return self._parallel_devices
-
-        @parallel_devices.setter
-        def parallel_devices(self, devices):
-            self._parallel_devices = None if devices is None else [torch.device("cpu", i) for i in range(len(devices))]
-
-    return CPUDeepSpeedStrategy(stage=int(name[-1]), process_group_backend="gloo")
+    return ZeRODeepSpeedStrategy(stage=int(name[-1]))
 
 
 def make_module(pl, world_size, rank):

@@ -18,9 +18,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from emp_callbacks.study import documents, token_output, tokenizing
-from emp_callbacks.study.documents import Place, cut, pieces, sources_of
+from emp_callbacks.study.documents import Place, cut, pieces
 from emp_callbacks.study.folder_lock import BusyError
 from emp_callbacks.study.recipe.text_tokenizer import TextTokenizer
+from emp_callbacks.study.text_sources import sources_of
 from emp_callbacks.study.tokenizing import tokenize
 from tests.study.recipe.token_makers import END, KINDS, TEXT, byte_level
 
@@ -252,9 +253,10 @@ def test_a_kill_between_two_renamings_is_mended(tmp_path, gpt2, monkeypatch):
             raise StopError
         replace(source, target)
 
-    with monkeypatch.context() as patch, pytest.raises(StopError):
+    with monkeypatch.context() as patch:
         patch.setattr(os, "replace", killed)
-        go()
+        with pytest.raises(StopError):
+            go()
     assert (tmp_path / "train.bin").exists()
     go()
     for out in outs.values():
@@ -360,7 +362,7 @@ def test_a_part_that_gets_no_document_is_refused_before_the_work(tmp_path, gpt2)
 
 
 def test_a_tokenizer_that_is_none_is_named(tmp_path):
-    with pytest.raises(ValueError, match="no tokenizer can be read from '.*nowhere'"):
+    with pytest.raises(ValueError, match=r"no tokenizer can be read from '.*nowhere'"):
         TextTokenizer(str(tmp_path / "nowhere"))
 
 

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytorch_lightning as pl
+from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 
 from emp_callbacks.checkpoint.reading import read_checkpoint
 
-__all__ = ["check_resumable", "fitting_weights", "settle_checkpoints"]
+__all__ = ["check_resumable", "fitting_weights", "goes_on_in", "settle_checkpoints"]
 
 _WORDS = ("last", "best", "hpc")  # which Lightning looks for itself, as what is in a registry or on a server
 
@@ -32,6 +33,18 @@ def check_resumable(path: str) -> None:
         raise ValueError(
             f"{path} is no checkpoint of Lightning (a .ckpt that emp fit wrote); name one, or leave out --ckpt_path"
         )
+
+
+def goes_on_in(checkpoint: str | None, root: str) -> bool:
+    """Whether a fit in folder `root` goes on with the one that was there: its checkpoint lies there, or is looked for.
+
+    Args:
+        checkpoint: As `--ckpt_path` has it; None: not given, but for one that Lightning saved before a requeue.
+        root: The Trainer's default_root_dir.
+    """
+    if checkpoint is None:
+        return SLURMEnvironment.detect() and any(Path(root).glob("hpc_ckpt_*.ckpt"))
+    return checkpoint in ("last", "hpc") or Path(checkpoint).resolve().is_relative_to(Path(root).resolve())
 
 
 def settle_checkpoints(callbacks: Iterable[pl.callbacks.Checkpoint], folder: str | None) -> None:

@@ -27,7 +27,7 @@ from emp_callbacks.study.recipe.check import (
     check_recipe,
     explain_parse_error,
 )
-from emp_callbacks.study.recipe.checkpoints import check_resumable, fitting_weights, settle_checkpoints
+from emp_callbacks.study.recipe.checkpoints import check_resumable, fitting_weights, goes_on_in, settle_checkpoints
 from emp_callbacks.study.recipe.reading import check_yaml, counts_given, read_recipe
 from emp_callbacks.study.recipe.seeds import check_seed, check_seeds
 from emp_callbacks.study.recipe.smoke import FLAG, FallingLoss, smoke_options
@@ -84,13 +84,15 @@ class StudyConfig:
 
 
 class _SaveConfig(SaveConfigCallback):
-    """Saves the resolved recipe next to a fit's results and never overwrites an earlier one."""
+    """Saves the resolved recipe next to a fit's results; overwrites only that of the fit which it goes on with."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":  # evaluating a finished run must not need a new folder
             return
         saved = Path(trainer.log_dir or trainer.default_root_dir) / self.config_filename
-        taken = trainer.strategy.broadcast(saved.is_file()) and not self.already_saved
+        # Also where Lightning itself takes up what it saved before Slurm requeued the job.
+        self.overwrite = goes_on_in(self.config.get("ckpt_path"), trainer.default_root_dir)
+        taken = trainer.strategy.broadcast(saved.is_file()) and not (self.already_saved or self.overwrite)
         if taken:
             raise FileExistsError(
                 f"{saved} exists: an earlier run lives in this folder; choose another one with"

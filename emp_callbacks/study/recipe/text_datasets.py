@@ -9,6 +9,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -143,14 +144,26 @@ class StreamLoader(ResumableLoader[Any]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # a generator, as that of ResumableLoader
         if self._stream is None:
             windows: Any = self.dataset
-            trainer = self.trainer
-            if trainer is not None and self._is_trained_on(trainer):
-                windows.skipped = trainer.current_epoch * int(trainer.num_training_batches) + self._batches_done(
-                    trainer
-                )
+            if self.trainer is not None and self._is_trained_on(self.trainer):
+                windows.skipped = self._batches_before(self.trainer)
             self._stream = DataLoader.__iter__(self)  # kept: in the next epoch the workers go on
         for _ in range(self._batches):
             yield next(self._stream)
+
+    def _batches_before(self, trainer: pl.Trainer) -> int:
+        """Return how many batches of all epochs are done in the fit that is resumed."""
+        done = int(trainer.fit_loop.epoch_loop.batch_progress.total.completed)
+        now = self.state_dict()
+        before = self._saved or now
+        changed = [f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value]
+        if done and changed and trainer.is_global_zero:
+            warnings.warn(
+                f"resumed after {done} batches with {', '.join(changed)}: the documents are shared out in another way, "
+                "so that some come twice in this pass over them and others not at all; resume with the old values to "
+                "avoid that",
+                stacklevel=3,
+            )
+        return done
 
     def state_dict(self) -> dict[str, int]:
         """Return what the place of a batch depends on; equal on all ranks."""
@@ -262,6 +275,8 @@ class TextDatasetData(InMemoryData):
                 f"{workers} of num_workers={self.num_workers} read {self.path}: it has so many files for each rank",
                 stacklevel=2,
             )
+        # Lightning doubts a length beside endless data; it is how many batches this loader stops after.
+        warnings.filterwarnings("ignore", "Your `IterableDataset` has `__len__` defined")
         windows = PackedWindows(documents, self.tokenizer, self.text_column, self.sequence_length, self._eot)
         return StreamLoader(
             windows,

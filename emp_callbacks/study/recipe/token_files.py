@@ -114,8 +114,9 @@ def vocabulary_of(path: Path, given: int | None = None) -> int:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file of tokens {path}; write it: emp tokenize TEXT --out {path.parent}")
     sidecar = read_sidecar(path)
-    told = sidecar["vocab_size"] if sidecar else None
-    if given is None and told is None:
+    told: int | None = sidecar["vocab_size"] if sidecar else None
+    known = given or told
+    if known is None:
         raise ValueError(
             f"the vocabulary of {path} is not known: there is no {beside(path).name}; set vocab_size to that of its "
             "tokenizer (gpt2: 50257)"
@@ -124,7 +125,7 @@ def vocabulary_of(path: Path, given: int | None = None) -> int:
         raise ValueError(
             f"vocab_size={given} is less than the {told} of {path}; leave it out, or set it to the model's"
         )
-    return given or int(told)
+    return known
 
 
 class TokenFileData(InMemoryData):

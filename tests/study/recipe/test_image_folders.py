@@ -13,7 +13,7 @@ from PIL import Image
 from timm.data import ImageDataset, create_transform
 from torch import nn
 
-from emp_callbacks.study.recipe.image_folders import DrawSampler, ImageFolderData
+from emp_callbacks.study.recipe.image_folders import DrawSampler, ImageFolderData, _transforms
 
 CLASSES = ("n01440764", "n01443537", "n01484850")
 STRONG = {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.5, "re_mode": "pixel", "interpolation": "random"}
@@ -120,6 +120,14 @@ def test_an_image_is_augmented_anew_in_each_epoch_and_by_each_seed(drawn):
     ]
     assert torch.equal(variants[0], variants[4])
     assert all(not torch.equal(variants[0], other) for other in variants[1:4])
+
+
+def test_the_strongest_posterizing_is_a_black_image_with_every_pillow():
+    augment, _ = _transforms(32, {"auto_augment": "rand-m10-inc1"})
+    (operations,) = [transform.ops for transform in augment.transforms if hasattr(transform, "ops")]
+    (operation,) = [operation for operation in operations if operation.name.startswith("Posterize")]
+    operation.prob = 1.0
+    assert np.asarray(operation(Image.new("RGB", (8, 8), (90, 90, 90)))).max() == 0  # Pillow 13 itself refuses
 
 
 def test_generators_are_neither_read_nor_moved(drawn):

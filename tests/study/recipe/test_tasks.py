@@ -194,6 +194,46 @@ def test_text_that_does_not_fit_the_model_is_an_error(text):
         trainer().fit(LanguageModel(**{**TINY_GPT, "sequence_length": 8}), datamodule=text)
 
 
+def test_a_vocabulary_rounded_up_to_a_multiple_of_64_fits_from_scratch_alone(text, tmp_path):
+    text.vocab_size = 250
+    trainer(limit_train_batches=1, limit_val_batches=0).fit(LanguageModel(**TINY_GPT, vocab_size=256), datamodule=text)
+    LanguageModel(**TINY_GPT, vocab_size=256).model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="vocabulary has 256 tokens, the data's 250"):
+        LanguageModel(pretrained=str(tmp_path), vocab_size=250)
+
+
+def test_other_architectures_take_the_same_sizes_and_their_own():
+    sizes = {"n_layer": 2, "n_head": 4, "n_embd": 32, "sequence_length": 16}
+    task = LanguageModel(**sizes, architecture="llama", model_args={"num_key_value_heads": 2, "intermediate_size": 48})
+    config = task.model.config
+    assert (config.num_hidden_layers, config.num_attention_heads, config.hidden_size) == (2, 4, 32)
+    assert (config.max_position_embeddings, config.num_key_value_heads, config.intermediate_size) == (16, 2, 48)
+    assert task(torch.zeros(1, 16, dtype=torch.long)).shape == (1, 16, 256)
+    with pytest.raises(ValueError, match=r"unknown architecture 'lama'; nearest names: llama\b"):
+        LanguageModel(architecture="lama")
+    with pytest.raises(ValueError, match=r"dropout=0\.1 is of gpt2"):
+        LanguageModel(architecture="llama", dropout=0.1)
+
+
+def test_mixed_targets_and_smoothed_labels_are_trained_on():
+    task, plain = image_task(label_smoothing=0.2), image_task()
+    images, labels = torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
+    for one in (task, plain):
+        one.log = lambda *_, **__: None
+    logits = task(images)
+    smoothed = functional.one_hot(labels, 10) * 0.8 + 0.02
+    expected = -(smoothed * logits.log_softmax(1)).sum(1).mean()
+    assert task.training_step((images, labels), 0).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert plain.training_step((images, smoothed), 0).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_learning_rate_ends_at_a_part_of_the_highest():
+    assert rates_of(image_task(lr=0.01, final_lr_fraction=0.1), DigitsData(), max_steps=4)[-1] == pytest.approx(0.001)
+    assert warmup_cosine(3, total=6, warmup=0, final=0.2) == pytest.approx(0.6)
+    with pytest.raises(ValueError, match=r"final_lr_fraction must lie in \[0, 1\), got 1"):
+        image_task(final_lr_fraction=1)
+
+
 def test_a_pretrained_model_needs_its_own_vocabulary(tmp_path):
     LanguageModel(**TINY_GPT, vocab_size=300).model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"300 tokens, the data's 256.*own tokenizer"):

@@ -6,7 +6,8 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 END = "<|endoftext|>"
 TEXT = "\n".join(str(getattr(str, name).__doc__) for name in sorted(dir(str)))
 LLAMA3 = (  # the pattern of Llama 3's tokenizer.json, also GPT-4's
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
