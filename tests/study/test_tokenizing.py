@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from emp_callbacks.study import documents, token_output, tokenizing
 from emp_callbacks.study.documents import Place, cut, pieces
-from emp_callbacks.study.folder_lock import BusyError
+from emp_callbacks.study.folder_lock import LOCKS, BusyError
 from emp_callbacks.study.recipe.text_tokenizer import TextTokenizer
 from emp_callbacks.study.text_sources import sources_of
 from emp_callbacks.study.tokenizing import tokenize
@@ -66,6 +66,10 @@ def texts_of(path, texts):
 
 def run(paths, out, tokenizer, **settings):
     return tokenize(sources_of([str(path) for path in paths], "text"), {"train": out}, tokenizer, **settings)["train"]
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir() if path.name != LOCKS)
 
 
 def split_at(end, ids):
@@ -156,7 +160,7 @@ def test_what_is_beside_the_file_says_what_it_holds(tmp_path, gpt2):
     assert (told["dtype"], told["vocab_size"], told["eot"], told["documents"]) == ("uint16", gpt2.vocab_size, None, 1)
     assert told["tokens"] == len(data) // 2 == len(gpt2("one two"))
     assert told["sources"] == [{"name": str(tmp_path / "a.txt"), "bytes": 7}]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.bin.json", "a.txt"]
+    assert names_in(tmp_path) == ["a.bin", "a.bin.json", "a.txt"]
 
 
 def test_a_large_vocabulary_takes_four_bytes(tmp_path):
@@ -344,7 +348,7 @@ def test_a_file_that_cannot_be_read_is_named_and_nothing_stays(name, data, messa
     (tmp_path / name).write_bytes(data)
     with pytest.raises(ValueError, match=message):
         run([tmp_path / name], tmp_path / "out.bin", gpt2)
-    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert names_in(tmp_path) == [name]
 
 
 def test_a_parquet_file_without_the_column_names_those_it_has(tmp_path, gpt2):
