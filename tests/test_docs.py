@@ -291,7 +291,9 @@ def check_emp(words, where):
         assert "--config" in options, f"{where}: no --config"
         recipe = after_option(options, "--config")[:1]
         files_of(recipe, where)
-        check_fit(command, *(str(ROOT / word) if word in recipe else word for word in options))
+        check_fit(
+            command, *(str(ROOT / word) if word in recipe and (ROOT / word).exists() else word for word in options)
+        )
         return
     parser = parsers()[command]
     with contextlib.redirect_stderr(io.StringIO()):

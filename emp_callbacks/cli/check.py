@@ -189,15 +189,12 @@ def _bounds(bounds: Bounds) -> str:
 
 def _of_memory(seen: Foresight) -> Rows:
     yield "each rank holds", seen.strategy.told
+    total = sum(nbytes for nbytes in seen.memory.values() if nbytes is not None)
+    unit, name = (1e9, "GB") if total >= 1e8 else (1e6, "MB")
     for what, nbytes in seen.memory.items():
         if nbytes is None or nbytes:
-            yield f"  {what}", "not known" if nbytes is None else _size(nbytes)
-    known = [nbytes for nbytes in seen.memory.values() if nbytes is not None]
-    yield "  in all", f"{_size(sum(known))}, without activations and what is gathered or copied for a while"
-
-
-def _size(nbytes: float) -> str:
-    return f"{nbytes / 1e9:,.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:,.3f} MB"
+            yield f"  {what}", "not known" if nbytes is None else f"{nbytes / unit:,.3f} {name}"
+    yield "  in all", f"{total / unit:,.3f} {name}, without activations and what is gathered or copied for a while"
 
 
 def _of_training(seen: Foresight) -> Rows:

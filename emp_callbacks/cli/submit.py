@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from emp_callbacks.study.recipe.recipe import Recipe
     from emp_callbacks.study.submission import Job
 
-__all__ = ["submit"]
+__all__ = ["submit", "submit_parser"]
 
 _SAME_NAME = ("nodes", "time", "account", "partition", "mem")
 
 
 def submit(words: list[str]) -> None:
     """Submit a training, or each training of a study and then its report."""
-    options, overrides = _parser().parse_known_args(words)
+    options, overrides = submit_parser().parse_known_args(words)
     shipped = cluster_file("slurm_study.sbatch" if options.array else "slurm_fit.sbatch")
     script = Path(options.script or shipped)
     if not script.is_file():
@@ -108,7 +108,7 @@ def _sbatch_options(recipe: Recipe, options: argparse.Namespace) -> list[str]:
     return [*found, *options.sbatch]
 
 
-def _parser() -> argparse.ArgumentParser:
+def submit_parser() -> argparse.ArgumentParser:
     parser = new_parser(
         "submit",
         "Submit a training to Slurm; with --array a study: an array of the trainings that need no other, arrays of "

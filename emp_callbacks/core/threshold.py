@@ -167,9 +167,6 @@ def find_thresholds(groups: Sequence[Group], dtype: torch.dtype, all_sum: AllSum
     return [Threshold(key, last_tie.get(g, ALL_TIES), dtype) for g, key in enumerate(keys.tolist())]
 
 
-# ---- in a bracket ---------------------------------------------------------------------------------------------------
-
-
 class _Divided(NamedTuple):
     """How a group's scores lie to a bracket.
 

@@ -19,7 +19,7 @@ from emp_callbacks.study.arm_settings import fitting_arms
 from emp_callbacks.study.arms import Cell, TrainingJob, fits_in_order, plan_jobs
 from emp_callbacks.study.cells import CellRunner
 from emp_callbacks.study.progress import StudyProgress
-from emp_callbacks.study.ranks import Ranks
+from emp_callbacks.study.ranks import Ranks, check_alone
 from emp_callbacks.study.recipe.check import nearest
 from emp_callbacks.study.recipe.recipe import Recipe, StudyConfig
 from emp_callbacks.study.report.convergence import convergence
@@ -105,11 +105,7 @@ def study_needs(recipe: Recipe, out: Path, *, overwrite: bool = False) -> dict[s
         FileExistsError: The folder holds runs of a different recipe, or other things.
     """
     study = _Study(recipe, out, None)
-    if study.ranks.world_size > 1:
-        raise ValueError(
-            f"--jobs trains each cell in one process, and the recipe asks for {study.ranks.world_size}: drop --jobs, "
-            "or add --trainer.devices 1 --trainer.num_nodes 1"
-        )
+    check_alone(recipe.trainer, "--jobs trains each cell")
     study.runner.check()
     try:
         study.store.open(study.resolved, overwrite)
@@ -170,6 +166,10 @@ class _Study:
             self.ranks.from_first(lambda: found)
             self.ranks.from_first(lambda: True)
         self.records.update(found)
+        seen = (self.store.out / "config.yaml").is_file()
+        self.ranks.check_all(
+            seen, f"{self.store.out} is not the same on all ranks: choose a folder that all hosts share"
+        )
         with StudyProgress(self.console, len(cells), self.config.metric) as progress:
             progress.reused(len(self.records))
             try:

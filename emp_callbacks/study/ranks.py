@@ -12,7 +12,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from emp_callbacks.study.quiet import quiet
 
-__all__ = ["Ranks", "own_rank"]
+__all__ = ["Ranks", "check_alone", "own_rank"]
 
 Result = TypeVar("Result")
 
@@ -20,6 +20,15 @@ Result = TypeVar("Result")
 def own_rank() -> int:
     """Return this process's number among those of a job, as torchrun, Slurm or Lightning gave it; alone 0."""
     return int(getattr(rank_zero_only, "rank", 0))
+
+
+def check_alone(trainer: pl.Trainer, what: str) -> None:
+    """Raise ValueError unless a trainer is for one process, as what is said needs it."""
+    if trainer.world_size > 1:
+        raise ValueError(
+            f"{what} in one process, and the recipe asks for {trainer.world_size}: add --trainer.devices 1 "
+            "--trainer.num_nodes 1"
+        )
 
 
 class Ranks:
@@ -71,6 +80,14 @@ class Ranks:
             with quiet():
                 launcher.launch(begin) if launcher is not None else begin()
             self._joined = True
+
+    def check_all(self, fine: bool, problem: str) -> None:
+        """Raise ValueError on all ranks where something is not fine on one. Collective, once joined."""
+        fine_everywhere = fine
+        if self._joined:
+            fine_everywhere = self._strategy.reduce_boolean_decision(fine, all=True)
+        if not fine_everywhere:
+            raise ValueError(problem)
 
     def from_first(self, work: Callable[[], Result]) -> Result:
         """Return what `work` returns on rank 0, which alone does it. Collective, once joined.

@@ -97,7 +97,8 @@ class Training:
             KeyboardInterrupt: The user stopped it, or a signal.
             RuntimeError: The ranks ended with different weights.
         """
-        begun = self._checkpoint if self._checkpoint is not None and self._checkpoint.is_file() else None
+        path = self._checkpoint
+        begun = self.trainer.strategy.broadcast(path if path is not None and path.is_file() else None, src=0)
         self.evidence.begin()
         with quiet(), _interrupts_raised(self.trainer):
             self.trainer.fit(self.model, datamodule=self.data, ckpt_path=begun)
@@ -319,8 +320,7 @@ def _check_fair(callbacks: Sequence[pl.Callback]) -> None:
 
 def _free_version(folder: Path) -> str:
     """Return the part of a run's folder for the logs: those of an interrupted training stay."""
-    taken = sum(path.is_file() for path in folder.rglob("metrics.csv"))
-    return f"resumed-{taken}" if taken else ""
+    return f"resumed-{1 + len(list(folder.glob('resumed-*')))}" if any(folder.iterdir()) else ""
 
 
 @contextmanager

@@ -73,7 +73,7 @@ def test_what_shards_or_forks_is_refused_before_anything_is_made(strategy, words
 
 
 def test_cells_side_by_side_are_not_of_several_processes(tmp_path):
-    with pytest.raises(ValueError, match=r"recipe asks for 2: drop --jobs, or add --trainer\.devices 1"):
+    with pytest.raises(ValueError, match=r"recipe asks for 2: add --trainer\.devices 1"):
         study_needs(Recipe(write(tmp_path)), tmp_path / "out")
 
 

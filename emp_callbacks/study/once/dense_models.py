@@ -17,6 +17,7 @@ from emp_callbacks.pruning.pruner import EMPPruner
 from emp_callbacks.study.arm_settings import arm_config
 from emp_callbacks.study.comparison import what_trains
 from emp_callbacks.study.folder_lock import FolderLock
+from emp_callbacks.study.ranks import check_alone
 from emp_callbacks.study.recipe.recipe import Recipe
 from emp_callbacks.study.run_store import digest
 from emp_callbacks.study.training import Training
@@ -110,6 +111,7 @@ def dense_model(recipe: Recipe, seed: int, folder: Path, on_step: OnStep) -> Den
             shutil.rmtree(logs)  # of a training that was interrupted
         logs.mkdir()
         training = Training(recipe, seed, _as_dense, logs, on_step)
+        check_alone(training.trainer, "a study on finished models trains each")
         training.fit()
         weights = {key: value.detach().clone() for key, value in training.model.state_dict().items()}
         saved = {"weights": weights, "metrics": training.test(), "seconds": training.seconds}

@@ -30,7 +30,6 @@ Draw = tuple[int, int, int]  # epoch, index, copy
 
 _OURS = ("input_size", "is_training", "tf_preprocessing", "use_prefetcher", "normalize", "separate")
 _HELD_OUT_SEED = 0  # the same images in every run
-_MIXING = 1  # apart from the numbers of the batch's first example
 
 
 class DrawSampler(EpochSampler):
@@ -87,9 +86,7 @@ class _AugmentedImages(Dataset[Batch]):
                 examples.append(self.images[key[1]])
             images, targets = default_collate(examples)
             if self.mixup is not None:
-                # An index comes first in one batch of an epoch only: (seed, epoch, rank, batch), in other words.
-                _reseed(self.seed, *keys[0], _MIXING)
-                images, targets = self.mixup(images, targets)
+                images, targets = self.mixup(images, targets)  # goes on with the numbers of the last image's seed
         return images, targets
 
 

@@ -11,6 +11,7 @@ from timm.data.dataset_factory import create_dataset
 from timm.data.readers.img_extensions import IMG_EXTENSIONS
 
 from emp_callbacks.extras import needs
+from emp_callbacks.study.recipe.loading import ExampleError
 
 _SYNONYMS = (("train", "training"), ("validation", "val", "valid", "eval", "evaluation"))  # timm's
 _STREAMS = ("hfids/", "tfds/", "wds/")
@@ -45,7 +46,7 @@ class ImageSource:
         """Return an RGB image, as it lies in the file (no EXIF rotation, as in timm), and its class.
 
         Raises:
-            ValueError: It cannot be decoded; names the file.
+            ExampleError: It cannot be decoded; names the file.
         """
         self._close_what_was_forked()
         try:
@@ -57,7 +58,7 @@ class ImageSource:
                 with file:
                     image = Image.open(file).convert("RGB")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(
+            raise ExampleError(
                 f"{self._file(index)} cannot be read as an image ({error}): get it again, or take it out"
             ) from error
         return image, self._index_of(int(target))

@@ -94,7 +94,19 @@ class _Batches(Dataset[Any]):
         return self.dataset.__getitems__(indices if isinstance(indices, list) else [indices])
 
 
-class ResumableLoader(DataLoader[Example]):
+class ExampleError(ValueError):
+    """An example that cannot be read, in one line: also from a worker, which sends its traceback as the message."""
+
+
+class _Loader(DataLoader[Example]):
+    def __iter__(self) -> Iterator[Example]:  # type: ignore[override]  # a generator: it begins with the first batch
+        try:
+            yield from super().__iter__()
+        except ExampleError as error:
+            raise ExampleError(str(error).strip().rpartition(f"{ExampleError.__name__}: ")[2]) from None
+
+
+class ResumableLoader(_Loader[Example]):
     """A DataLoader that goes on where a fit was interrupted, in the middle of an epoch, with the batch that is due.
 
     With an `EpochSampler` and examples that are pure functions of what it yields, the batches of an epoch are known
@@ -124,7 +136,7 @@ class ResumableLoader(DataLoader[Example]):
         self._saved: dict[str, int] | None = None
         self._begun = False
 
-    def __iter__(self) -> Iterator[Example]:  # type: ignore[override]  # a generator, so that it begins late
+    def __iter__(self) -> Iterator[Example]:  # type: ignore[override]
         if isinstance(self.sampler, EpochSampler):  # Lightning's overfit_batches takes another
             self.sampler.start = 0
             if self.trainer is not None and self._is_trained_on(self.trainer):
@@ -225,7 +237,7 @@ def evaluation_loader(dataset: Any, batch_size: int, *, trainer: pl.Trainer | No
         ValueError: Not every rank would get as many batches.
     """
     batches = EvenBatches(dataset, batch_size, **_ranks(trainer))
-    return DataLoader(_Batches(dataset), batch_size=None, sampler=batches, **settings)
+    return _Loader(_Batches(dataset), batch_size=None, sampler=batches, **settings)
 
 
 def _ranks(trainer: pl.Trainer | None) -> dict[str, int]:

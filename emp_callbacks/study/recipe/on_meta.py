@@ -59,7 +59,8 @@ def without_weights(recipe: Recipe) -> str:
     config, source = _configuration(str(pretrained)) if "architecture" in given else (None, "")
     if config is None:
         return f"{told}it is not on this machine, and the sizes here are those of the recipe's other settings"
-    given.update({name: getattr(config, theirs) for name, theirs in _SIZES.items()}, architecture=config.model_type)
+    for name, theirs in {**_SIZES, "architecture": "model_type"}.items():
+        given[name] = getattr(config, theirs)
     given["model_args"] = {name: getattr(config, name) for name in _FURTHER if hasattr(config, name)}
     return f"{told}{source}"
 

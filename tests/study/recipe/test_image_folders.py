@@ -13,6 +13,7 @@ from PIL import Image
 from timm.data import ImageDataset, create_transform
 from torch import nn
 
+from emp_callbacks.blame import raised_by_us
 from emp_callbacks.study.recipe.image_folders import DrawSampler, ImageFolderData, _transforms
 
 CLASSES = ("n01440764", "n01443537", "n01484850")
@@ -196,8 +197,13 @@ def test_a_tar_file_per_split_is_as_good_as_folders(drawn, tmp_path):
     expected = epoch_of(ready(drawn, augmentation=STRONG))
     assert_equal_batches(epoch_of(ready(tmp_path, augmentation=STRONG)), expected)
     data = ready(tmp_path, augmentation=STRONG, num_workers=2)
-    data._parts["train"][0]  # opens the file before the fork: one position for all processes, were it kept
+    source = data._parts["train"].source
+    assert source[0]  # opens the file before the fork: one position for all processes, were it kept
+    opened = source._reader.tar_state.tf
     assert_equal_batches(epoch_of(data), expected)
+    source._process = -1  # as a worker finds it
+    assert source[0]
+    assert source._reader.tar_state.tf is not opened
     assert pickle.loads(pickle.dumps(data)).content_digest == data.content_digest == ready(drawn).content_digest
 
 
@@ -299,12 +305,19 @@ def test_folders_that_do_not_fit_are_one_line(folder, tmp_path):
     refused(r"val holds no images \(\.png, \.jpg, \.jpeg\) in class folders")
 
 
-def test_a_damaged_image_is_named_and_not_replaced(folder):
+@pytest.mark.processes
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_image_is_named_and_not_replaced(folder, workers):
     picture = folder / "train" / CLASSES[1] / f"{CLASSES[1]}_2.JPEG"
     picture.write_bytes(picture.read_bytes()[:200])
-    with pytest.raises(ValueError, match=rf"{picture.name} of .*train cannot be read as an image \(.*\): get it again"):
-        epoch_of(ready(folder, batch_size=18))
-    picture.unlink()
-    picture.symlink_to("nowhere.JPEG")
-    with pytest.raises(ValueError, match=rf"{picture.name} of .*train cannot be read"):
-        epoch_of(ready(folder, batch_size=18))
+    named = rf"^{CLASSES[1]}.{picture.name} of .*train cannot be read as an image \(.*\): get it again, or take it out$"
+    with pytest.raises(ValueError, match=named) as error:
+        epoch_of(ready(folder, batch_size=18, num_workers=workers))
+    assert raised_by_us(error.value)  # so that the command says it in one line
+
+
+def test_a_link_to_nowhere_is_named(folder):
+    link = folder / "val" / CLASSES[1] / "link.JPEG"
+    link.symlink_to("nowhere.JPEG")
+    with pytest.raises(ValueError, match=r"link\.JPEG of .*val cannot be read"):
+        list(ready(folder).val_dataloader())

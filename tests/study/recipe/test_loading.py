@@ -41,7 +41,7 @@ class Task(pl.LightningModule):
         return nn.functional.cross_entropy(self.net(images.flatten(1)), labels)
 
     def validation_step(self, batch, batch_idx):
-        self.validated.append((self.current_epoch, self.global_step, batch_idx))
+        self.validated.append((self.current_epoch, self.global_step, batch_idx, len(batch[1])))
 
     def configure_optimizers(self):
         optimizer = torch.optim.AdamW(self.parameters(), 0.01)

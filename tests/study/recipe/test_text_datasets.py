@@ -6,11 +6,10 @@ import pyarrow.parquet
 import pytest
 import pytorch_lightning as pl
 import torch
-from datasets.distributed import split_dataset_by_node
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from emp_callbacks.study.recipe.text_datasets import PackedWindows, TextDatasetData, open_dataset
+from emp_callbacks.study.recipe.text_datasets import PackedWindows, TextDatasetData
 from tests.study.recipe.test_token_files import Noted
 from tests.study.recipe.token_makers import byte_level
 
@@ -68,13 +67,12 @@ def read(documents, workers, windows):
 
 
 @pytest.mark.parametrize(("ranks", "workers"), [(2, 0), (3, 0), pytest.param(1, 3, marks=pytest.mark.processes)])
-def test_each_document_is_read_once_over_all_ranks_and_workers(ranks, workers, folder):
+def test_each_document_is_read_once_over_all_ranks_and_workers(ranks, workers, folder, tokenizer):
     readers, seen = ranks * max(workers, 1), []
     share = 60 // readers
     for rank in range(ranks):
-        found = open_dataset(str(folder), None, "train", streaming=True).shuffle(seed=1, buffer_size=7)
         # Of three files, three ranks or workers have one each; two ranks take every second document.
-        part = split_dataset_by_node(found, rank=rank, world_size=ranks)
+        part = data(folder, tokenizer, shuffle_buffer=7)._documents(num_replicas=ranks, rank=rank)
         for stream in read(part, workers, (4 * share // LENGTH + 1) * max(workers, 1)):
             seen += documents_of(stream, share)
     assert sorted(seen) == list(range(100, 160))
