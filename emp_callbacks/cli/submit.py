@@ -109,6 +109,7 @@ def _sbatch_options(recipe: Recipe, options: argparse.Namespace) -> list[str]:
 
 
 def submit_parser() -> argparse.ArgumentParser:
+    """Return the options of `emp submit`."""
     parser = new_parser(
         "submit",
         "Submit a training to Slurm; with --array a study: an array of the trainings that need no other, arrays of "
