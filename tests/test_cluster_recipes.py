@@ -51,7 +51,7 @@ def test_there_are_these_files():
 
 
 @pytest.mark.processes
-@each_script
+@pytest.mark.parametrize("script", [*SCRIPTS, ROOT / "tools" / "local_slurm.sh"], ids=lambda path: path.name)
 def test_a_script_is_bash_and_no_directive_stands_behind_a_command(script):
     subprocess.run(["bash", "-n", str(script)], check=True, timeout=30)
     assert directives_after_a_command(script.read_text()) == []

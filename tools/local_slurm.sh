@@ -11,7 +11,7 @@
 # the time between SIGTERM and SIGKILL, in seconds.
 set -euo pipefail
 
-[ $# = 2 ] || { sed -n '2,12p' "$0" >&2; exit 2; }
+[ $# = 2 ] || { sed -n '2,11p' "$0" >&2; exit 2; }
 ACTION=$1
 mkdir -p "$2"
 FOLDER=$(cd "$2" && pwd)

@@ -40,14 +40,14 @@ def submit(words: list[str]) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The `srun` command is available")  # nothing trains here
         jobs = _study(recipe, options, script, own) if options.array else _fit(options, script, own)
-    console = make_console()
+    console, told = make_console(), _sbatch_options(recipe, options)
     if options.dry_run or not has_slurm():
-        lines = [*shell_lines(jobs, _sbatch_options(options)), "", f"# {script}", script.read_text(encoding="utf-8")]
+        lines = [*shell_lines(jobs, told), "", f"# {script}", script.read_text(encoding="utf-8")]
         console.print("\n".join(lines), highlight=False, soft_wrap=True)
         if not options.dry_run:
             raise FileNotFoundError("there is no sbatch on this machine: nothing was submitted; the lines above do it")
         return
-    for job, number in zip(jobs, hand_over(jobs, _sbatch_options(options)), strict=True):
+    for job, number in zip(jobs, hand_over(jobs, told), strict=True):
         console.print(f"job {number}: {job.what}", highlight=False)
 
 
@@ -69,7 +69,7 @@ def _fit(options: argparse.Namespace, script: Path, words: Sequence[str]) -> lis
 def _study(recipe: Recipe, options: argparse.Namespace, script: Path, words: Sequence[str]) -> list[Job]:
     from emp_callbacks.study.submission import StudyPlan, study_jobs, write_cells
 
-    per_node, nodes = max(1 if options.gpus is None else options.gpus, 1), options.nodes or 1
+    per_node, nodes = _per_node(recipe, options) or 1, options.nodes or 1
     _check_processes(recipe.resolved()["trainer"], devices=("--gpus", per_node), num_nodes=("--nodes", nodes))
     out = Path(options.out or recipe.study.out or Path("runs", recipe.path.stem))
     plan = StudyPlan(recipe, out, per_node * nodes)
@@ -84,21 +84,32 @@ def _study(recipe: Recipe, options: argparse.Namespace, script: Path, words: Seq
 def _check_processes(trainer: Mapping[str, Any], **started: tuple[str, int]) -> None:
     """Check that the jobs have the processes that the recipe asks for, before they have waited for their turn."""
     for name, (option, count) in started.items():
-        if isinstance(trainer[name], int) and trainer[name] != count:
+        if _number(trainer[name]) not in (None, count):
             raise ValueError(
                 f"the study trains with trainer.{name}={trainer[name]}, and its jobs have {count}: "
                 f"add {option} {trainer[name]}, or --trainer.{name} {count}"
             )
 
 
-def _sbatch_options(options: argparse.Namespace) -> list[str]:
+def _per_node(recipe: Recipe, options: argparse.Namespace) -> int | None:
+    """Return how many processes a node starts: one for each GPU, or the recipe's devices on CPUs; None: not said."""
+    return options.gpus if options.gpus != 0 else _number(recipe.resolved()["trainer"]["devices"]) or 1
+
+
+def _number(value: Any) -> int | None:
+    """Return a count as a recipe (2) or an option ("2") gives it; None where it is left to the machine or is a list."""
+    return int(value) if isinstance(value, int) or (isinstance(value, str) and value.isdecimal()) else None
+
+
+def _sbatch_options(recipe: Recipe, options: argparse.Namespace) -> list[str]:
     found = [f"--{name}={value}" for name in _SAME_NAME if (value := getattr(options, name)) is not None]
-    if options.gpus is not None:  # one process for each, or one on the CPU
-        found += [f"--gpus-per-node={options.gpus}", f"--ntasks-per-node={max(options.gpus, 1)}"]
+    if options.gpus is not None:
+        found += [f"--gpus-per-node={options.gpus}", f"--ntasks-per-node={_per_node(recipe, options)}"]
     return [*found, *options.sbatch]
 
 
 def submit_parser() -> argparse.ArgumentParser:
+    """Return the options of `emp submit`."""
     parser = new_parser(
         "submit",
         "Submit a training to Slurm; with --array a study: an array of the trainings that need no other, arrays of "
@@ -122,7 +133,9 @@ The scripts are those of emp recipes cluster; one that was edited for a cluster 
     parser.add_argument("--throttle", type=int, metavar="N", help="at most N tasks of an array at a time")
     parser.add_argument("--ckpt_path", metavar="FILE", help="checkpoint that a training goes on from")
     parser.add_argument("--nodes", type=int, metavar="N", help="nodes of a job")
-    parser.add_argument("--gpus", type=int, metavar="N", help="GPUs per node, and processes; 0: one process on the CPU")
+    parser.add_argument(
+        "--gpus", type=int, metavar="N", help="GPUs per node, a process each; 0: trainer.devices on CPUs"
+    )
     parser.add_argument("--time", metavar="LIMIT", help="time limit of a job, as sbatch has it")
     parser.add_argument("--mem", metavar="SIZE", help="memory per node, as sbatch has it")
     parser.add_argument("--account", metavar="NAME", help="account that pays")

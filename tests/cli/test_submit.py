@@ -103,12 +103,12 @@ def test_a_dry_run_and_a_machine_without_slurm_show_the_lines_and_the_script(fol
 @pytest.mark.processes
 def test_a_training_is_one_job(folder, capsys):
     words = ["submit", "--config", "recipe.yaml", "--config", "cluster/ddp", "--gpus", "0", "--nodes", "2"]
-    assert main([*words, "--ckpt_path", "a.ckpt", "--trainer.max_epochs", "3"]) == 0
+    assert main([*words, "--ckpt_path", "a.ckpt", "--trainer.devices", "3"]) == 0
     assert capsys.readouterr().out == "job 101: training\n"
     (told,) = calls(folder)
-    assert told[:4] == ["--parsable", "--nodes=2", "--gpus-per-node=0", "--ntasks-per-node=1"]
+    assert told[:4] == ["--parsable", "--nodes=2", "--gpus-per-node=0", "--ntasks-per-node=3"]
     assert told[4].endswith("recipes/cluster/slurm_fit.sbatch")
-    assert told[5:] == ["recipe.yaml", "--config", "cluster/ddp", "--trainer.max_epochs", "3", "--ckpt_path", "a.ckpt"]
+    assert told[5:] == ["recipe.yaml", "--config", "cluster/ddp", "--trainer.devices", "3", "--ckpt_path", "a.ckpt"]
 
 
 @pytest.mark.parametrize(
