@@ -251,8 +251,8 @@ def test_the_table_names_what_pyproject_asks_for(extra):
         pytest.skip(f"not installed: {', '.join(missing)}")
     declared = {Requirement(line) for line in distribution(OURS).requires or ()}
     names = {r.name for r in declared if r.marker is not None and r.marker.evaluate({"extra": extra})} - {OURS}
-    if extra == "study":  # which includes the other
-        names |= {r.name for r in declared if r.marker is not None and r.marker.evaluate({"extra": "lightning"})}
+    if within := {"study": "lightning", "text": "hf"}.get(extra):
+        names |= {r.name for r in declared if r.marker is not None and r.marker.evaluate({"extra": within})}
     # not packages_distributions(), which misses some on Python 3.10
     brings = {name: {file.parts[0] for file in distribution(name).files or ()} for name in names}
     named = {name for package in EXTRAS[extra] for name, parts in brings.items() if package.partition(".")[0] in parts}

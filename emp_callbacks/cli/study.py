@@ -17,7 +17,6 @@ from emp_callbacks.cli.options import (
     violations_parser,
 )
 from emp_callbacks.cli.recipes import find_recipe, with_files
-from emp_callbacks.study.cell_list import listed_cells
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -66,9 +65,12 @@ def compare(words: list[str]) -> None:
     """Run a study and show what it found."""
     options, overrides = compare_parser().parse_known_args(words)
     path, *over = [find_recipe(given) for given in options.config]
-    if options.list_cells and (cells := listed_cells([path, *over], overrides)) is not None:  # before imports
-        sys.stdout.write("".join(f"{cell}\n" for cell in cells))
-        return
+    if options.list_cells:
+        from emp_callbacks.study.cell_list import listed_cells  # before seconds of imports
+
+        if (cells := listed_cells([path, *over], overrides)) is not None:
+            sys.stdout.write("".join(f"{cell}\n" for cell in cells))
+            return
     from emp_callbacks.study.comparison import run_study, study_cells
     from emp_callbacks.study.ranks import own_rank
     from emp_callbacks.study.recipe.recipe import Recipe

@@ -151,7 +151,7 @@ def open_split(root: str, dataset: str, split: str) -> ImageSource:
     if not dataset:
         return _open_folder(_find(Path(root).expanduser(), split))
     if dataset.lower().startswith("hfds/"):
-        needs(f"dataset={dataset!r}", "study", "datasets")
+        needs(f"dataset={dataset!r}", "text", "datasets")
     source = ImageSource(create_dataset(dataset, root=root or None, split=split), f"split {split!r} of {dataset}")
     _check_labels(source)
     return source

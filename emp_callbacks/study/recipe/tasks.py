@@ -10,6 +10,7 @@ from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn import functional
+from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.text import Perplexity
 
@@ -86,6 +87,7 @@ class ImageClassification(DistilledTask):
         # micro: the plain fraction of correct images; torchmetrics' default averages over classes.
         self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, num_classes) of images (B, in_chans, H, W)."""
@@ -102,17 +104,18 @@ class ImageClassification(DistilledTask):
         return self.training_loss(loss, logits, images)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
-        self._evaluate("val", batch, self.val_accuracy)
+        self._evaluate("val", batch, self.val_loss, self.val_accuracy)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
-        self._evaluate("test", batch, self.test_accuracy)
+        self._evaluate("test", batch, self.test_loss, self.test_accuracy)
 
-    def _evaluate(self, part: str, batch: Batch, accuracy: MulticlassAccuracy) -> None:
+    def _evaluate(self, part: str, batch: Batch, mean_loss: MeanMetric, accuracy: MulticlassAccuracy) -> None:
         images, labels = batch
         logits = self(images)
         accuracy.update(logits, labels)
-        loss = functional.cross_entropy(logits, labels)
-        self.log(f"{part}/loss", loss, batch_size=len(labels), sync_dist=True)
+        # Lightning's own mean over ranks is inexact where one of them has fewer images.
+        mean_loss.update(functional.cross_entropy(logits, labels), weight=len(labels))
+        self.log(f"{part}/loss", mean_loss, batch_size=len(labels))
         self.log(f"{part}/accuracy", accuracy, prog_bar=True, batch_size=len(labels))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -192,6 +195,7 @@ class LanguageModel(DistilledTask):
         self.lr, self.weight_decay = lr, weight_decay
         self.warmup_fraction, self.lr_restarts = warmup_fraction, lr_restarts
         self.final_lr_fraction = final_lr_fraction
+        self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
         self.val_perplexity = Perplexity()
         self.test_perplexity = Perplexity()
 
@@ -227,20 +231,21 @@ class LanguageModel(DistilledTask):
         return self.training_loss(*self._loss(batch), batch[0])
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
-        self._evaluate("val", batch, self.val_perplexity)
+        self._evaluate("val", batch, self.val_loss, self.val_perplexity)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
-        self._evaluate("test", batch, self.test_perplexity)
+        self._evaluate("test", batch, self.test_loss, self.test_perplexity)
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         tokens, targets = batch
         logits = self(tokens)
         return functional.cross_entropy(logits.flatten(0, 1), targets.flatten()), logits
 
-    def _evaluate(self, part: str, batch: Batch, perplexity: Perplexity) -> None:
+    def _evaluate(self, part: str, batch: Batch, mean_loss: MeanMetric, perplexity: Perplexity) -> None:
         loss, logits = self._loss(batch)
         perplexity.update(logits.float(), batch[1])  # a probability of bfloat16 has three digits
-        self.log(f"{part}/loss", loss, batch_size=len(logits), sync_dist=True)
+        mean_loss.update(loss, weight=len(logits))
+        self.log(f"{part}/loss", mean_loss, batch_size=len(logits))
         self.log(f"{part}/perplexity", perplexity, prog_bar=True, batch_size=len(logits))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
