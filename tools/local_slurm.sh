@@ -2,10 +2,10 @@
 # A Slurm of two nodes on this one machine, to try recipes/cluster/ without a cluster. No GPUs, no cgroups, no accounting.
 #
 #   apt-get install --no-install-recommends slurm-wlm munge       # Debian or Ubuntu
-#   tools/local_slurm.sh start /tmp/slurm                         # nodes n1 and n2, partition "all"
-#   export SLURM_CONF=/tmp/slurm/slurm.conf MASTER_ADDR=127.0.0.1 # n1 and n2 are no host names here
+#   tools/local_slurm.sh start runs/slurm                         # nodes n1 and n2, partition "all"
+#   export SLURM_CONF=$PWD/runs/slurm/slurm.conf MASTER_ADDR=127.0.0.1 # n1 and n2 are no host names here
 #   sinfo; sbatch ...; squeue; scontrol show job ID
-#   tools/local_slurm.sh stop /tmp/slurm                          # the folder stays, with the logs
+#   tools/local_slurm.sh stop runs/slurm                           # the folder stays, with the logs
 #
 # CPUS=8 says how many CPUs each node claims to have, however many there are: jobs share the real ones. KILL_WAIT=30 is
 # the time between SIGTERM and SIGKILL, in seconds.
