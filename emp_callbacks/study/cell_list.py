@@ -8,13 +8,12 @@ from typing import Any
 
 import yaml
 
-from emp_callbacks.study.arms import DEFAULT_ARMS, check_arms, fits_in_order
-from emp_callbacks.study.recipe.seeds import check_seeds
+from emp_callbacks.study.arms import DEFAULT_ARMS, fits_in_order
+from emp_callbacks.study.recipe.study_config import StudyConfig
 
 __all__ = ["listed_cells"]
 
 _MOST_BYTES = 1_000_000  # as a recipe has at most
-_DEFAULTS: dict[str, Any] = {"seeds": [0, 1, 2], "arms": None, "points": []}  # as StudyConfig has them
 
 
 def listed_cells(files: Sequence[str], options: Sequence[str]) -> list[str] | None:
@@ -29,20 +28,17 @@ def listed_cells(files: Sequence[str], options: Sequence[str]) -> list[str] | No
         options: Further words of the command line, such as ["--study.seeds", "[0]"].
     """
     try:
-        study = dict(_DEFAULTS)
+        study: dict[str, Any] = {}
         for file in files:
             study |= _study_in(Path(file))
         study |= _study_of(options)
-        arms, seeds, points = study["arms"], study["seeds"], study["points"]
-        if not (_are(arms, str) and _are(seeds, int) and _are(points, (int, float))) or tuple(arms) == DEFAULT_ARMS:
-            return None
-        check_seeds("study.seeds", seeds)
-        check_arms(arms, points)
-        if len(set(points)) != len(points) or not all(0 < point <= 1 for point in points):
-            return None
-    except (OSError, ValueError, yaml.YAMLError):
+        config = StudyConfig(**study)
+    except (OSError, TypeError, ValueError, yaml.YAMLError):
         return None
-    return [cell.name for cell in fits_in_order(arms, seeds, points)]
+    plain = _are(config.arms, str) and _are(config.seeds, int) and _are(config.points, (int, float))
+    if not plain or tuple(config.arms) == DEFAULT_ARMS:
+        return None
+    return [cell.name for cell in fits_in_order(config.arms, config.seeds, config.points)]
 
 
 def _study_in(file: Path) -> Mapping[str, Any]:

@@ -18,8 +18,9 @@ from emp_callbacks.study.arms import ARMS, Cell, TrainingJob, leading_arm, neede
 from emp_callbacks.study.horizon import Horizon, horizon_of
 from emp_callbacks.study.ranks import Ranks
 from emp_callbacks.study.recipe.check import RecipeError
-from emp_callbacks.study.recipe.recipe import Recipe, StudyConfig
+from emp_callbacks.study.recipe.recipe import Recipe
 from emp_callbacks.study.recipe.small import narrower
+from emp_callbacks.study.recipe.study_config import StudyConfig
 from emp_callbacks.study.run_store import RunStore, digest
 from emp_callbacks.study.training import Training, recipe_config
 from emp_callbacks.study.training_record import OnStep

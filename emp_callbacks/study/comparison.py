@@ -21,7 +21,8 @@ from emp_callbacks.study.cells import CellRunner
 from emp_callbacks.study.progress import StudyProgress
 from emp_callbacks.study.ranks import Ranks, check_alone
 from emp_callbacks.study.recipe.check import nearest
-from emp_callbacks.study.recipe.recipe import Recipe, StudyConfig
+from emp_callbacks.study.recipe.recipe import Recipe
+from emp_callbacks.study.recipe.study_config import StudyConfig
 from emp_callbacks.study.report.convergence import convergence
 from emp_callbacks.study.run_store import RunStore, digest, write_atomically
 from emp_callbacks.study.training import check_metric, recipe_config

@@ -320,7 +320,7 @@ def _check_fair(callbacks: Sequence[pl.Callback]) -> None:
 
 def _free_version(folder: Path) -> str:
     """Return the part of a run's folder for the logs: those of an interrupted training stay."""
-    return f"resumed-{1 + len(list(folder.glob('resumed-*')))}" if any(folder.iterdir()) else ""
+    return f"resumed-{1 + len(list(folder.glob('resumed-*')))}" if folder.is_dir() and any(folder.iterdir()) else ""
 
 
 @contextmanager
