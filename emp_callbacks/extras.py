@@ -19,7 +19,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
         "sklearn",
     ),
     "hf": ("transformers", "accelerate"),
-    "text": ("transformers", "accelerate", "datasets"),
+    "text": ("transformers", "accelerate", "datasets", "pyarrow"),
     "deepspeed": ("deepspeed",),
 }
 """Extra -> the packages that it brings, by the names under which they are imported."""
