@@ -59,14 +59,18 @@ class ImageDataset(TensorPart):
         return self[torch.tensor(indices)]
 
 
-class TokenDataset(TensorPart):
-    """Windows of `sequence_length` tokens and, as target, the same windows one token later (both int64)."""
+class TokenWindows(TensorPart):
+    """Windows of `sequence_length` tokens and, as target, the same windows one token later (both int64).
 
-    def __init__(self, tokens: Tensor, sequence_length: int) -> None:
-        self.tokens, self.sequence_length = tokens, sequence_length
+    Windows follow each other: one token is an input once.
 
-    def content(self) -> list[Tensor]:
-        return [self.tokens]
+    Attributes:
+        tokens: All tokens, shape (N,).
+        sequence_length: Tokens in a window, without the last target.
+    """
+
+    tokens: Any
+    sequence_length: int
 
     def __len__(self) -> int:
         return (len(self.tokens) - 1) // self.sequence_length
@@ -74,6 +78,20 @@ class TokenDataset(TensorPart):
     def __getitem__(self, index: int) -> Batch:
         inputs, targets = self.__getitems__([index])
         return inputs[0], targets[0]
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        """Return a finished batch of windows."""
+        raise NotImplementedError
+
+
+class TokenDataset(TokenWindows):
+    """Windows of tokens that are held in a tensor."""
+
+    def __init__(self, tokens: Tensor, sequence_length: int) -> None:
+        self.tokens, self.sequence_length = tokens, sequence_length
+
+    def content(self) -> list[Tensor]:
+        return [self.tokens]
 
     def __getitems__(self, indices: list[int]) -> Batch:
         starts = torch.tensor(indices)[:, None] * self.sequence_length

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from emp_callbacks.schedule import check_count
-from emp_callbacks.study.recipe.data import Batch, InMemoryData, TensorPart, sha256_of
+from emp_callbacks.study.recipe.data import Batch, InMemoryData, TensorPart, TokenWindows, sha256_of
 from emp_callbacks.study.recipe.token_format import beside, dtype_for, read_sidecar
 
 __all__ = ["TokenFile", "TokenFileData"]
@@ -18,8 +18,8 @@ __all__ = ["TokenFile", "TokenFileData"]
 _SAMPLE = 4096  # tokens that are looked at before training
 
 
-class TokenFile(TensorPart):
-    """Windows of `sequence_length` tokens of a file and, as target, the same one token later (both int64).
+class TokenFile(TokenWindows):
+    """Windows of the tokens of a file.
 
     The file is mapped, not read: a window is two or three pages of the disk's cache, which all processes share.
 
@@ -53,13 +53,6 @@ class TokenFile(TensorPart):
 
     def content(self) -> list[Tensor]:
         return [torch.from_numpy(self.tokens)]
-
-    def __len__(self) -> int:
-        return (len(self.tokens) - 1) // self.sequence_length
-
-    def __getitem__(self, index: int) -> Batch:
-        inputs, targets = self.__getitems__([index])
-        return inputs[0], targets[0]
 
     def __getitems__(self, indices: list[int]) -> Batch:
         length = self.sequence_length
