@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from emp_callbacks.schedule import check_count
-from emp_callbacks.study.recipe.loading import evaluation_loader, training_loader
+from emp_callbacks.study.recipe.loading import already_batched, evaluation_loader, training_loader
 from emp_callbacks.study.recipe.sources import read_idx, read_text, stdlib_text
 
 Batch = tuple[Tensor, Tensor]
@@ -108,10 +108,6 @@ def sha256_of(parts: Iterable[TensorPart]) -> str:
     return digest.hexdigest()
 
 
-def _already_batched(batch: Any) -> Any:
-    return batch
-
-
 class InMemoryData(pl.LightningDataModule):
     """Loaders over the three parts that `load` returns.
 
@@ -171,7 +167,7 @@ class InMemoryData(pl.LightningDataModule):
     @property
     def _settings(self) -> dict[str, Any]:
         workers = self.num_workers
-        return {"num_workers": workers, "persistent_workers": workers > 0, "collate_fn": _already_batched}
+        return {"num_workers": workers, "persistent_workers": workers > 0, "collate_fn": already_batched}
 
 
 class DigitsData(InMemoryData):

@@ -23,7 +23,13 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from emp_callbacks.schedule import check_count
 from emp_callbacks.study.recipe.image_sources import ImageSource, open_split
-from emp_callbacks.study.recipe.loading import EpochSampler, evaluation_loader, run_seed, training_loader
+from emp_callbacks.study.recipe.loading import (
+    EpochSampler,
+    already_batched,
+    evaluation_loader,
+    run_seed,
+    training_loader,
+)
 
 Batch = tuple[Tensor, Tensor]
 Draw = tuple[int, int, int]  # epoch, index, copy
@@ -232,12 +238,8 @@ class ImageFolderData(pl.LightningDataModule):
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
             "pin_memory": self.pin_memory and torch.accelerator.is_available(),
-            "collate_fn": _already_batched,
+            "collate_fn": already_batched,
         }
-
-
-def _already_batched(batch: Any) -> Any:
-    return batch
 
 
 def _transforms(size: int, settings: Mapping[str, Any]) -> tuple[Any, Any]:

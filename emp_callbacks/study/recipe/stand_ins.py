@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,10 +32,10 @@ def stand_in(name: str) -> Path:
     if folder.is_dir():
         return folder
     _FOLDER.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=_FOLDER))
+    made = _FOLDER / f".{name}-{secrets.token_hex(8)}"
+    made.mkdir()
     try:
         STAND_INS[name](made)
-        made.chmod(0o777 & ~_umask())  # mkdtemp keeps others out
         made.rename(folder)
     except OSError:
         if not folder.is_dir():  # else another process was faster, with the same content
@@ -44,12 +43,6 @@ def stand_in(name: str) -> Path:
     finally:
         shutil.rmtree(made, ignore_errors=True)
     return folder
-
-
-def _umask() -> int:
-    old = os.umask(0)
-    os.umask(old)
-    return old
 
 
 def _images(folder: Path) -> None:
