@@ -5,19 +5,18 @@ Letters in shapes: `...` samples and heads, L queries, S keys, D channels of a h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from types import FunctionType
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
-from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from emp_callbacks.targets.compiled_site import choose, watch
 from emp_callbacks.targets.forward_site import CountRule, ForwardSite, RowChoice, choose_rows, in_backward, named_sites
 from emp_callbacks.targets.heads import projections
+from emp_callbacks.targets.intercept import Intercept
 
 SCORES = ("weight", "logit")
 
@@ -44,7 +43,7 @@ class EdgeSite(ForwardSite):
         self.score = score
         self.active = False
         self._rule = rule
-        self._intercept: _Intercept | None = None
+        self._intercept: Intercept | None = None
         self._lengths: list[int] | None = None  # of the samples of a nested tensor
         self._device = torch.device("cpu")
 
@@ -75,11 +74,11 @@ class EdgeSite(ForwardSite):
             return None
         padded = _padded(args, kwargs)
         self._lengths = None if padded is None else [len(sample) for sample in args[0].unbind()]
-        self._intercept = _Intercept(self._attend)
+        self._intercept = Intercept({"scaled_dot_product_attention": self._attend}, anywhere=True)
         self._intercept.__enter__()  # type: ignore[no-untyped-call]
         return padded
 
-    def _end(self) -> _Intercept | None:
+    def _end(self) -> Intercept | None:
         """End the interception, if one is under way: a forward that was interrupted from the keyboard runs no hooks."""
         ended, self._intercept = self._intercept, None
         if ended is not None:
@@ -172,36 +171,6 @@ class EdgeSite(ForwardSite):
         self._add({key: value.sum(dtype=torch.float64) for key, value in per_row.items()})
 
 
-class _Intercept(TorchFunctionMode):
-    """Hands calls of torch's scaled_dot_product_attention to `attend` and counts them."""
-
-    def __init__(self, attend: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.calls = 0
-        self._attend = attend
-        self._over = False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if self._over:
-            return func(*args, **kwargs)
-        if func is F.scaled_dot_product_attention:
-            return self._counted(*args, **kwargs)
-        if func is F.multi_head_attention_forward:
-            return _reading(func, scaled_dot_product_attention=self._counted)(*args, **kwargs)
-        return func(*args, **kwargs)
-
-    def leave(self) -> None:
-        """Stop intercepting; leave the stack of modes unless a mode that an interrupt left behind lies above."""
-        self._over = True
-        if torch.overrides._get_current_function_mode() is self:  # type: ignore[no-untyped-call]
-            self.__exit__(None, None, None)
-
-    def _counted(self, *args: Any, **kwargs: Any) -> Tensor:
-        self.calls += 1
-        return self._attend(*args, **kwargs)
-
-
 def _padded(args: Any, kwargs: Any) -> Any:
     """Return the arguments of a self-attention of a nested tensor for one of padded samples; None of any other.
 
@@ -216,17 +185,6 @@ def _padded(args: Any, kwargs: Any) -> Any:
     beyond = torch.arange(padded.shape[1], device=padded.device) >= lengths[:, None]
     plain = tuple(padded if arg is nested else arg for arg in args)
     return plain, {**kwargs, "key_padding_mask": beyond}
-
-
-def _reading(function: Any, **names: Any) -> FunctionType:
-    """Return the function with other things behind some global names that it reads.
-
-    torch calls the attention inside nn.MultiheadAttention while it already handles that module's own function, where
-    no mode is asked.
-    """
-    copy = FunctionType(function.__code__, {**function.__globals__, **names}, function.__name__, function.__defaults__)
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy
 
 
 def _repeat(heads: Tensor, groups: int) -> Tensor:

@@ -18,6 +18,7 @@ from emp_callbacks.targets.attention_parts import (
     per_head,
     projections,
 )
+from emp_callbacks.targets.head_outputs import HeadOutputs
 from emp_callbacks.targets.names import few, matches
 from emp_callbacks.targets.shapes import FullShape, own_shape
 from emp_callbacks.targets.unit_search import UnitSearch, has, is_layer, own, units_dim
@@ -57,7 +58,7 @@ def attention_heads(
         rows of query, key and value projections (scored, "input"); what the attention holds for each head besides
         ("per_head"); where PEFT adapts the output projection, the part of its adapters that reads the heads (masked,
         "adapter"). Observed: the output projection's input, except where the module only reads its weight, as
-        `nn.MultiheadAttention` does.
+        `nn.MultiheadAttention` does. `heads` says where their outputs pass by in any case.
 
     Raises:
         ValueError: The model has no attention whose heads are known, a registered layout does not fit its module, a
@@ -124,8 +125,9 @@ def _target(search: UnitSearch, one: Attention) -> UnitTarget:
         for holder, tensor, dim, unit_of in per_head(search, one)
         if has(holder, tensor)
     ]
-    shown = one.layout.columns == "heads" and one.layout.calls_output
-    return UnitTarget(search.name(one.module), one.units, tuple(members), (one.output, "input") if shown else None)
+    name, shown = search.name(one.module), one.layout.columns == "heads" and one.layout.calls_output
+    outputs = HeadOutputs(name, one.module, one.output, one.columns, one.units, one.layout.calls_output)
+    return UnitTarget(name, one.units, tuple(members), (one.output, "input") if shown else None, heads=outputs)
 
 
 def _left_out(

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor, nn
 
 from emp_callbacks.targets.experts import StackedExperts
+from emp_callbacks.targets.head_outputs import HeadOutputs
 from emp_callbacks.targets.weights import WeightTarget
 
 Role = Literal["weight", "bias", "scale", "shift", "behind", "input", "output", "adapter", "router", "per_head"]
@@ -50,6 +51,7 @@ class UnitTarget(NamedTuple):
         experts: The experts that the units are, or whose hidden neurons they are; they are observed instead.
         least: Units that stay in any case.
         whole_experts: Whether the units are experts.
+        heads: Where the heads' outputs pass by that the units are.
     """
 
     name: str
@@ -59,3 +61,4 @@ class UnitTarget(NamedTuple):
     experts: StackedExperts | None = None
     least: int = 1
     whole_experts: bool = False
+    heads: HeadOutputs | None = None

@@ -1,0 +1,112 @@
+"""What the heads of an attention hand to its output projection, on its way there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.nn.modules.conv import _ConvNd
+from torch.utils.hooks import RemovableHandle
+
+from emp_callbacks.core.kernels.tables import to_device
+from emp_callbacks.targets.intercept import Intercept
+
+Change = Callable[[Tensor], Tensor | None]
+"""Takes what the heads hand on, returns what is to be handed on instead; None: the same."""
+
+
+@dataclass(frozen=True, eq=False)
+class HeadOutputs:
+    """The input of an attention's output projection: one slice of neighbours, or one stride, for each head.
+
+    Attributes:
+        name: Name of the attention in the user's model, without what wrappers added.
+        module: The attention.
+        projection: Its output projection.
+        unit_of: Head of each input of the projection, shape (C,), int64, on the CPU; with grouped queries a key/value
+            head and all query heads that read it.
+        units: Number of heads.
+        is_called: Whether the attention calls the projection; nn.MultiheadAttention only reads its weight.
+    """
+
+    name: str
+    module: nn.Module
+    projection: nn.Module
+    unit_of: Tensor
+    units: int
+    is_called: bool
+    _there: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def channels(self, ndim: int) -> int:
+        """Return the dimension of what is handed on that counts the projection's inputs: of images 1, else the last."""
+        return 1 if isinstance(self.projection, _ConvNd) and ndim > 2 else ndim - 1
+
+    def spread(self, per_head: Tensor, like: Tensor) -> Tensor:
+        """Return a number for each head in a shape that broadcasts over what is handed on.
+
+        Args:
+            per_head: Shape (units,); or with one number per position, too, (..., units), `like` with heads for
+                channels, where channels are the last dimension.
+            like: What is handed on.
+        """
+        if per_head.device not in self._there:
+            self._there[per_head.device] = to_device(self.unit_of, per_head.device)
+        spread = per_head[..., self._there[per_head.device]]
+        channels = self.channels(like.ndim)
+        return spread if channels == like.ndim - 1 else spread.view(-1, *[1] * (like.ndim - 1 - channels))
+
+    def register(self, change: Change) -> list[RemovableHandle]:
+        """Let every forward of the attention hand on what `change` returns, until the handles are removed.
+
+        `change` takes what the heads hand on: floating, channels as `channels` says; a nested tensor as it is. It is
+        called in autograd, and by compiled code traced.
+        """
+        if self.is_called:
+
+            def before(module: nn.Module, args: Any) -> Any:  # noqa: ARG001
+                if not args:  # named arguments do not come by here
+                    return None
+                changed = change(args[0])
+                return None if changed is None else (changed, *args[1:])
+
+            return [self.projection.register_forward_pre_hook(before)]
+        site = _InsideMultihead(change)
+        return [
+            self.module.register_forward_pre_hook(site.enter),
+            self.module.register_forward_hook(site.leave, always_call=True),
+        ]
+
+
+class _InsideMultihead:
+    """Hooks on an nn.MultiheadAttention, whose one function calls `linear` only to project its heads."""
+
+    def __init__(self, change: Change) -> None:
+        self._change = change
+        self._intercept: Intercept | None = None
+
+    def enter(self, module: nn.Module, args: Any) -> None:  # noqa: ARG002
+        self._end()
+        self._intercept = Intercept({"linear": self._project}, anywhere=False)
+        self._intercept.__enter__()  # type: ignore[no-untyped-call]
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG002
+        ended = self._end()
+        if ended is not None and output is not None and not ended.calls:
+            raise RuntimeError(
+                f"a {type(module).__name__} ran without torch's multi_head_attention_forward, so that its heads cannot "
+                "be reached (a nested tensor?): pad the batch, or exclude it"
+            )
+
+    def _project(self, values: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        changed = self._change(values)
+        return F.linear(values if changed is None else changed, weight, bias)
+
+    def _end(self) -> Intercept | None:
+        ended, self._intercept = self._intercept, None
+        if ended is not None:
+            ended.leave()
+        return ended
