@@ -16,7 +16,7 @@ def vit():
 
 
 def llama():
-    settings = dict(num_hidden_layers=2, hidden_size=32, intermediate_size=32, vocab_size=17)
+    settings = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 32, "vocab_size": 17}
     return LlamaForCausalLM(LlamaConfig(num_attention_heads=8, num_key_value_heads=4, **settings))
 
 
