@@ -70,6 +70,11 @@ class Gating:
         self._waits = False
         self._seed = torch.initial_seed() & 0x7FFF_FFFF  # a checkpoint brings that of its run
 
+    @property
+    def criterion(self) -> Criterion | None:
+        """What scores heads now; None before the gates begin."""
+        return None if self.gates is None else GateScores(self.gates)
+
     # ---- refreshes ------------------------------------------------------------------------------------------------
 
     def refresh(
