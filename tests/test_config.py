@@ -23,6 +23,16 @@ BAD = [
     ({"target": "attention_edges", "mode": "freeze"}, "mode='freeze' keeps a mask, but here each sample has its own"),
     ({"target": "features", "dynamic": True, "mode": "freeze"}, "here each sample has its own"),
     ({"target": "features", "dynamic": True, "criterion": "taylor"}, "scored by 'activation' .*, not by 'taylor'"),
+    ({"target": "heads", "dynamic": True, "mode": "freeze"}, "here each sample has its own"),
+    (
+        {"target": "heads", "dynamic": True, "criterion": "taylor"},
+        "heads are scored by 'output_norm' .* by 'taylor'",
+    ),
+    ({"target": "heads", "dynamic": True, "rescale": True}, "rescale=True is for features, and target='heads'"),
+    ({"target": "heads", "per": "token"}, "per='token' is for features, and target='heads'"),
+    ({"target": "heads", "dynamic": True, "per": "head"}, "per='head' is unknown; choose one of sample, token"),
+    ({"target": "heads", "criterion": "output_norm"}, "mode='feedback' could bring none back: use mode='project'"),
+    ({"target": "neurons", "dynamic": True}, "dynamic=True is for features, and target='neurons'"),
     ({"target": "neurons", "axis": "token"}, "axis='token' is for features, and target='neurons'"),
     ({"apply": "training"}, "apply='training' is for features, and target='weights'; use target='features'"),
     (
