@@ -30,6 +30,7 @@ SETTINGS = {
     "heads": {"target": "heads", "beta": 0.7, "mode": "project"},
     "heads-taylor": {"target": "heads", "criterion": "taylor", "beta": 0.9, "certify": True},
     "heads-activation": {"target": "heads", "criterion": "activation", "beta": 0.7, "scope": "tensor"},
+    "heads-dynamic": {"target": "heads", "dynamic": True, "beta": 0.8},
     "neurons": {"target": "neurons", "beta": 0.8, "mode": "freeze"},
     "neurons-taylor": {"target": "neurons", "criterion": "taylor"},
     "neurons-saliency": {"target": "neurons", "criterion": "saliency", "mode": "project"},
