@@ -159,6 +159,24 @@ def test_once_with_another_target_brings_that_targets_own_choices():
     assert recipe.once(target="weights").include == ["fc*"]
 
 
+def test_who_chooses_is_each_targets_own_until_it_is_said():
+    heads = EMPConfig(every_n_epochs=1, target="heads", dynamic=True)
+    assert (heads.criterion_name, heads.feature_form.per, heads.is_dynamic) == ("output_norm", "token", True)
+    features = EMPConfig(target="features", dynamic=True)
+    assert (features.criterion_name, features.feature_form.per) == ("activation", "sample")
+    assert EMPConfig(target="heads", dynamic=True, per="sample").feature_form.per == "sample"
+    assert (heads.once().mode, heads.once().is_dynamic) == ("feedback", True)
+    assert (heads.once(dynamic=False).mode, heads.once(dynamic=False).is_dynamic) == ("project", False)
+    for token in (features.once(per="token"), heads.once(per="token")):
+        weights = token.once(target="weights")
+        assert (weights.dynamic, weights.per, weights.mode, weights.criterion_name) == (
+            False,
+            None,
+            "project",
+            "magnitude",
+        )
+
+
 def test_once_with_beta_or_density_drops_the_other():
     fixed = EMPConfig(every_n_epochs=1, density=0.3)
     assert (fixed.once(beta=0.5).density, fixed.once(beta=0.5).beta) == (None, 0.5)
