@@ -225,8 +225,6 @@ def test_torch_strategies_give_the_masks_of_one_process(world_size, way, name, r
     assert any(keep < n for _, n, keep, *_ in expected["rows"]), "a mask that keeps all compares nothing"
     single = ("activation", "wanda", "experts", "gates")  # a router's softmax, too
     in_single_precision = any(word in name for word in single)
-        word in name for word in ("activation", "wanda", "experts", "gates")
-    )  # a router's softmax, too
     for result in ranks(on_torch, world_size):
         compare(result[way, name], expected, 1e-5 if in_single_precision else 1e-9)
 
