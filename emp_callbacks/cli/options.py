@@ -11,6 +11,7 @@ __all__ = [
     "compare_parser",
     "criteria_parser",
     "export_parser",
+    "gates_parser",
     "inspect_parser",
     "prune_parser",
     "recipes_parser",
@@ -130,9 +131,35 @@ Tr(H) takes about 2 * probes * batches training steps per model, with twice thei
     return parser
 
 
+def gates_parser() -> argparse.ArgumentParser:
+    """Return the options of `emp gates`."""
+    parser = new_parser(
+        "gates",
+        "Train a language model densely, then train it on with fewer heads: chosen by EMP, or by gates that learn, "
+        "with and without EMP's scores to begin with. Then let each token keep its own number of heads.",
+        f"""\
+examples:
+  emp gates --config gates_gpt --jobs 2
+  emp gates --config recipes/gates_gpt.yaml --out runs/gates --data.file mytext.txt --data.max_bytes 40000000
+  emp gates --config recipes/gates_gpt.yaml --out runs/try --seeds 0 --steps 30 --trainer.max_steps 150
+
+What is compared, in which direction, and the margin are fixed in the code; docs/gates.md says them.
+{_ONCE_HELP}""",
+    )
+    _add_once(parser, "gates")
+    parser.add_argument(
+        "--steps", type=int, default=300, help="optimizer steps by which each arm trains the model on (default: 300)"
+    )
+    parser.add_argument(
+        "--batches", type=int, default=32, help="training batches from which EMP scores heads (default: 32)"
+    )
+    return parser
+
+
 _ONCE_HELP = """
 Any key of the recipes can follow as --KEY VALUE and then holds for all of them. Trained models are kept in --models
-and used by sweep-beta, compare-criteria and violations alike; the same command again continues an interrupted study."""
+and used by sweep-beta, compare-criteria, violations and gates alike; the same command again continues an interrupted
+study."""
 
 
 def _add_once(parser: argparse.ArgumentParser, name: str) -> None:
@@ -144,6 +171,7 @@ def _add_once(parser: argparse.ArgumentParser, name: str) -> None:
         "--models", default="runs/dense", metavar="DIR", help="folder of the trained models (runs/dense)"
     )
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="default: each recipe's study.seeds")
+    parser.add_argument("--jobs", type=int, metavar="N", help="measure N models at a time, each on one CPU thread")
     parser.add_argument(
         "--overwrite", action="store_true", help="start anew; what DIR holds is moved to DIR.old-1, -2, ..."
     )
