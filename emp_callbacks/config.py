@@ -11,6 +11,7 @@ from typing import Any, Literal
 from emp_callbacks.core.effective_number import check_beta
 from emp_callbacks.count_checks import check_counts, check_rewiring
 from emp_callbacks.criteria import DEFAULT_CRITERIA, ScoreFunction, criterion_name, make_criterion
+from emp_callbacks.gate_checks import GATES_ALONE, check_gates
 from emp_callbacks.layer.mask_mode import MASK_MODES
 from emp_callbacks.schedule import Ramp, Schedule, check_count
 from emp_callbacks.setting_checks import check_choice, check_patterns, ends
@@ -86,6 +87,14 @@ class EMPConfig:
         gradient: What reaches the model through a pruned feature: "masked", nothing; "straight_through", the
             gradient of the output as if it were kept.
         rescale: Whether the kept features of a sample are multiplied by sum s / sum of the kept s if `dynamic`.
+        gates: Heads: learned gates on what they hand to the output projection, in place of masks while they learn:
+            "hard_concrete" (drawn, with a Lagrangian to the number that is to stay; Louizos et al., arXiv:1712.01312)
+            or "top_k" (the highest, straight through). They begin at the first refresh, move with every optimizer
+            step, and become an ordinary mask at the last one, by `stop` or where training ends. See `HeadGates`.
+        init: How gates begin: "emp", P(open) in proportion to the criterion's scores, so that N_eff (times beta, or
+            the density) are expected to be open; "open"; or attention -> P(open) of each of its heads, in (0, 1).
+        gate_lr: Learning rate of the gates, > 0, in units of log alpha per step of Adam.
+        gate_warmup: Optimizer steps over which the number of open gates moves to what is to stay, >= 0.
         positions: Where a batch says which of its positions count as evidence, so that padding does not: a key, looked
             up where the batch is a mapping that has it; or a function of the batch, in a recipe "module.function". It
             gives a mask of shape (B, T), nonzero where a position counts. None: all count.
@@ -125,6 +134,10 @@ class EMPConfig:
     choose: str = "top"
     gradient: str = "masked"
     rescale: bool = False
+    gates: str | None = None
+    init: str | Mapping[str, Sequence[float]] = "emp"
+    gate_lr: float = 0.1
+    gate_warmup: int = 100
     positions: PositionsSource | None = "attention_mask"
 
     def __post_init__(self) -> None:
@@ -152,6 +165,7 @@ class EMPConfig:
         _check_positions(self.positions)
         self._check_forward()
         self._check_combination()
+        check_gates(self)
 
     def _check_forward(self) -> None:
         form = self.feature_form
@@ -251,6 +265,7 @@ class EMPConfig:
             "mode": "feedback" if in_forward else "project",
             "observe_only": False,
             "apply": "always",  # a finished model trains no more
+            **GATES_ALONE,
         }
         if target != self.target:
             plain |= dict.fromkeys(("criterion", "scope", "include", "exclude"))

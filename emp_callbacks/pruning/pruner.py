@@ -92,7 +92,9 @@ class EMPPruner(Readings):
     # ---- the loop -------------------------------------------------------------------------------------------------
 
     def step(self, *, end_of_epoch: bool = False) -> list[PruneEvent]:
-        """Count one optimizer step and refresh the masks if the schedule says so. Collective when it refreshes.
+        """Count one optimizer step and refresh the masks if the schedule says so.
+
+        Collective when it refreshes, and after every optimizer step while gates learn.
 
         Args:
             end_of_epoch: Whether this was the last step of an epoch; needed for `every_n_epochs`.
@@ -156,7 +158,7 @@ class EMPPruner(Readings):
 
         Masked weights stay masked. Features and attention edges are masked by hooks, so from now on only inside
         `masked_forward()`. In `project`, weights that grew back since the last refresh are projected by a closing
-        refresh. Collective.
+        refresh; gates that still learn become masks by one. Collective.
         """
         self._loop.finish(self.remedy)
         self.trajectory.close()
@@ -171,7 +173,7 @@ class EMPPruner(Readings):
         self.trajectory.close()
 
     def close(self) -> list[PruneEvent]:
-        """Project what grew back since the last refresh; return the rows of a refresh, if it took one. Collective.
+        """Project what grew back since the last refresh, or harden gates; return the rows, if any. Collective.
 
         A criterion that needs evidence has none outside its window: the last mask is put in place again.
         """

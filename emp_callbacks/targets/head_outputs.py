@@ -66,19 +66,23 @@ class HeadOutputs:
         called in autograd, and by compiled code traced.
         """
         if self.is_called:
-
-            def before(module: nn.Module, args: Any) -> Any:  # noqa: ARG001
-                if not args:  # named arguments do not come by here
-                    return None
-                changed = change(args[0])
-                return None if changed is None else (changed, *args[1:])
-
-            return [self.projection.register_forward_pre_hook(before)]
+            return [self.projection.register_forward_pre_hook(_BeforeProjection(change).hook)]
         site = _InsideMultihead(change)
         return [
             self.module.register_forward_pre_hook(site.enter),
             self.module.register_forward_hook(site.leave, always_call=True),
         ]
+
+
+class _BeforeProjection:
+    """A hook on an output projection; bound to an object, so that a module with it can be pickled."""
+
+    def __init__(self, change: Change) -> None:
+        self._change = change
+
+    def hook(self, module: nn.Module, args: Any) -> Any:  # noqa: ARG002
+        changed = self._change(args[0]) if args else None  # named arguments do not come by here
+        return None if changed is None else (changed, *args[1:])
 
 
 class _InsideMultihead:
