@@ -9,14 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emp_callbacks.cli.console import make_console
-from emp_callbacks.cli.options import (
-    compare_parser,
-    criteria_parser,
-    gates_parser,
-    report_parser,
-    sweep_parser,
-    violations_parser,
-)
+from emp_callbacks.cli.once_options import criteria_parser, gates_parser, sweep_parser, violations_parser
+from emp_callbacks.cli.options import compare_parser, report_parser
 from emp_callbacks.cli.recipes import find_recipe, with_files
 
 if TYPE_CHECKING:

@@ -78,5 +78,5 @@ def cases_of(n: int, budgets: Sequence[int], draws: int) -> list[Case]:
     for keep in budgets:
         found += [Case(arm, keep) for arm in ARMS if arm not in "ZR"]
         found += [Case("R", keep, draw) for draw in range(draws)]
-    found = [case for case in found if case.arm not in GATED]  # until gates are merged
-    return list(dict.fromkeys([*found]))
+    found += [Case(CURVE_ARM, keep) for keep in curve_counts(n)]
+    return list(dict.fromkeys(found))

@@ -15,7 +15,19 @@ from emp_callbacks.study.report.statistics import (
     paired_difference,
 )
 
-__all__ = ["Arms", "Planned", "adapts_at", "bends", "best_learned", "by_token", "planned", "verdict"]
+__all__ = [
+    "Arms",
+    "Planned",
+    "adapts_at",
+    "bends",
+    "best_learned",
+    "between",
+    "by_token",
+    "mean_bends",
+    "name_of",
+    "planned",
+    "verdict",
+]
 
 Values = dict[int, float]
 """Seed -> value."""
@@ -157,3 +169,22 @@ def by_token(arms: Arms, beta: float, variant: str, key: str = "test_loss") -> V
 def _beats(arms: Arms, beta: float, other: str, margin: float) -> bool:
     found = paired_difference(by_token(arms, beta, "B1"), by_token(arms, beta, other))
     return found is not None and found.high is not None and found.high < -margin
+
+
+def between(arms: Arms, one: str, other: str, budget: str) -> PairedDifference | None:
+    """Return one arm's test loss less another's at a budget, paired over seeds."""
+    return paired_difference(arms.values(one, budget), arms.values(other, budget))
+
+
+def mean_bends(arms: Arms) -> dict[str, float]:
+    """Return the mean bend at each count of the curve, by the count's name."""
+    found: dict[str, list[float]] = {}
+    for seed in arms.seeds:
+        for keep, bend in bends(arms.curve(seed), arms.n).items():
+            found.setdefault(name_of(arms, seed, keep), []).append(bend)
+    return {name: fmean(values) for name, values in found.items()}
+
+
+def name_of(arms: Arms, seed: int, keep: int) -> str:
+    """Return how a count of heads is called: a seed's own one goes by K1."""
+    return "K1" if keep == arms.budget("K1", seed) else f"{keep} heads"

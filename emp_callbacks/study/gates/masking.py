@@ -11,7 +11,7 @@ from torch import Tensor
 from emp_callbacks.pruning.pruner import EMPPruner
 from emp_callbacks.study.gates.bench import Bench
 
-__all__ = ["HEADS", "FixedHeads", "NoMask", "Rescoring", "hold"]
+__all__ = ["HEADS", "FixedHeads", "NoMask", "Rescoring", "density_of", "hold"]
 
 HEADS: Mapping[str, Any] = {"target": "heads", "scope": "global", "min_units": 0}
 

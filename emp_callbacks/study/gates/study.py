@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from emp_callbacks.config import EMPConfig
-from emp_callbacks.study.gates.arms import Case, cases_of
+from emp_callbacks.study.gates.arms import GATED, Case, cases_of
 from emp_callbacks.study.gates.bench import Bench, bench_of
 from emp_callbacks.study.gates.findings import page
+from emp_callbacks.study.gates.gated import Gates, first_open
 from emp_callbacks.study.gates.masking import FixedHeads, NoMask, Rescoring, hold
 from emp_callbacks.study.gates.token_counts import VARIANTS, TokenCounts
 from emp_callbacks.study.once.dense_models import DenseModel
@@ -46,6 +47,8 @@ def gates_study(*, steps: int = 300, evidence_batches: int = 32) -> OnceStudy:
     settings = {
         "steps": steps,
         "gated_steps": 2 * steps // 3,
+        "gate_lr": 0.1,
+        "gate_warmup": steps // 3,
         "lr_share": 1 / 3,
         "evidence_batches": evidence_batches,
         "draws": _DRAWS,
@@ -146,6 +149,9 @@ def _arm(bench: Bench, case: Case) -> Row:
 
 
 def _masking(bench: Bench, case: Case) -> NoMask:
+    if case.arm in GATED:
+        gates, init = GATED[case.arm]
+        return Gates(bench, case.keep, gates, first_open(bench, case.keep, init))
     if case.arm == "C":
         return Rescoring(bench, case.keep)
     if case.arm == "Z":

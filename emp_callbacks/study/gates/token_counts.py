@@ -60,7 +60,7 @@ class TokenCounts:
             mask = self._static_heads()
             loss = self._loss("test", lambda layer, scores: mask[layer][self._now(scores)])
             return {"test_loss": loss, "heads": self._mean(torch.stack([m.sum(1) for m in mask]))}
-        table = {"B2": self._fixed, "B3": self._shuffled, "B5": lambda: self.counts}[variant]()
+        table = self._fixed() if variant == "B2" else self._shuffled() if variant == "B3" else self.counts
 
         def heads(layer: int, scores: Tensor) -> Tensor:
             if variant == "B5":
@@ -94,7 +94,7 @@ class TokenCounts:
         self._loss("val", watch)
         everywhere = spread_evenly(int(self.counts.sum()), self._tokens, self._generator)
         mask = highest(torch.cat(sums).expand(self._tokens, -1), everywhere)
-        return list(mask.split([layer.units for layer in self._layers], dim=1))
+        return list(torch.split(mask, [layer.units for layer in self._layers], dim=1))
 
     # ---- one pass over a text -------------------------------------------------------------------------------------
 
@@ -192,7 +192,7 @@ def partial_spearman(one: Tensor, other: Tensor, given: Tensor) -> float:
 def _norms(layer: HeadOutputs) -> Callable[[Tensor], Tensor]:
     """Return what computes the norms of what each head adds to the stream, shape (B, T, heads)."""
     own = torch.stack([(layer.unit_of == head).nonzero().flatten() for head in range(layer.units)])
-    weight: Tensor = layer.projection.weight.detach()  # type: ignore[assignment,operator]
+    weight: Tensor = layer.projection.weight.detach()  # type: ignore[operator]
     by_input = weight if is_conv1d(layer.projection) else weight.T
     rows = by_input[own.to(weight.device)]  # (heads, inputs of a head, outputs)
     gram = rows @ rows.mT  # ||o W||^2 = o (W W^T) o^T, in the few inputs of a head
