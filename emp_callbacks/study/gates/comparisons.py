@@ -78,7 +78,8 @@ def best_learned(arms: Arms, budget: str) -> str | None:
 def bends(curve: Mapping[int, float], n: int) -> dict[int, float]:
     """Return by how much a curve is steeper below each inner count of heads than above it, per n / 8 heads, in nats.
 
-    That is the loss that the next lower count costs per head, less what the next higher one saves per head.
+    That is the loss that a lower count costs per head, less what a higher one saves per head. Both are the next ones
+    that are at least n / 8 heads away, or the last one where none is: over one head a slope would be noise.
 
     Example:
         >>> bends({4: 3.0, 8: 2.0, 16: 1.0}, 32)
@@ -86,7 +87,9 @@ def bends(curve: Mapping[int, float], n: int) -> dict[int, float]:
     """
     counts = sorted(curve)
     found = {}
-    for low, at, high in zip(counts, counts[1:], counts[2:], strict=False):
+    for at in counts[1:-1]:
+        low = max((one for one in counts if one <= at - n / 8), default=counts[0])
+        high = min((one for one in counts if one >= at + n / 8), default=counts[-1])
         lost, saved = (curve[low] - curve[at]) / (at - low), (curve[at] - curve[high]) / (high - at)
         found[at] = (lost - saved) * n / 8
     return found
@@ -128,7 +131,7 @@ def planned(arms: Arms, margin: float, budget: str = "K1") -> list[Planned]:
     says = [
         "E - D: gates from EMP's scores less gates that begin open",
         f"{best or 'best'} - B: the best gates (on validation text) less EMP's heads, trained on alike",
-        "saved per head above K1 less lost per head below it, per N/8 heads",
+        "saved by N/8 heads above K1 less lost by as many below it (arm F)",
     ]
     names = ("P1", "P2", "P3")
     return [

@@ -66,8 +66,8 @@ def page(results: Results) -> Page:
             ),
             Section(
                 heading="Loss through the number of heads, arm F",
-                text="Bend: what the next lower count costs per N/8 heads, less what the next higher one saves. K1 is "
-                "EMP's own count, which differs between seeds: its row has the means.",
+                text="Bend: what N/8 heads fewer cost, less what as many more save, by the next counts so far "
+                "away. K1 is EMP's own count, which differs between seeds: its row has the means.",
                 grid=curve_grid(arms),
             ),
             Section(
@@ -159,5 +159,5 @@ def _sharpest(arms: Arms) -> str | None:
 def _warnings(arms: Arms) -> list[str]:
     told = []
     if len(arms.seeds) < 4:
-        told.append(f"only {len(arms.seeds)} seeds: intervals are wide, and hardly anything is decided; run 8")
+        told.append(f"seeds, only {len(arms.seeds)}: intervals are wide, and hardly anything is decided; run 8")
     return told

@@ -8,6 +8,7 @@ from statistics import fmean
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from emp_callbacks.study.gates.arms import ARMS
 from emp_callbacks.study.gates.comparisons import Arms, by_token
@@ -31,10 +32,15 @@ def plot_gates(arms: Arms) -> Figure:
     panels = figure.subplots(2, 2)
     for axes in panels.flat:
         style_axes(axes)
-    _draw_arms(panels[0, 0], arms, "K1", "at EMP's own count of heads (K1)")
-    _draw_arms(panels[0, 1], arms, "K2", f"at a quarter of the heads (K2 = {max(1, arms.n // 4)})")
+    _draw_arms(panels[0, 0], arms, "K1", "EMP's own count of heads (K1)")
+    _draw_arms(panels[0, 1], arms, "K2", f"a quarter of the heads (K2 = {max(1, arms.n // 4)})")
     _draw_curve(panels[1, 0], arms)
     _draw_by_token(panels[1, 1], arms)
+    legend = [
+        Line2D([], [], color=_COLORS[arm], marker="o", linewidth=0, label=f"{arm}: {says}")
+        for arm, says in ARMS.items()
+    ]
+    figure.legend(handles=legend, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return figure
 
 
@@ -43,7 +49,7 @@ def _title(axes: Axes, text: str) -> None:
 
 
 def _draw_arms(axes: Axes, arms: Arms, budget: str, title: str) -> None:
-    """Draw each arm's loss less that of arm B, which takes out what seeds differ in; A is cut off where it is far."""
+    """Draw each arm's loss less that of arm B, which takes out what seeds differ in; A's, far away, is told."""
     reference = arms.values("B", budget)
     names = [arm for arm in ARMS if arm != "A" and arms.values(arm, budget)]
     seeds = [seed for seed in arms.seeds if all(seed in arms.values(arm, budget) for arm in names)]
@@ -57,7 +63,7 @@ def _draw_arms(axes: Axes, arms: Arms, budget: str, title: str) -> None:
     axes.set_xticks(range(len(names)), names)
     axes.set_ylabel(f"test loss {MINUS} that of B (nats)", fontsize=9)
     untrained = [arms.values("A", budget)[seed] - reference[seed] for seed in seeds if seed in arms.values("A", budget)]
-    beside = f"; A, not trained on: {fmean(untrained):+.3f}" if untrained else ""
+    beside = f"; A: {fmean(untrained):+.3f}" if untrained else ""
     _title(axes, title + beside.replace("-", MINUS))
 
 
@@ -82,16 +88,18 @@ def _draw_curve(axes: Axes, arms: Arms) -> None:
 
 
 def _draw_by_token(axes: Axes, arms: Arms) -> None:
+    """Draw the loss less that of the dense model."""
     betas = sorted({row["beta"] for row in arms.by_token})
+    dense = {row["seed"]: row["dense_loss"] for row in arms.by_token if row["variant"] == "B1"}
     for variant, says in VARIANTS.items():
         at = [fmean(by_token(arms, beta, variant, "heads").values()) for beta in betas]
-        found = [mean_interval([*by_token(arms, beta, variant).values()]) for beta in betas]
+        losses = [by_token(arms, beta, variant) for beta in betas]
+        found = [mean_interval([loss - dense[seed] for seed, loss in own.items()]) for own in losses]
         color = _TOKEN_COLORS[variant]
         axes.plot(at, [one.mean for one in found], color=color, marker="o", markersize=4, label=f"{variant}: {says}")
         if all(one.low is not None for one in found):
             low, high = (np.array([getattr(one, end) for one in found]) for end in ("low", "high"))
             axes.fill_between(at, low, high, color=color, alpha=0.12, linewidth=0)
-    axes.set_yscale("log")
     axes.legend(frameon=False, fontsize=8)
-    axes.set(xlabel="heads per token and layer", ylabel="test loss (nats)")
+    axes.set(xlabel="heads per token and layer", ylabel=f"test loss {MINUS} that of all heads (nats)")
     _title(axes, "heads by token, nothing trained")

@@ -169,9 +169,11 @@ def by_token_grid(arms: Arms) -> Grid:
 
 def _correlations(arms: Arms, beta: float) -> tuple[str, str]:
     """Return Spearman's correlation of a token's count with its loss in the dense model, plain and partial."""
-    own = [row for row in arms.by_token if (row["beta"], row["variant"]) == (beta, "B1")]
-    plain, partial_ = ([row[key] for row in own] for key in ("spearman", "partial_spearman"))
-    return interval(mean_interval(plain)), interval(mean_interval(partial_))
+    found = []
+    for key in ("spearman", "partial_spearman"):
+        known = [value for value in by_token(arms, beta, "B1", key).values() if value is not None]  # None: all alike
+        found.append(interval(mean_interval(known)) if known else DASH)
+    return found[0], found[1]
 
 
 def gates_grid(arms: Arms) -> Grid:

@@ -140,12 +140,12 @@ class TokenCounts:
     def _told(self) -> Row:
         """Return how the count of a token, over all layers, goes with the dense model's loss at it."""
         length = self._bench.texts["test"][0][1].shape[1]
-        position = torch.arange(self._tokens) % length
-        plain = stats.spearmanr(self.counts.sum(0), self._dense).statistic
+        counts, position = self.counts.sum(0), torch.arange(self._tokens) % length
+        varies = bool((counts != counts[0]).any())
         return {
             "dense_loss": float(self._dense.mean()),
-            "spearman": float(plain),
-            "partial_spearman": partial_spearman(self.counts.sum(0), self._dense, position),
+            "spearman": float(stats.spearmanr(counts, self._dense).statistic) if varies else None,
+            "partial_spearman": partial_spearman(counts, self._dense, position) if varies else None,
             "count_share": torch.bincount(self.counts.flatten()).div(self.counts.numel()).tolist(),
         }
 
@@ -175,6 +175,8 @@ def spread_evenly(total: int, tokens: int, generator: torch.Generator) -> Tensor
 
 def partial_spearman(one: Tensor, other: Tensor, given: Tensor) -> float:
     """Return Spearman's correlation of two variables for equal values of a third: Pearson's partial one, of ranks.
+
+    NaN where the third says all of another.
 
     Source: Kendall, "Partial rank correlation", Biometrika 32 (1942), for Spearman's ranks.
 
