@@ -68,6 +68,12 @@ class Gating:
         self._learning: GateLearning | None = None
         self._masks: dict[str, Tensor] = {}  # that hardening would have made at the last refresh
         self._waits = False
+        self._seed = torch.initial_seed() & 0x7FFF_FFFF  # a checkpoint brings that of its run
+
+    @property
+    def criterion(self) -> Criterion | None:
+        """What scores heads now; None before the gates begin."""
+        return None if self.gates is None else GateScores(self.gates)
 
     # ---- refreshes ------------------------------------------------------------------------------------------------
 
@@ -132,6 +138,8 @@ class Gating:
         if isinstance(init, Mapping):
             first = {name: torch.tensor(value, dtype=torch.float64) for name, value in init.items()}
             _check_named(first, layers)
+        # The draws must be alike on all ranks, however each was seeded.
+        self._seed = int(self._backend.from_all(torch.tensor(self._seed))[0])
         gates = self._made(layers)
         gates.begin(keep, first or None)
         self._take(gates)
@@ -140,18 +148,15 @@ class Gating:
             events = self._foresee(layers, GateScores(gates), self._final_rule(gates, rule), mode, common).events
         return self._told(events, gates, _LEARNING)
 
-    def _made(self, layers: Sequence[Layer], seed: int | None = None) -> HeadGates:
+    def _made(self, layers: Sequence[Layer]) -> HeadGates:
         config = self._config
         attentions = {one.name: one for one in gated_attentions(config, self._backend)}
-        if seed is None:  # the draws must be alike on all ranks, however each was seeded
-            own = torch.tensor(torch.initial_seed() & 0x7FFF_FFFF)
-            seed = int(self._backend.from_all(own)[0])
         return HeadGates(
             [attentions[layer.name] for layer in layers],
             "hard_concrete" if config.gates == "hard_concrete" else "top_k",
             least=config.min_units if config.scope == "global" else 0,
             warmup=config.gate_warmup,
-            seed=seed,
+            seed=self._seed,
         )
 
     def _take(self, gates: HeadGates) -> None:
@@ -208,7 +213,7 @@ class Gating:
         """Return the gates' state as plain numbers, lists and words; None where the settings ask for none."""
         gates, learning = self.gates, self._learning
         if gates is None or learning is None:
-            return {"kind": self._config.gates} if self._config.gates else None
+            return {"kind": self._config.gates, "seed": self._seed} if self._config.gates else None
         return {
             "kind": gates.kind,
             "learns": self.learns,
@@ -232,13 +237,15 @@ class Gating:
                 f"the checkpoint was trained with gates={kind!r}, this run has gates={self._config.gates!r}; resume "
                 "with the same setting, or load only the model's weights to start anew"
             )
-        if record is None or "log_alpha" not in record:  # before they began
+        if record is None:
             return
         try:
-            sizes = {name: len(value) for name, value in record["log_alpha"].items()}
-            kept = {name: int(keep) for name, (keep, _) in record["groups"].items()}
-            numbers = [record["seed"], record["steps"], record["learning"]["mean_square"]]
-            whole = all(isinstance(number, (int, float)) for number in numbers) and bool(kept)
+            numbers = [record["seed"]]
+            sizes = {layer.name: layer.span.size for layer in layers}
+            if "log_alpha" in record:  # else they had not begun
+                sizes = {name: len(value) for name, value in record["log_alpha"].items()}
+                numbers += [*record["groups"].values(), record["steps"], record["learning"]["mean_square"]]
+            whole = all(isinstance(number, (int, float, list)) for number in numbers)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"the state of its gates cannot be read ({error!r}); the checkpoint is damaged") from error
         if not whole or sizes != {layer.name: layer.span.size for layer in layers}:
@@ -251,9 +258,12 @@ class Gating:
         """Stand where a run stood whose record was checked. The hooks follow with `attach`."""
         self.detach()
         self.gates, self._learning, self.learns, self._masks, self._waits = None, None, False, {}, False
-        if record is None or "log_alpha" not in record:
+        if record is None:
             return
-        gates = self._made(layers, int(record["seed"]))
+        self._seed = int(record["seed"])
+        if "log_alpha" not in record:
+            return
+        gates = self._made(layers)
         gates.warmup = int(record["warmup"])
         flat = torch.cat([torch.tensor(record["log_alpha"][name], dtype=torch.float32) for name in gates.parts])
         gates.resume(flat, record["groups"], int(record["steps"]))

@@ -224,7 +224,8 @@ class Refresher:
             )
         self.criterion.batches = self.evidence.gathered()
         with dense_owners:
-            found = dict(zip(self.layers, scores_of(self.layers, self.criterion, self._backend), strict=True))
+            criterion = self.gating.criterion or self.criterion
+            found = dict(zip(self.layers, scores_of(self.layers, criterion, self._backend), strict=True))
             if all(isinstance(scores, MissingEvidence) for scores in found.values()):
                 raise next(error for error in found.values() if isinstance(error, MissingEvidence))
             return {layer.name: s.detach().abs() for layer, s in found.items() if isinstance(s, Tensor)}
