@@ -37,20 +37,24 @@ def measured_side_by_side(
         jobs: Number of processes, >= 1.
         progress: Is told of every finished model.
     """
-    context = multiprocessing.get_context("spawn")
+    context, others = multiprocessing.get_context("spawn"), multiprocessing.active_children()
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        running = {
+            pool.submit(
+                _measure, study, recipe.path, recipe.overrides, recipe.called, seed, store.out, store.recipe_digest,
+                models, progress.is_quiet,
+            ): f"{recipe.path.stem} seed {seed}"
+            for recipe, seed in cells
+        }  # fmt: skip
         try:
-            running = [
-                pool.submit(
-                    _measure, study, recipe.path, recipe.overrides, recipe.called, seed, store.out,
-                    store.recipe_digest, models, progress.is_quiet,
-                )
-                for recipe, seed in cells
-            ]  # fmt: skip
             for future in as_completed(running):
+                if isinstance(future.exception(), Exception):  # which says nothing of the model
+                    progress.note(f"{running[future]} failed; finished cases are kept")
                 progress.advance(future.result()[1])
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for child in {*multiprocessing.active_children()}.difference(others):
+                child.terminate()  # a signal to this process alone does not reach them; what is finished is on disk
             raise
     return [future.result()[0] for future in running]
 

@@ -221,6 +221,17 @@ def test_pruned_heads_stay_zero_at_every_step_and_all_else_trains(bench):
     assert len(moved) > 20
 
 
+def test_emps_heads_without_training_are_the_model_with_the_others_zeroed(bench, folder):
+    arms = [row for row in results_of(folder, "whole")["rows"] if row["kind"] == "arm"]
+    (row,) = [row for row in arms if (row["arm"], row["keep"]) == ("A", 4)]
+    bench.reset()
+    masks = bench.highest(bench.scores, 4)
+    with torch.no_grad():
+        for target in attention_heads(bench.module):
+            target.heads.projection.weight[~masks[target.name][target.heads.unit_of]] = 0.0
+    assert bench.loss("test") == row["test_loss"]
+
+
 def test_heads_go_a_tenth_at_a_time_and_never_come_back(bench):
     bench.reset()
     masking, optimizer, counts = Rescoring(bench, 4), bench.optimizer(), [16]
