@@ -23,7 +23,7 @@ _COLORS = {
     "Z": "#000000", "A": "#888888", "B": "#E69F00", "C": "#CC79A7", "D": "#0072B2", "E": "#D55E00", "E'": "#56B4E9",
     "F": "#009E73", "G": "#882255", "R": "#8A8A2A",
 }  # fmt: skip
-_TOKEN_COLORS = {"B1": "#D55E00", "B2": "#0072B2", "B3": "#56B4E9", "B4": "#009E73", "B5": "#888888"}
+_TOKEN_COLORS = {"B1": "#D55E00", "B2": "#0072B2", "B3": "#56B4E9", "B4": "#009E73", "B4'": "#CC79A7", "B5": "#888888"}
 
 
 def plot_gates(arms: Arms) -> Figure:
@@ -40,7 +40,7 @@ def plot_gates(arms: Arms) -> Figure:
         Line2D([], [], color=_COLORS[arm], marker="o", linewidth=0, label=f"{arm}: {says}")
         for arm, says in ARMS.items()
     ]
-    figure.legend(handles=legend, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.legend(handles=legend, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return figure
 
 
@@ -100,6 +100,8 @@ def _draw_by_token(axes: Axes, arms: Arms) -> None:
         if all(one.low is not None for one in found):
             low, high = (np.array([getattr(one, end) for one in found]) for end in ("low", "high"))
             axes.fill_between(at, low, high, color=color, alpha=0.12, linewidth=0)
+    if axes.dataLim.y0 > 0:
+        axes.set_yscale("log")
     axes.legend(frameon=False, fontsize=8)
     axes.set(xlabel="heads per token and layer", ylabel=f"test loss {MINUS} that of all heads (nats)")
     _title(axes, "heads by token, nothing trained")

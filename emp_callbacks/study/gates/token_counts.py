@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from scipy import stats
@@ -21,6 +22,7 @@ VARIANTS = {
     "B2": "every token the mean count",
     "B3": "B1's counts, shuffled over tokens",
     "B4": "the same heads for every token",
+    "B4'": "the same, as many of each layer as B1",
     "B5": "B1's counts, random heads",
 }
 """Ways of choosing heads by token -> what they do; all keep as many on average."""
@@ -34,7 +36,8 @@ class TokenCounts:
     A head's score at a token is the norm of what it adds to the stream, ||o_h W_h||. B1 keeps the
     floor(beta * N_eff + 0.01) highest of each layer, at least one. All others keep exactly as many in sum: B2, in each
     layer, at some tokens drawn at random one head more than at the others; B3 the counts of all layers at another
-    token; B4 those heads of the model whose mean score on the validation text is highest, at some tokens one more.
+    token; B4 those heads of the model whose mean score on the validation text is highest, at some tokens one more, and
+    B4' the same of each layer by itself, so that layers share as in B1.
 
     Args:
         bench: The model, with the weights of its own training.
@@ -56,8 +59,8 @@ class TokenCounts:
         """Return the test loss in nats per token, the heads per token and layer, and of B1 what counts go with."""
         if variant == "B1":
             return {"test_loss": self._own_loss, "heads": self._mean(self.counts), **self._told()}
-        if variant == "B4":
-            mask = self._static_heads()
+        if variant in ("B4", "B4'"):
+            mask = self._static_heads() if variant == "B4" else self._static_heads_of_layers()
             loss = self._loss("test", lambda layer, scores: mask[layer][self._now(scores)])
             return {"test_loss": loss, "heads": self._mean(torch.stack([m.sum(1) for m in mask]))}
         table = self._fixed() if variant == "B2" else self._shuffled() if variant == "B3" else self.counts
@@ -85,6 +88,17 @@ class TokenCounts:
 
     def _static_heads(self) -> list[Tensor]:
         """Return which heads each token keeps, shape (tokens, heads) for each layer, bool."""
+        everywhere = spread_evenly(int(self.counts.sum()), self._tokens, self._generator)
+        mask = highest(torch.cat(self._score_sums).expand(self._tokens, -1), everywhere)
+        return list(torch.split(mask, [layer.units for layer in self._layers], dim=1))
+
+    def _static_heads_of_layers(self) -> list[Tensor]:
+        pairs = zip(self._score_sums, self._fixed(), strict=True)
+        return [highest(scores.expand(self._tokens, -1), counts) for scores, counts in pairs]
+
+    @cached_property
+    def _score_sums(self) -> list[Tensor]:
+        """The sum of each head's scores over the validation text, shape (heads,) for each layer, float64."""
         sums = [torch.zeros(layer.units, dtype=torch.float64) for layer in self._layers]
 
         def watch(layer: int, scores: Tensor) -> Tensor:
@@ -92,9 +106,7 @@ class TokenCounts:
             return torch.ones_like(scores, dtype=torch.bool)
 
         self._loss("val", watch)
-        everywhere = spread_evenly(int(self.counts.sum()), self._tokens, self._generator)
-        mask = highest(torch.cat(sums).expand(self._tokens, -1), everywhere)
-        return list(torch.split(mask, [layer.units for layer in self._layers], dim=1))
+        return sums
 
     # ---- one pass over a text -------------------------------------------------------------------------------------
 

@@ -34,7 +34,7 @@ def results(**losses):
             rows.append(arm(seed, name.replace("_", "'"), 10, 2 + test + (at + 1) * noise, 2 + val))
         for keep, loss in ((2, 3.0), (4, 2.5), (8, 2.1), (12, 1.95)):
             rows.append(arm(seed, "F", keep, loss + noise))
-        for variant, loss in (("B1", 2.2), ("B2", 2.25), ("B3", 2.21), ("B4", 2.4), ("B5", 3.0)):
+        for variant, loss in (("B1", 2.2), ("B2", 2.25), ("B3", 2.21), ("B4", 2.4), ("B4'", 2.3), ("B5", 3.0)):
             for beta in (0.5, 0.75, 1.0):
                 own = loss + (0.02 if beta == 1.0 and variant == "B3" else 0.0) + noise * (variant != "B1")
                 rows.append({

@@ -12,9 +12,10 @@ from emp_callbacks.study.comparison import StudyInterrupted
 from emp_callbacks.study.gates import study as studying
 from emp_callbacks.study.gates.arms import ARMS, Case
 from emp_callbacks.study.gates.bench import bench_of
+from emp_callbacks.study.gates.gated import first_open
 from emp_callbacks.study.gates.masking import FixedHeads, Rescoring
 from emp_callbacks.study.gates.study import gates_study
-from emp_callbacks.study.gates.token_counts import TokenCounts
+from emp_callbacks.study.gates.token_counts import VARIANTS, TokenCounts
 from emp_callbacks.study.once.dense_models import dense_model
 from emp_callbacks.study.once.study import run_once_study
 from emp_callbacks.study.recipe.recipe import Recipe
@@ -256,6 +257,20 @@ def test_an_arm_depends_on_nothing_that_ran_before_it(bench):
     assert [studying._arm(bench, case)["test_loss"] for case in reversed(cases)] == first[::-1]
 
 
+def test_gates_begin_with_emps_scores_or_with_the_same_on_other_heads(bench):
+    assert first_open(bench, 5, "open") == "open"
+    scores = bench.flat(bench.scores)
+    own, other = (
+        torch.cat([torch.tensor(part) for part in first_open(bench, 5, init).values()]) for init in ("emp", "permuted")
+    )
+    assert own.sum() == pytest.approx(5.0, abs=1e-3)
+    inside = (own > 0.011) & (own < 0.989)  # the rest is held there
+    assert inside.sum() > 8
+    assert (own / scores)[inside].tolist() == pytest.approx([float((own / scores)[inside][0])] * int(inside.sum()))
+    assert torch.equal(own.sort().values, other.sort().values)
+    assert not torch.equal(own, other)
+
+
 # ---- heads by token -------------------------------------------------------------------------------------------------
 
 
@@ -266,10 +281,10 @@ def test_all_ways_of_counting_keep_as_many_heads_and_none_changes_the_model(benc
             target.heads.module.c_attn.weight.normal_()
     before = bench.loss("test")
     counts = TokenCounts(bench, 0.6)
-    found = {variant: counts.measure(variant) for variant in ("B1", "B2", "B3", "B4", "B5")}
+    found = {variant: counts.measure(variant) for variant in VARIANTS}
     assert len({row["heads"] for row in found.values()}) == 1
     assert 1 < found["B1"]["heads"] < 8
-    assert len({row["test_loss"] for row in found.values()}) == 5
+    assert len({row["test_loss"] for row in found.values()}) == len(VARIANTS)
     assert bench.loss("test") == before == pytest.approx(found["B1"]["dense_loss"])
 
 
