@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from emp_callbacks.integrations.lightning import EMPCallback
     from emp_callbacks.integrations.torchmetrics import EffectiveNumber
     from emp_callbacks.layer import MissingEvidence
+    from emp_callbacks.layer.head_gates import HeadGates
     from emp_callbacks.pruning.pruner import EMPPruner
     from emp_callbacks.schedule import Ramp
     from emp_callbacks.shrinking import load_shrunk, pruned_units, shrink
@@ -37,6 +38,7 @@ _HOMES = {
     "EMPPruner": "pruning.pruner",
     "EMPTrainerCallback": "integrations.huggingface",
     "EffectiveNumber": "integrations.torchmetrics",
+    "HeadGates": "layer.head_gates",
     "MissingEvidence": "layer",
     "PruneEvent": "trajectory",
     "Trajectory": "trajectory",
@@ -63,6 +65,7 @@ __all__ = [
     "EMPPruner",
     "EMPTrainerCallback",
     "EffectiveNumber",
+    "HeadGates",
     "MissingEvidence",
     "PruneEvent",
     "Ramp",

@@ -11,7 +11,8 @@ from typing import Any, Literal
 from emp_callbacks.core.effective_number import check_beta
 from emp_callbacks.count_checks import check_counts, check_rewiring
 from emp_callbacks.criteria import DEFAULT_CRITERIA, ScoreFunction, criterion_name, make_criterion
-from emp_callbacks.criteria.output_norm import OutputNorm
+from emp_callbacks.criteria.output_norm import OutputNorm, check_unmasked
+from emp_callbacks.gate_checks import GATES_ALONE, check_gates
 from emp_callbacks.layer.mask_mode import MASK_MODES
 from emp_callbacks.schedule import Ramp, Schedule, check_count
 from emp_callbacks.setting_checks import check_choice, check_patterns, ends
@@ -91,6 +92,14 @@ class EMPConfig:
         gradient: What reaches the model through a pruned feature: "masked", nothing; "straight_through", the
             gradient of the output as if it were kept.
         rescale: Whether the kept features of a sample are multiplied by sum s / sum of the kept s if `dynamic`.
+        gates: Heads: learned gates on what they hand to the output projection, in place of masks while they learn:
+            "hard_concrete" (drawn, with a Lagrangian to the number that is to stay; Louizos et al., arXiv:1712.01312)
+            or "top_k" (the highest, straight through). They begin at the first refresh, move with every optimizer
+            step, and become an ordinary mask at the last one, by `stop` or where training ends. See `HeadGates`.
+        init: How gates begin: "emp", P(open) in proportion to the criterion's scores, so that N_eff (times beta, or
+            the density) are expected to be open; "open"; or attention -> P(open) of each of its heads, in (0, 1).
+        gate_lr: Learning rate of the gates, > 0, in units of log alpha per step of Adam.
+        gate_warmup: Optimizer steps over which the number of open gates moves to what is to stay, >= 0.
         positions: Where a batch says which of its positions count as evidence, so that padding does not: a key, looked
             up where the batch is a mapping that has it; or a function of the batch, in a recipe "module.function". It
             gives a mask of shape (B, T), nonzero where a position counts. None: all count.
@@ -130,6 +139,10 @@ class EMPConfig:
     choose: str = "top"
     gradient: str = "masked"
     rescale: bool = False
+    gates: str | None = None
+    init: str | Mapping[str, Sequence[float]] = "emp"
+    gate_lr: float = 0.1
+    gate_warmup: int = 100
     positions: PositionsSource | None = "attention_mask"
 
     def __post_init__(self) -> None:
@@ -159,6 +172,7 @@ class EMPConfig:
         _check_positions(self.positions)
         self._check_forward()
         self._check_combination()
+        check_gates(self)
 
     def _check_forward(self) -> None:
         form, plain = vars(self.feature_form), vars(FeatureForm())
@@ -173,12 +187,8 @@ class EMPConfig:
                 f"dynamic {self.target} are scored by {known!r} in the forward pass, not by {self.criterion_name!r}; "
                 "drop criterion, or use dynamic=False"
             )
-        by_norm = isinstance(make_criterion(self.criterion, self.target), OutputNorm)
-        if by_norm and not self.dynamic and self.mode == "feedback" and not self.observe_only:
-            raise ValueError(
-                "criterion 'output_norm' reads what heads add, which is nothing behind a mask, so that mode='feedback' "
-                "could bring none back: use mode='project' or 'freeze', dynamic=True, or another criterion"
-            )
+        if isinstance(make_criterion(self.criterion, self.target), OutputNorm):
+            check_unmasked(self)
 
     def _check_combination(self) -> None:
         """Raise where a setting means nothing for the target."""
@@ -274,6 +284,7 @@ class EMPConfig:
             "mode": "feedback" if in_forward else "project",
             "observe_only": False,
             "apply": "always",  # a finished model trains no more
+            **GATES_ALONE,
         }
         if target != self.target:
             plain |= {**dict.fromkeys(("criterion", "scope", "include", "exclude", "per")), "dynamic": False}

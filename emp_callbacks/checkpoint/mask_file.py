@@ -126,6 +126,7 @@ def read_masks(
             batches=batches,
             evidence=evidence,
             seed=seed,
+            gates=index.get("gates"),
         )
 
     digest, everything = on_all(backend, read)

@@ -37,6 +37,7 @@ class Found:
         batches: The optimizer steps whose gradients were gathered.
         evidence: What `Evidence.tensors()` returned.
         seed: `Criterion.seed` of the run; None where there is none.
+        gates: How learned gates stood, not yet checked; None where there are none.
     """
 
     clock: Clock
@@ -46,6 +47,7 @@ class Found:
     batches: list[int]
     evidence: dict[str, Tensor]
     seed: int | None = None
+    gates: Any = None
 
 
 def masked_weights(layers: Sequence[Layer]) -> list[MaskedWeight]:
@@ -272,6 +274,7 @@ def read_state(
         batches=batches,
         evidence=tensors,
         seed=read_seed(state),
+        gates=state.get("gates"),
     )
 
 

@@ -200,8 +200,8 @@ class EMPTrainerCallback(HostCallback, TrainerCallback):
         # The last step of an epoch may evaluate and save before the event that ends it.
         self._epoch_is_counted = is_last or float(state.epoch).is_integer()
         events = self.pruner.step(end_of_epoch=self._epoch_is_counted)
-        if not events and is_last and self.pruner.needs_closing_refresh:
-            events = self.pruner.close()
+        if is_last and self.pruner.needs_closing_refresh:
+            events = self.pruner.close() or events
         self._log(events, control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002

@@ -209,8 +209,8 @@ class EMPCallback(HostCallback, EvaluationHooks, *_callback_classes()):  # type:
         assert self.pruner is not None
         self._epoch_is_counted = bool(trainer.is_last_batch)
         events = self.pruner.step(end_of_epoch=self._epoch_is_counted)
-        if not events and self.pruner.needs_closing_refresh and is_last_step(trainer):
-            events = self.pruner.close()
+        if self.pruner.needs_closing_refresh and is_last_step(trainer):
+            events = self.pruner.close() or events
         if events:
             log(trainer, events, self._own_name)
         if (last := self.pruner.last_events) and trainer.progress_bar_callback is not None:

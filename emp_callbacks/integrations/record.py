@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
@@ -103,6 +104,8 @@ def log_values(events: Sequence[PruneEvent], name: str = "") -> dict[str, float]
             "tight_mass_bound": e.tight_mass_bound,
             "certified_loss_change": e.certificate.bound if e.certificate else None,
         }
+        if e.gates is not None:
+            measured |= {f"gates_{key}": value for key, value in asdict(e.gates).items()}
         if suffix:
             measured |= {"density": e.density, "n_eff_fraction": e.n_eff_fraction}
         values |= {f"{first}/{key}{suffix}": value for key, value in measured.items() if value is not None}

@@ -40,6 +40,7 @@ from emp_callbacks.targets.dynamic_heads import DynamicHeadSite, dynamic_head_si
 from emp_callbacks.targets.experts import stacked_experts
 from emp_callbacks.targets.features import FeatureSite, feature_sites
 from emp_callbacks.targets.forward_site import CountRule
+from emp_callbacks.targets.head_outputs import HeadOutputs
 from emp_callbacks.targets.names import matches
 
 DynamicSite = FeatureSite | EdgeSite | DynamicHeadSite
@@ -297,6 +298,11 @@ def _unit_targets(config: EMPConfig, backend: Backend) -> list[UnitTarget]:
             "this model's parameters, of a DeepSpeed engine pass the engine itself, or name modules in include"
         )
     return targets
+
+
+def gated_attentions(config: EMPConfig, backend: Backend) -> list[HeadOutputs]:
+    """Return where the outputs of the heads pass by that have gates, in the order of their layers."""
+    return [target.heads for target in _unit_targets(config, backend) if target.heads is not None]
 
 
 def _unit_layer(target: UnitTarget, segments: dict[int, Segment], criterion: Criterion, backend: Backend) -> UnitLayer:

@@ -23,10 +23,7 @@ from emp_callbacks.trajectory import PruneEvent, Trajectory
 
 _CALLS_WITHOUT_A_STEP = 100
 _SPARSE_ALREADY = 0.05
-REMEDY = (
-    "Call pruner.step() after every optimizer step, and step(end_of_epoch=True) or end_epoch() at an epoch's end; or "
-    "refresh earlier (start, every_n_steps, every_n_epochs)"
-)
+REMEDY = "Call pruner.step() after every optimizer step, and end_epoch() at an epoch's end; or refresh earlier (start)"
 
 
 @final
@@ -50,7 +47,7 @@ class PruningLoop:
     ) -> None:
         self._schedule, self._window = config.schedule, config.evidence_steps
         self._mode, self._backend, self._refresher, self._trajectory = mode, backend, refresher, trajectory
-        self._evidence = refresher.evidence
+        self._evidence, self._gating = refresher.evidence, refresher.gating
         self._averages: list[Average] = []
         self._keeps_found = config.density == "found"
         self._found: list[PruneEvent] = []  # rows of the masks that were made of the zeros, until training begins
@@ -73,6 +70,7 @@ class PruningLoop:
                 "copied",
             )
         self._count(self._backend.take_applied())
+        self._gating.follow()
         if end_of_epoch:
             self.clock.end_epoch()
         return self._refresh(self.clock.epochs - end_of_epoch, due=self._is_due)
@@ -104,6 +102,8 @@ class PruningLoop:
 
     def close(self) -> list[PruneEvent]:
         """Project what grew back since the last refresh; see `EMPPruner.close`. Collective."""
+        if self._gating.learns:
+            return self._refresh(self.clock.epochs, due=True, by_hand=True, last=True)
         if self._refresher.criterion.needs is None:
             return self.refresh()
         self.keeper.install_again()
@@ -112,9 +112,9 @@ class PruningLoop:
 
     @property
     def needs_closing_refresh(self) -> bool:
-        """Whether weights have moved away from the mask since the last refresh (only in `project`)."""
+        """Whether weights have moved away from the mask since the last refresh (only in `project`), or gates learn."""
         moved = self.clock.steps > self.clock.steps_at_refresh
-        return self._mode.name == "project" and bool(self._trajectory) and moved
+        return self._gating.learns or (self._mode.name == "project" and bool(self._trajectory) and moved)
 
     # ---- beginning and end ----------------------------------------------------------------------------------------
 
@@ -122,6 +122,7 @@ class PruningLoop:
         """Put the hooks on the optimizers, the gradients and the modules in place. Collective with density="found"."""
         self.keeper.attach()
         self._evidence.attach()
+        self._gating.attach()
         if self._keeps_found:
             self._found = self._refresher.run(0, 0, self._position, self.keeper.dense_owners())
             self._say_what_is_found()
@@ -138,6 +139,7 @@ class PruningLoop:
         """Take every hook off. Twice is once."""
         self.keeper.detach()
         self._evidence.detach()
+        self._gating.detach()
         for average in self._averages:
             average.detach()
 
@@ -160,6 +162,8 @@ class PruningLoop:
         for average in self._averages:
             average.restore(self._hidden.pop(0) if self._hidden else {})
         self._refresher.take_up(clock.last_position, pruned=bool(self._trajectory))
+        if self.keeper.attached:
+            self._gating.attach()
         self._observe_if_near()
 
     def take_masks(self) -> None:
@@ -230,6 +234,8 @@ class PruningLoop:
     def _count(self, applied: bool, *, called: bool = True) -> None:
         """Count an optimizer step, if there was one; say once that there never is, where a schedule waits for it."""
         self.clock.steps += applied
+        if applied:
+            self._gating.wait()
         self._calls = 0 if applied else self._calls + called
         self._say_if_sparse_already()
         if self._calls != _CALLS_WITHOUT_A_STEP or self._schedule.unit is None:
@@ -254,14 +260,15 @@ class PruningLoop:
                 "unreached",
             )
 
-    def _refresh(self, epoch: int, *, due: bool, by_hand: bool = False) -> list[PruneEvent]:
+    def _refresh(self, epoch: int, *, due: bool, by_hand: bool = False, last: bool = False) -> list[PruneEvent]:
         events: list[PruneEvent] = []
         late: MissingEvidence | None = None
         if due:
             self._follow()
             dense = self.keeper.dense_owners()
             try:
-                events = self._refresher.run(self.clock.steps, epoch, self._position, dense)
+                last = last or (self._schedule.unit is not None and self._schedule.next_after(self._position) is None)
+                events = self._refresher.run(self.clock.steps, epoch, self._position, dense, last=last)
             except MissingEvidence as error:
                 if by_hand:
                     raise
@@ -302,6 +309,7 @@ class PruningLoop:
     def _observe_if_near(self) -> None:
         """Gather evidence from now on if a refresh is near, else gather none."""
         near = self.keeper.attached and (self._is_due or self.clock.is_near_refresh(self._schedule, self._window))
+        near = near and self._gating.gates is None  # gates go by what they have learned
         self._evidence.observe(near, in_eval=self._schedule.unit is None)
 
     def _gradients_ready(self, owners: Collection[int], scale: Tensor | None) -> None:

@@ -43,7 +43,7 @@ class Persistence:
     ) -> None:
         self._config, self._mode, self._trajectory, self._backend = config, mode, trajectory, backend
         self._layers, self._weights, self._evidence = refresher.layers, refresher.weights, refresher.evidence
-        self._dynamic = refresher.dynamic
+        self._dynamic, self._gating = refresher.dynamic, refresher.gating
         # Both follow from torch's initial seed, so one number in a state is enough.
         self._drawing = [one for one in (refresher.criterion, refresher.growth) if one and one.seed is not None]
 
@@ -52,9 +52,11 @@ class Persistence:
         return [*(site for layer in self._layers for site in layer.sites), *self._dynamic]
 
     @property
-    def _seed(self) -> dict[str, int]:
+    def _own(self) -> dict[str, Any]:
+        """What the criterion's random numbers follow from, and the gates; {} where there are neither."""
         seeds = [one.seed for one in self._drawing if one.seed is not None]
-        return {"seed": seeds[-1]} if seeds else {}
+        gates = self._gating.record()
+        return {**({"seed": seeds[-1]} if seeds else {}), **({"gates": gates} if gates else {})}
 
     def state(self, clock: Clock, averages: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
         """Return this rank's state, or where one rank's answer is kept for all, that of all; see `state_dict`."""
@@ -63,7 +65,7 @@ class Persistence:
             self._evidence.share()
         state = pack_state(self._config, self._mode, self._layers, self._trajectory, clock)
         evidence = {"batches": [*self._evidence.batches], "tensors": self._evidence.tensors()}
-        state = {**state, **self._seed, "evidence": evidence, "averages": list(averages)}
+        state = {**state, **self._own, "evidence": evidence, "averages": list(averages)}
         if self._is_whole:
             return state
         state["part"] = [self._backend.rank, self._backend.world_size]
@@ -98,6 +100,7 @@ class Persistence:
         """Put a state back and return its clock; see `EMPPruner.load_state_dict`."""
         state = under_our_names(state, self._layers)
         found = read_state(state, self._config, self._mode, self._layers, self._sites)
+        self._gating.check(found.gates, self._layers)
         return self._put_back(found, self._trajectory.restore(found.trajectory))
 
     def save(self, folder: str | os.PathLike[str], clock: Clock) -> None:
@@ -105,12 +108,13 @@ class Persistence:
         self._evidence.share()
         state = describe(self._config, self._mode, self._layers, self._trajectory, clock)
         evidence = evidence_part(self._evidence.tensors(), self._layers)
-        state |= {**self._seed, "batches": self._evidence.batches}
+        state |= {**self._own, "batches": self._evidence.batches}
         save_masks(folder, state, self._weights, self._backend, evidence)
 
     def load(self, folder: str | os.PathLike[str], *, masks_only: bool = False) -> Clock:
         """Read what `save` wrote and return its clock; see `EMPPruner.load`. Collective."""
         found = read_masks(folder, self._config, self._mode, self._layers, self._sites, self._backend)
+        self._gating.check(found.gates, self._layers)  # rank 0's index, which all have read
         if masks_only:
             return self._put_back(found, "")
         is_first = self._backend.rank == 0
@@ -126,6 +130,7 @@ class Persistence:
         if found.seed is not None:
             for one in self._drawing:
                 one.seed = found.seed
+        self._gating.restore(found.gates, self._layers)
         self._backend.refresh_copies()
         self._evidence.restore(found.batches, found.evidence)
         if lost and self._backend.rank == 0:

@@ -92,7 +92,9 @@ class EMPPruner(Readings):
     # ---- the loop -------------------------------------------------------------------------------------------------
 
     def step(self, *, end_of_epoch: bool = False) -> list[PruneEvent]:
-        """Count one optimizer step and refresh the masks if the schedule says so. Collective when it refreshes.
+        """Count one optimizer step and refresh the masks if the schedule says so.
+
+        Collective when it refreshes, and after every optimizer step while gates learn.
 
         Args:
             end_of_epoch: Whether this was the last step of an epoch; needed for `every_n_epochs`.
@@ -154,9 +156,9 @@ class EMPPruner(Readings):
     def finalize(self) -> None:
         """Take every hook off; what was recorded stays here. Twice is once.
 
-        Masked weights stay masked. Features, dynamic heads and attention edges are masked by hooks, so from now on only
-        inside `masked_forward()`. In `project`, weights that grew back since the last refresh are projected by a closing
-        refresh. Collective.
+        Masked weights stay masked. Features, dynamic heads and attention edges are masked by hooks, so from now on
+        only inside `masked_forward()`. In `project`, weights that grew back since the last refresh are projected by a
+        closing refresh; gates that still learn become masks by one. Collective.
         """
         self._loop.finish(self.remedy)
         self.trajectory.close()
@@ -171,7 +173,7 @@ class EMPPruner(Readings):
         self.trajectory.close()
 
     def close(self) -> list[PruneEvent]:
-        """Project what grew back since the last refresh; return the rows of a refresh, if it took one. Collective.
+        """Project what grew back since the last refresh, or harden gates; return the rows, if any. Collective.
 
         A criterion that needs evidence has none outside its window: the last mask is put in place again.
         """
@@ -181,9 +183,9 @@ class EMPPruner(Readings):
     def masked_forward(self) -> Iterator[None]:
         """Inside the block the model is the masked one: for an evaluation.
 
-        Features, dynamic heads and attention edges are masked also after `finalize()`, except that apply="training" leaves features
-        dense in evaluation mode. Weights that something else wrote since the last step (averages swapped in for the
-        evaluation) are masked inside the block, and kept.
+        Features, dynamic heads and attention edges are masked also after `finalize()`, except that apply="training"
+        leaves features dense in evaluation mode. Weights that something else wrote since the last step (averages
+        swapped in for the evaluation) are masked inside the block, and kept.
         """
         self._refresher.evidence.attach()
         try:
@@ -205,8 +207,8 @@ class EMPPruner(Readings):
     def mask(self, model: nn.Module) -> MaskedCopy:
         """Mask another model of the same parameters now: an average, a merged adapter, an exported copy.
 
-        Weights are matched by name, wrappers left out. Features, dynamic heads and attention edges get hooks. As a context manager,
-        `with pruner.mask(model):`, it is masked inside the block only.
+        Weights are matched by name, wrappers left out. Features, dynamic heads and attention edges get hooks. As a
+        context manager, `with pruner.mask(model):`, it is masked inside the block only.
 
         Raises:
             ValueError: It lacks one of the masked weights, or has it in another shape; nothing was changed.

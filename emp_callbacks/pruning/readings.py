@@ -8,6 +8,7 @@ from torch import Tensor
 
 from emp_callbacks.backends import Backend
 from emp_callbacks.layer import Layer
+from emp_callbacks.layer.head_gates import HeadGates
 from emp_callbacks.layer.mask_mode import MaskMode
 from emp_callbacks.layer.masked_weight import MaskedWeight
 from emp_callbacks.pruning.audit import Audit, audit_masks
@@ -66,6 +67,11 @@ class Readings:
         return self._refresher.scores(self._keeper.dense_owners())
 
     @property
+    def gates(self) -> HeadGates | None:
+        """The learned gates of heads, with the setting `gates`; None before they begin at the first refresh."""
+        return self._refresher.gating.gates
+
+    @property
     def weight_masks(self) -> dict[str, Tensor]:
         """Parameter name -> bool mask of what is zeroed in it (False), like `masks` for weights; {} for features."""
         return {weight.name: weight.mask_or_ones.clone() for weight in self._weights}
@@ -95,7 +101,7 @@ class Readings:
 
     @property
     def needs_closing_refresh(self) -> bool:
-        """Whether weights have moved away from the mask since the last refresh (only in `project`)."""
+        """Whether weights have moved away from the mask since the last refresh (`project`), or gates learn."""
         return self._loop.needs_closing_refresh
 
     @property

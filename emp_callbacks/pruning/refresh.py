@@ -119,7 +119,7 @@ def _refresh_scored(
     regrowth: Regrowth | None,
 ) -> list[PruneEvent]:
     """Give every layer the mask that its scores decide, and return the rows; see `refresh_masks`. Collective."""
-    scored = _competing(layers, scores, criterion, mode, common["scope"], backend)
+    scored = competing(layers, scores, criterion, mode, common["scope"], backend)
     if rule.pattern is not None and mode.keeps_pruned:
         scored = [_frozen(one, layer) for one, layer in zip(scored, layers, strict=True)]
     if regrowth is None:
@@ -147,7 +147,7 @@ def _refresh_scored(
     return [prune_event(decision, scored, counts, certificates, common) for decision in decisions]
 
 
-def _competing(
+def competing(
     layers: Sequence[Layer],
     scores: Sequence[Tensor],
     criterion: Criterion,
@@ -193,7 +193,7 @@ def selections_of(
         raise nothing[0]
     pairs = [(layer, scores) for layer, scores in zip(layers, found, strict=True) if isinstance(scores, Tensor)]
     known = [layer for layer, _ in pairs]
-    scored = _competing(known, [scores for _, scores in pairs], criterion, mode, scope, backend)
+    scored = competing(known, [scores for _, scores in pairs], criterion, mode, scope, backend)
     n = sum(layer.span.size for layer in layers)
 
     def select(rule: KeepRule) -> Selection:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import final
@@ -15,7 +15,6 @@ from emp_callbacks.backends import Backend
 from emp_callbacks.checkpoint.state import masked_weights
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.core.group_pattern import GroupPattern
-from emp_callbacks.core.shares import erk_factor, layer_densities
 from emp_callbacks.criteria import make_criterion
 from emp_callbacks.criteria.random import Random
 from emp_callbacks.criteria.saliency import Saliency
@@ -32,7 +31,9 @@ from emp_callbacks.pruning.assembly import (
     find_left_out,
 )
 from emp_callbacks.pruning.evidence import Evidence
+from emp_callbacks.pruning.gating import Gating
 from emp_callbacks.pruning.groups import KeepRule
+from emp_callbacks.pruning.layer_shares import check_shares_named, shared_density
 from emp_callbacks.pruning.refresh import Selection, refresh_dynamic, refresh_masks, scores_of, selections_of
 from emp_callbacks.pruning.regrowth import Regrowth
 from emp_callbacks.pruning.signatures import signatures_of, warn_the_user
@@ -59,6 +60,7 @@ class Refresher:
         weights: The masked parameters of the layers, in order; empty where modules' outputs are masked.
         dynamic: Where samples or query rows make their own; empty otherwise.
         evidence: What the criterion needs besides the weights.
+        gating: Learned gates, where the settings ask for them.
 
     Raises:
         ValueError: The settings select nothing, or what the criterion cannot score.
@@ -70,12 +72,13 @@ class Refresher:
         self.layers: list[Layer] = []
         self.dynamic: list[DynamicSite] = []
         self.growth = _growth(config)
+        self.gating = Gating(config, backend)
         self._rule = KeepRule(beta=config.beta_at(0))
         if config.is_dynamic:
             self.dynamic = find_dynamic_sites(config, self.criterion, backend, self._count)
         else:
             self.layers = find_layers(config, self.criterion, backend)
-            _check_named(config.shares, self.layers)
+            check_shares_named(config.shares, self.layers)
             check_not_frozen(self.layers, backend, self.criterion, self.growth)
         self._rule = self._rule_at(0)
         self.weights = masked_weights(self.layers)
@@ -95,6 +98,8 @@ class Refresher:
         date.
         """
         config, backend = self._config, self._backend
+        if self.gating.gates is not None:  # they are of the heads that there were
+            return ""
         try:
             chosen = [id(parameter) for parameter in chosen_parameters(config, backend)]
             if chosen == self._chosen:
@@ -161,7 +166,9 @@ class Refresher:
         return sorted(new | (gone & stood_in_for.union(names.values())))
 
     @torch.no_grad()
-    def run(self, step: int, epoch: int, position: int, dense_owners: AbstractContextManager[None]) -> list[PruneEvent]:
+    def run(
+        self, step: int, epoch: int, position: int, dense_owners: AbstractContextManager[None], *, last: bool = False
+    ) -> list[PruneEvent]:
         """Recompute every mask and return the rows. Collective.
 
         Args:
@@ -169,6 +176,7 @@ class Refresher:
             epoch: Epoch of the step, for the rows.
             position: Where the run stands in the schedule's unit; decides beta.
             dense_owners: Inside it, what the optimizer updates holds the dense values.
+            last: Whether gates that have begun become masks.
 
         Raises:
             FloatingPointError: A score is NaN or Inf; no mask was changed.
@@ -191,12 +199,16 @@ class Refresher:
             self.criterion.batches = self.evidence.gathered()
             regrowth = self._regrowth_at(position, step)
             with dense_owners:
-                events = refresh_masks(
-                    self.layers, self.criterion, rule, self._mode, self._backend, common,
-                    certified=config.certify, regrowth=regrowth,
-                )  # fmt: skip
+                scored = self.layers, self.criterion, rule, self._mode
+                if config.gates is not None:
+                    events = self.gating.refresh(*scored, common, last=last)
+                else:
+                    events = refresh_masks(
+                        *scored, self._backend, common, certified=config.certify, regrowth=regrowth
+                    )  # fmt: skip
             self._backend.refresh_copies()
-            self._count_kept(events)
+            if not self.gating.learns:
+                self._count_kept(events)
         self._rule = rule
         seconds = time.perf_counter() - started
         events = [replace(event, seconds=seconds) for event in events]
@@ -212,7 +224,8 @@ class Refresher:
             )
         self.criterion.batches = self.evidence.gathered()
         with dense_owners:
-            found = dict(zip(self.layers, scores_of(self.layers, self.criterion, self._backend), strict=True))
+            criterion = self.gating.criterion or self.criterion
+            found = dict(zip(self.layers, scores_of(self.layers, criterion, self._backend), strict=True))
             if all(isinstance(scores, MissingEvidence) for scores in found.values()):
                 raise next(error for error in found.values() if isinstance(error, MissingEvidence))
             return {layer.name: s.detach().abs() for layer, s in found.items() if isinstance(s, Tensor)}
@@ -300,7 +313,7 @@ class Refresher:
             pattern = GroupPattern.parse(config.pattern)
             return KeepRule(density=pattern.density, pattern=pattern)
         if density is not None and config.shares != "uniform":
-            rule = replace(rule, densities=_shared(density, config.shares, self.layers))
+            rule = replace(rule, densities=shared_density(density, config.shares, self.layers))
         # Of weights there are so many that neither guard matters.
         few = config.target != "weights"
         if not few:
@@ -331,20 +344,3 @@ def _growth(config: EMPConfig) -> Saliency | Random | None:
     if config.mode != "rewire" or config.observe_only:
         return None
     return Saliency() if config.grow == "gradient" else Random()
-
-
-def _check_named(shares: str | Mapping[str, float], layers: Sequence[Layer]) -> None:
-    """Raise ValueError where shares by name leave out a layer, or name one that there is not."""
-    names = {layer.name for layer in layers}
-    if isinstance(shares, Mapping) and shares.keys() != names:
-        raise ValueError(f"shares must name each pruned layer once; not in both: {few(sorted(shares.keys() ^ names))}")
-
-
-def _shared(density: float, shares: str | Mapping[str, float], layers: Sequence[Layer]) -> dict[str, float]:
-    """Return the density of each layer, by name; of layers that came later than the shares, none."""
-    named = [layer for layer in layers if not isinstance(shares, Mapping) or layer.name in shares]
-    spans = [layer.span for layer in named]
-    of_shape = [erk_factor(span.shape[int(span.stacked) :]) for span in spans]  # of experts: of one matrix
-    factors = [shares[span.name] for span in spans] if isinstance(shares, Mapping) else of_shape
-    sizes = [span.size for span in spans]
-    return dict(zip([span.name for span in spans], layer_densities(sizes, factors, density), strict=True))

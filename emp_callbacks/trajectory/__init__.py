@@ -1,6 +1,6 @@
 """The rows of a run: one PruneEvent per refresh and group, in memory and as JSON lines."""
 
-from emp_callbacks.trajectory.events import Certificate, LayerStats, PruneEvent
+from emp_callbacks.trajectory.events import Certificate, GateStats, LayerStats, PruneEvent
 from emp_callbacks.trajectory.held_rows import check_state
 from emp_callbacks.trajectory.places import trajectory_file
 from emp_callbacks.trajectory.rows import Trajectory
@@ -8,6 +8,7 @@ from emp_callbacks.trajectory.tables import certificate_cells, certified_loss_ch
 
 __all__ = [
     "Certificate",
+    "GateStats",
     "LayerStats",
     "PruneEvent",
     "Trajectory",

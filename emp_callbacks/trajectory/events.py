@@ -77,6 +77,23 @@ class LayerStats:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GateStats:
+    """How the learned gates of a group's heads stand.
+
+    Attributes:
+        open: Gates that are open rather than closed, P(open) > 1/2.
+        expected: Expected number of open gates, the sum of P(open).
+        target: How many are to be open by now.
+        entropy: Mean over gates of how undecided they are, in bits: 0 where each is always open or never.
+    """
+
+    open: int
+    expected: float
+    target: float
+    entropy: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class PruneEvent:
     """One refresh of one group: a row of the trajectory.
 
@@ -105,6 +122,7 @@ class PruneEvent:
         note: What was out of the ordinary; empty if nothing.
         layers: Every layer of the group.
         certificate: With `certify=True` and a criterion that speaks of the loss: of the whole group; else None.
+        gates: With `gates`: how they stand; `keep` and `density` then count what is open when hardened. Else None.
     """
 
     step: int
@@ -129,6 +147,7 @@ class PruneEvent:
     layers: tuple[LayerStats, ...]
     tight_mass_bound: float | None = None
     certificate: Certificate | None = None
+    gates: GateStats | None = None
 
     def record(self) -> dict[str, Any]:
         """Return the row as plain JSON types."""
@@ -142,7 +161,8 @@ class PruneEvent:
             KeyError, TypeError: It is none.
         """
         layers = tuple(LayerStats.from_record(layer) for layer in record["layers"])
-        return cls(**{**record, "layers": layers, "certificate": _certificate(record)})
+        gates = None if record.get("gates") is None else GateStats(**record["gates"])
+        return cls(**{**record, "layers": layers, "certificate": _certificate(record), "gates": gates})
 
 
 def _certificate(record: dict[str, Any]) -> Certificate | None:
@@ -154,7 +174,7 @@ _KINDS: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (i
 _FIELDS: dict[type, list[tuple[str, tuple[type, ...]]]] = {}
 
 
-def check_types(row: Certificate | LayerStats | PruneEvent) -> None:
+def check_types(row: Certificate | GateStats | LayerStats | PruneEvent) -> None:
     """Raise TypeError unless a row's numbers are numbers and its words are words, down to its certificates."""
     if type(row) not in _FIELDS:
         kinds = [(f.name, [_KINDS.get(kind, (object,)) for kind in str(f.type).split(" | ")]) for f in fields(row)]
@@ -164,5 +184,5 @@ def check_types(row: Certificate | LayerStats | PruneEvent) -> None:
         if not isinstance(value, allowed) or (isinstance(value, bool) and object not in allowed):
             raise TypeError(f"{name} is {value!r}")
         for part in value if isinstance(value, tuple) else [value]:
-            if isinstance(part, (Certificate, LayerStats)):
+            if isinstance(part, (Certificate, GateStats, LayerStats)):
                 check_types(part)

@@ -15,6 +15,7 @@ from emp_callbacks.layer import WeightLayer
 from emp_callbacks.layer.mask_mode import MASK_MODES
 from emp_callbacks.layer.segment import Segment
 from emp_callbacks.pruning.evidence import Evidence
+from emp_callbacks.pruning.gating import Gating
 from emp_callbacks.pruning.persistence import Persistence
 from emp_callbacks.schedule import Clock
 from emp_callbacks.trajectory import Trajectory
@@ -142,8 +143,9 @@ def some_rows():
 def persistence(layers, rows, backend):
     criterion, weights = make_criterion("magnitude", "weights"), masked_weights(layers)
     evidence = Evidence(layers, [], criterion, backend)
+    gating = Gating(EMPConfig(), backend)
     parts = SimpleNamespace(
-        layers=layers, weights=weights, dynamic=[], criterion=criterion, growth=None, evidence=evidence
+        layers=layers, weights=weights, dynamic=[], criterion=criterion, growth=None, evidence=evidence, gating=gating
     )
     return Persistence(EMPConfig(), MASK_MODES["feedback"](), parts, rows, backend)
 

@@ -53,12 +53,17 @@ ADAPTERS = {
     "adapters-found": {"include": ["*qkv.base_layer.weight"], "mode": "freeze", "density": "found"},
     "adapters-heads": {"target": "heads", "beta": 0.8, "include": ["*attn"]},
 }
-TORCH_SETTINGS = SETTINGS | ADAPTERS
+# DeepSpeed's engine scales the loss by itself.
+GATES = {
+    "heads-gates": {"target": "heads", "criterion": "taylor", "gates": "hard_concrete", "gate_warmup": 2, "beta": 0.8},
+    "heads-gates-top_k": {"target": "heads", "gates": "top_k", "init": "open", "gate_warmup": 2, "density": 0.6},
+}
+TORCH_SETTINGS = SETTINGS | ADAPTERS | GATES
 # Every setting runs on two ranks or on three; every target, mode and kind of evidence meets both.
 ON_BOTH = {"edges", "features-dynamic"}
 ON_THREE = ON_BOTH | {
     "weights-taylor", "weights-rewire-random", "weights-wanda-pattern", "heads-activation", "neurons-taylor",
-    "neurons-saliency", "features-mean", "experts-global", "experts-wanda-row", "adapters-heads",
+    "neurons-saliency", "features-mean", "heads-gates-top_k", "experts-global", "experts-wanda-row", "adapters-heads",
 }  # fmt: skip
 TORCH_WAYS = ("ddp", "fsdp2", "fsdp1")
 # Stages 1 and 2 hold weights alike: each has every second setting.
@@ -120,6 +125,8 @@ def train(rank, world_size, way, name, folder=None):
     """Train with torch's own strategies, in double precision: far from any tie."""
     model = wrap(way, make_model(torch.float64, name))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    if name in GATES:
+        torch.manual_seed(rank)  # each rank draws other numbers, of dropout for one: gates do not
     pruner = EMPPruner(model, optimizer, every_n_steps=EVERY, evidence_steps=2, **TORCH_SETTINGS[name])
     losses = []
     for step in range(STEPS):
@@ -136,6 +143,8 @@ def train(rank, world_size, way, name, folder=None):
         if step == 4 and folder:  # in the middle of a window: what was gathered comes back, wherever it lies
             pruner.save(f"{folder}/{way}-{name}")
             pruner.load(f"{folder}/{way}-{name}")
+    if pruner.needs_closing_refresh and name in GATES:
+        pruner.close()
     return closing(pruner, losses)
 
 
@@ -214,7 +223,8 @@ def alone(name):
 def test_torch_strategies_give_the_masks_of_one_process(world_size, way, name, ranks):
     expected = alone(name)
     assert any(keep < n for _, n, keep, *_ in expected["rows"]), "a mask that keeps all compares nothing"
-    in_single_precision = any(word in name for word in ("activation", "wanda", "experts"))  # a router's softmax, too
+    # a router's softmax, too
+    in_single_precision = any(word in name for word in ("activation", "wanda", "experts", "gates"))
     for result in ranks(on_torch, world_size):
         compare(result[way, name], expected, 1e-5 if in_single_precision else 1e-9)
 

@@ -1,0 +1,250 @@
+"""Learned gates on attention heads: what each head hands to its output projection, times a number that trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from emp_callbacks.core.hard_concrete import (
+    OPEN,
+    binary_entropy,
+    hard_concrete,
+    log_alpha_of,
+    open_probability,
+    proportional_probabilities,
+)
+from emp_callbacks.targets.compiled_site import let_compiled_code_see_hooks
+from emp_callbacks.targets.head_outputs import HeadOutputs
+from emp_callbacks.trajectory import GateStats
+
+Kind = Literal["hard_concrete", "top_k"]
+KINDS = ("hard_concrete", "top_k")
+_MOST = 10.0  # |log alpha|: beyond it a gate is as good as fixed
+_SMALLEST = 1e-6
+
+
+@dataclass(frozen=True)
+class GateGroup:
+    """Heads that compete for open gates.
+
+    Attributes:
+        name: "global", or of the attention.
+        heads: Their places among all heads, shape (n,), int64.
+        keep: How many are to stay in the end.
+        first: How many were expected to be open when the gates began.
+    """
+
+    name: str
+    heads: Tensor
+    keep: int
+    first: float
+
+    def target(self, progress: float) -> float:
+        """Return how many are to be open when a share of the warm-up is over."""
+        return self.first + (self.keep - self.first) * min(progress, 1.0)
+
+
+class HeadGates:
+    """Gates of all heads that compete, on the input of the output projections.
+
+    "hard_concrete": in training mode a gate is drawn anew for each optimizer step, alike in all its forward passes and
+    on all ranks, from the hard concrete distribution (Louizos et al., arXiv:1712.01312; of heads, Voita et al.,
+    arXiv:1905.09418). "top_k": the highest are open and the rest closed; the gradient of a gate passes to its score
+    unchanged (straight through; as a choice of heads, Li et al., TACL 2021). In evaluation mode both are hardened: as
+    many as are to be open at this time are exactly 1, the others 0.
+
+    A small gate is no unimportant head: what its head adds may be large. Nothing here reads a gate's size as that.
+
+    Args:
+        attentions: Where the gates are.
+        kind: "hard_concrete" or "top_k".
+        least: Heads of each attention that stay open in any case.
+        warmup: Optimizer steps over which the number of open gates moves to what it is to be in the end.
+        seed: Of the draws, the same on all ranks.
+
+    Attributes:
+        log_alpha: The parameter, shape (N,), float32: of all heads in the order of the attentions. "hard_concrete": the
+            location of each gate's distribution. "top_k": its score.
+        steps: Optimizer steps that the gates have learned in.
+    """
+
+    def __init__(self, attentions: Sequence[HeadOutputs], kind: Kind, *, least: int, warmup: int, seed: int) -> None:
+        self.attentions, self.kind, self.least, self.warmup, self.seed = list(attentions), kind, least, warmup, seed
+        sizes = [attention.units for attention in attentions]
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        self.parts = {one.name: slice(s, s + one.units) for one, s in zip(attentions, starts, strict=True)}
+        device = next(attentions[0].projection.parameters()).device
+        self.log_alpha = nn.Parameter(torch.full((sum(sizes),), OPEN, device=device))
+        self.groups: list[GateGroup] = []
+        self.steps = 0
+        self._uniform = torch.full_like(self.log_alpha, 0.5, requires_grad=False)
+        self._hard = torch.ones_like(self._uniform)
+        self._handles: list[RemovableHandle] = []
+
+    # ---- beginning ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def begin(self, keep: Mapping[str, int], probabilities: Mapping[str, Tensor] | None) -> None:
+        """Say how many gates are to be open in the end, and how they begin.
+
+        Args:
+            keep: Group -> count: "global", or attention -> count.
+            probabilities: Attention -> P(open) of its heads, shape (units,); of "top_k" their logs are the scores.
+                None: all open.
+        """
+        if probabilities is not None:
+            flat = torch.cat([probabilities[name].double().cpu() for name in self.parts])
+            hard = self.kind == "hard_concrete"
+            start = log_alpha_of(flat) if hard else torch.log(flat.clamp(min=_SMALLEST) / flat.mean())
+            self.log_alpha.copy_(start.to(self.log_alpha))
+        elif self.kind == "top_k":
+            self.log_alpha.zero_()
+        for name, count in keep.items():
+            heads = self._heads_of(name)
+            drawn = float(self._probabilities()[heads].sum())
+            chosen = float(len(heads) if probabilities is None else count)
+            self.groups.append(GateGroup(name, heads, count, drawn if self.kind == "hard_concrete" else chosen))
+        self.renew()
+
+    @torch.no_grad()
+    def resume(self, log_alpha: Tensor, groups: Mapping[str, Sequence[float]], steps: int) -> None:
+        """Stand where gates stood that had learned in so many steps.
+
+        Args:
+            log_alpha: Shape (N,).
+            groups: Group -> its `keep` and `first`.
+            steps: Optimizer steps.
+        """
+        self.log_alpha.copy_(log_alpha.to(self.log_alpha))
+        self.groups = [GateGroup(name, self._heads_of(name), int(k), first) for name, (k, first) in groups.items()]
+        self.steps = steps
+        self.renew()
+
+    def _heads_of(self, group: str) -> Tensor:
+        everywhere = torch.arange(len(self.log_alpha))
+        return everywhere if group == "global" else everywhere[self.parts[group]]
+
+    @torch.no_grad()
+    def renew(self) -> None:
+        """Draw the gates of the next optimizer step, and choose which are open where they are hardened."""
+        self.log_alpha.clamp_(-_MOST, _MOST)
+        drawn = torch.rand(len(self.log_alpha), generator=torch.Generator().manual_seed(self.seed + self.steps))
+        self._uniform.copy_(drawn.clamp(_SMALLEST, 1.0 - _SMALLEST))
+        hard = torch.zeros(len(self.log_alpha))
+        for group in self.groups:
+            hard[group.heads[self._highest(group)]] = 1.0
+        self._hard.copy_(hard)
+
+    def _highest(self, group: GateGroup) -> Tensor:
+        """Return which heads of a group are open when hardened: ties go to the first, each attention keeps `least`."""
+        scores = self.scores()[group.heads]
+        for part in self.parts.values() if group.name == "global" and self.least else ():
+            best = scores[part].sort(descending=True, stable=True).indices[: self.least]
+            scores[part.start + best] = torch.inf
+        lifted = int(torch.isinf(scores).sum())
+        return scores.sort(descending=True, stable=True).indices[: max(self.count(group), lifted)]
+
+    # ---- what passes ----------------------------------------------------------------------------------------------
+
+    def attach(self) -> None:
+        """Put the gates in place. Twice is once."""
+        if self._handles:
+            return
+        let_compiled_code_see_hooks()
+        for attention in self.attentions:
+            change: Callable[[Tensor], Tensor] = partial(self._gated, attention, self.parts[attention.name])
+            self._handles += attention.register(change)
+
+    def detach(self) -> None:
+        """Take the gates off: the model is as it was before `attach`."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_handles": []}  # a copy of the model has copies of the hooks
+
+    def _gated(self, attention: HeadOutputs, part: slice, values: Tensor) -> Tensor:
+        return values * attention.spread(self.gate(part, attention.projection.training).to(values), values)
+
+    def gate(self, part: slice, training: bool) -> Tensor:
+        """Return the gates of some heads as a forward pass in this mode applies them, float32, shape (units,)."""
+        if not training:
+            return self._hard[part]
+        log_alpha = self.log_alpha[part]
+        if self.kind == "top_k":
+            return self._hard[part] + (log_alpha - log_alpha.detach())
+        return hard_concrete(log_alpha, self._uniform[part])
+
+    # ---- what they say --------------------------------------------------------------------------------------------
+
+    def _probabilities(self) -> Tensor:
+        return open_probability(self.log_alpha.detach().double().cpu())
+
+    def scores(self) -> Tensor:
+        """Return by what gates are chosen, shape (N,), float64, on the CPU: P(open), of "top_k" the score's sigmoid."""
+        if self.kind == "hard_concrete":
+            return self._probabilities()
+        return torch.sigmoid(self.log_alpha.detach().double().cpu())
+
+    def count(self, group: GateGroup) -> int:
+        """Return how many gates of a group are open now where they are hardened: at the end of the warm-up `keep`."""
+        return max(round(group.target(self.progress)), 1) if self.progress < 1.0 else group.keep
+
+    @property
+    def progress(self) -> float:
+        """Share of the warm-up that is over, in [0, 1]."""
+        return min(self.steps / self.warmup, 1.0) if self.warmup else 1.0
+
+    @property
+    def probabilities(self) -> dict[str, Tensor]:
+        """Attention -> P(open) of its heads, shape (units,), float64; of "top_k", which draws nothing, 1 or 0."""
+        found = self._probabilities() if self.kind == "hard_concrete" else self._hard.double().cpu()
+        return {name: found[part].clone() for name, part in self.parts.items()}
+
+    @property
+    def hardened(self) -> dict[str, Tensor]:
+        """Attention -> which heads are open when hardened now, shape (units,), bool."""
+        return {name: (self._hard[part] > 0).cpu() for name, part in self.parts.items()}
+
+    def stats(self, group: GateGroup) -> GateStats:
+        """Return how the gates of a group stand."""
+        found = torch.cat([*self.probabilities.values()])[group.heads]
+        entropy = float(binary_entropy(found).mean())
+        return GateStats(
+            open=int((found > 0.5).sum()),
+            expected=float(found.sum()),
+            target=group.target(self.progress),
+            entropy=entropy,
+        )
+
+    @property
+    def open(self) -> int:
+        """Number of gates that are open rather than closed: P(open) > 1/2."""
+        return sum(self.stats(group).open for group in self.groups)
+
+    @property
+    def expected(self) -> float:
+        """Expected number of open gates: the sum of P(open)."""
+        return sum(self.stats(group).expected for group in self.groups)
+
+    @property
+    def entropy(self) -> float:
+        """Mean over gates of how undecided they are, in bits: 0 where each is always open or never."""
+        return sum(self.stats(g).entropy * len(g.heads) for g in self.groups) / len(self.log_alpha)
+
+
+def first_probabilities(scores: Mapping[str, Tensor], expected: float) -> dict[str, Tensor]:
+    """Return P(open) of the heads of some attentions in proportion to their scores; see `proportional_probabilities`.
+
+    Args:
+        scores: Attention -> scores of its heads, shape (units,), >= 0.
+        expected: Number of open gates over all of them.
+    """
+    found = proportional_probabilities(torch.cat([one.detach().cpu() for one in scores.values()]), expected)
+    return dict(zip(scores, torch.split(found, [len(one) for one in scores.values()]), strict=True))
