@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from emp_callbacks.criteria import make_criterion
-from emp_callbacks.criteria.output_norm import OutputNorm
+from emp_callbacks.criteria.output_norm import OutputNorm, check_unmasked
 from emp_callbacks.targets.feature_form import FeatureForm
 
 DYNAMIC_CRITERIA = {"features": "activation", "heads": "output_norm"}
@@ -26,9 +26,5 @@ def check_forward(config: Any) -> None:
             f"dynamic {config.target} are scored by {known!r} in the forward pass, not by {config.criterion_name!r}; "
             "drop criterion, or use dynamic=False"
         )
-    by_norm = isinstance(make_criterion(config.criterion, config.target), OutputNorm)
-    if by_norm and not config.dynamic and config.mode == "feedback" and not config.observe_only:
-        raise ValueError(
-            "criterion 'output_norm' reads what heads add, which is nothing behind a mask, so that mode='feedback' "
-            "could bring none back: use mode='project' or 'freeze', dynamic=True, or another criterion"
-        )
+    if isinstance(make_criterion(config.criterion, config.target), OutputNorm):
+        check_unmasked(config)

@@ -1,6 +1,6 @@
 """Score = mean ||o_h W_h||."""
 
-from typing import final
+from typing import Any, final
 
 from torch import Tensor
 
@@ -29,3 +29,13 @@ class OutputNorm(Criterion):
 
     def score(self, layer: Layer) -> Tensor:
         return self.evidence(layer)
+
+
+def check_unmasked(config: Any) -> None:
+    """Raise ValueError where this criterion would score heads behind the masks of an EMPConfig."""
+    masks = config.gates is None and not (config.dynamic or config.observe_only)
+    if masks and config.mode == "feedback":
+        raise ValueError(
+            "criterion 'output_norm' reads what heads add, which is nothing behind a mask, so that mode='feedback' "
+            "could bring none back: use mode='project' or 'freeze', dynamic=True, or another criterion"
+        )

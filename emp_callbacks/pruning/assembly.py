@@ -76,7 +76,8 @@ def find_dynamic_sites(config: EMPConfig, criterion: Criterion, backend: Backend
         form = config.feature_form
         return [*feature_sites(backend.module, config.include, config.exclude, form, "activation", rule)]
     if config.target == "heads":
-        return [*dynamic_head_sites(UNIT_TARGETS["heads"](*_rules(config, backend)), config.feature_form.per, rule)]
+        targets = UNIT_TARGETS["heads"](*_rules(config, backend))
+        return [*dynamic_head_sites(backend.module, targets, config.feature_form.per, rule)]
     return [*edge_sites(backend.module, config.include, config.exclude, EDGE_SCORES[type(criterion)], rule)]
 
 

@@ -152,10 +152,13 @@ def _flat(positions: Tensor, rows: Tensor) -> Tensor:
     return flat.repeat_interleave(len(rows) // len(flat))
 
 
-def dynamic_head_sites(targets: Sequence[UnitTarget], per: str, rule: CountRule) -> list[DynamicHeadSite]:
+def dynamic_head_sites(
+    model: nn.Module, targets: Sequence[UnitTarget], per: str, rule: CountRule
+) -> list[DynamicHeadSite]:
     """Return one site, not yet attached, for each attention.
 
     Args:
+        model: The model.
         targets: The attentions, as `attention_heads` finds them.
         per: "token" or "sample", see `DynamicHeadSite`.
         rule: Keep counts of a token or a sample.
@@ -174,18 +177,18 @@ def dynamic_head_sites(targets: Sequence[UnitTarget], per: str, rule: CountRule)
     for outputs in found:
         check_has_columns(outputs)
     if per == "sample":
-        _check_samples(found)
+        _check_samples(model, found)
     return [DynamicHeadSite(outputs, per, rule) for outputs in found]
 
 
-def _check_samples(found: Sequence[HeadOutputs]) -> None:
-    # A cross-attention says nothing of its own queries: those of a block that attends causally, too, are causal.
-    causal = {_block(outputs.name) for outputs in found if _is_causal(outputs.module)}
+def _check_samples(model: nn.Module, found: Sequence[HeadOutputs]) -> None:
     for outputs in found:
-        if _block(outputs.name) in causal:
+        # A cross-attention does not say whose queries it has: beside a causal attention they are its block's.
+        blocks = [module for module in model.modules() if outputs.module in module._modules.values()]
+        if any(map(_is_causal, [outputs.module, *blocks])):
             raise ValueError(
                 f"per='sample' lets the choice of a token depend on later ones, and {outputs.name!r} "
-                f"({type(outputs.module).__name__}) is causal: use per='token'"
+                f"({type(outputs.module).__name__}) is causal, or beside one that is: use per='token'"
             )
         if not outputs.is_called:
             raise ValueError(
@@ -194,12 +197,8 @@ def _check_samples(found: Sequence[HeadOutputs]) -> None:
             )
 
 
-def _block(name: str) -> str:
-    return name.rpartition(".")[0]
-
-
 def _is_causal(module: nn.Module) -> bool:
-    """Return whether an attention says that its tokens see no later ones: by attribute, its config, or its name."""
+    """Return whether an attention, or one in it, says by attribute, config or class that tokens see no later ones."""
     for part in module.modules():
         stated = [getattr(part, name, None) for name in ("is_causal", "causal", "is_decoder")]
         stated.append(getattr(getattr(part, "config", None), "is_decoder", None))

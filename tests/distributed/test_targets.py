@@ -223,8 +223,8 @@ def alone(name):
 def test_torch_strategies_give_the_masks_of_one_process(world_size, way, name, ranks):
     expected = alone(name)
     assert any(keep < n for _, n, keep, *_ in expected["rows"]), "a mask that keeps all compares nothing"
-    single = ("activation", "wanda", "experts", "gates")  # a router's softmax, too
-    in_single_precision = any(word in name for word in single)
+    # a router's softmax, too
+    in_single_precision = any(word in name for word in ("activation", "wanda", "experts", "gates"))
     for result in ranks(on_torch, world_size):
         compare(result[way, name], expected, 1e-5 if in_single_precision else 1e-9)
 
