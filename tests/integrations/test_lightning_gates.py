@@ -120,4 +120,4 @@ def test_a_test_of_such_a_checkpoint_sees_the_hardened_gates(whole):
             module.get_submodule(name).proj.weight[:, torch.tensor(closed).repeat_interleave(4)] = 0.0
         losses = [nn.functional.cross_entropy(module.eval().net(x), y) for x, y in data()]
     assert tested([gates()]) == pytest.approx(float(torch.stack(losses).mean()), abs=1e-6)
-    assert tested([]) != pytest.approx(float(torch.stack(losses).mean()), abs=1e-4), "the weights alone are dense"
+    assert tested([]) != pytest.approx(float(torch.stack(losses).mean()), abs=1e-5), "the weights alone are dense"
