@@ -107,7 +107,7 @@ ARMS: dict[str, Arm] = {
     ),
     "one_shot_erk": _once("the dense run, pruned once, layers by Erdos-Renyi-Kernel (small layers keep more)", **_ERK),
     "one_shot_dynamic": _once(
-        "features: the dense run; afterwards each sample keeps its own N_eff features", "own", dynamic=True
+        "features, heads: the dense run; afterwards each sample or token keeps its own N_eff", "own", dynamic=True
     ),
     "one_shot_finetune": Arm(
         summary="dense until the healing begins, then pruned once and trained on, as many steps in all",
@@ -128,7 +128,7 @@ ARMS: dict[str, Arm] = {
     ),
     "training_freeze": _training("EMP during training; pruned weights stay zero for good", "floor", mode="freeze"),
     "training_dynamic": Arm(
-        summary="features: during training each sample keeps its own N_eff features",
+        summary="features, heads: during training each sample or token keeps its own N_eff",
         settings=MappingProxyType({"mode": "feedback", "dynamic": True}),
         density="own",
         once="one_shot_dynamic",

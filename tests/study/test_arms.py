@@ -25,7 +25,7 @@ def test_a_recipe_with_learned_gates_has_no_arms_but_a_dense_model():
     ("target", "missing"),
     [
         ("weights", {"one_shot_dynamic", "training_dynamic"}),
-        ("heads", {"one_shot_dynamic", "training_dynamic", "fixed_magnitude"}),
+        ("heads", {"fixed_magnitude"}),
         ("features", {"training_project", "fixed_magnitude"}),
         (
             "attention_edges",
