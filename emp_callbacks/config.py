@@ -11,7 +11,7 @@ from typing import Any, Literal
 from emp_callbacks.core.effective_number import check_beta
 from emp_callbacks.count_checks import check_counts, check_rewiring
 from emp_callbacks.criteria import DEFAULT_CRITERIA, ScoreFunction, criterion_name, make_criterion
-from emp_callbacks.criteria.output_norm import OutputNorm, check_unmasked
+from emp_callbacks.forward_checks import DYNAMIC_CRITERIA, check_forward
 from emp_callbacks.gate_checks import GATES_ALONE, check_gates
 from emp_callbacks.layer.mask_mode import MASK_MODES
 from emp_callbacks.schedule import Ramp, Schedule, check_count
@@ -22,7 +22,6 @@ from emp_callbacks.targets.positions import PositionsSource, function_for
 TARGETS = tuple(DEFAULT_CRITERIA)
 SCOPES = ("global", "tensor", "row")
 # Norms and activations of different layers are no common currency: narrow layers would be emptied.
-_DYNAMIC_CRITERIA = {"features": "activation", "heads": "output_norm"}
 _DEFAULT_SCOPES = {"neurons": "tensor", "experts": "tensor", "kan_nodes": "tensor", "features": "tensor"}
 
 
@@ -151,7 +150,7 @@ class EMPConfig:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.target == "heads" and self.dynamic and self.criterion is None:
-            object.__setattr__(self, "criterion", _DYNAMIC_CRITERIA["heads"])
+            object.__setattr__(self, "criterion", DYNAMIC_CRITERIA["heads"])
         make_criterion(self.criterion, self.target)
         if self.scope is None:
             default = "global" if self.pattern is None else "tensor"
@@ -170,25 +169,9 @@ class EMPConfig:
         if not (isinstance(self.tolerance, (int, float)) and 0 <= self.tolerance < 1):
             raise ValueError(f"tolerance must be a number of units in [0, 1), got {self.tolerance!r}")
         _check_positions(self.positions)
-        self._check_forward()
+        check_forward(self)
         self._check_combination()
         check_gates(self)
-
-    def _check_forward(self) -> None:
-        form, plain = vars(self.feature_form), vars(FeatureForm())
-        of_heads = ("dynamic", "per") if self.target == "heads" and self.dynamic else ()
-        given = [key for key, value in form.items() if value != plain[key] and key not in of_heads]
-        if self.target != "features" and given:
-            told = ", ".join(f"{key}={form[key]!r}" for key in given)
-            raise ValueError(f"{told} is for features, and target={self.target!r}; use target='features'")
-        known = _DYNAMIC_CRITERIA.get(self.target)
-        if self.is_dynamic and known and self.criterion_name != known:
-            raise ValueError(
-                f"dynamic {self.target} are scored by {known!r} in the forward pass, not by {self.criterion_name!r}; "
-                "drop criterion, or use dynamic=False"
-            )
-        if isinstance(make_criterion(self.criterion, self.target), OutputNorm):
-            check_unmasked(self)
 
     def _check_combination(self) -> None:
         """Raise where a setting means nothing for the target."""
@@ -236,7 +219,7 @@ class EMPConfig:
     @property
     def is_dynamic(self) -> bool:
         """Whether masks are made in every forward pass, for each sample, token or query row by itself."""
-        return self.target == "attention_edges" or (self.target in _DYNAMIC_CRITERIA and self.dynamic)
+        return self.target == "attention_edges" or (self.target in DYNAMIC_CRITERIA and self.dynamic)
 
     @property
     def masks_in_forward(self) -> bool:

@@ -34,10 +34,11 @@ commands:
   perplexity measure a language model in a Hugging Face folder of any size
   tokenize   write text as the tokens that a language model trains on
 
-studies on trained models, pruned once:
+studies on trained models:
   sweep-beta        is beta = 1 where the metric begins to fall?
   compare-criteria  N_eff, metric and masks of every criterion on one model
   violations        the measured change of the loss beside every bound
+  gates             heads chosen by EMP beside gates that learn, and a count of heads by token
 
 examples:
   emp fit --config quickstart                             (a recipe of the package, or a file of yours)
@@ -58,6 +59,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "sweep-beta": study.sweep_beta,
     "compare-criteria": study.compare_criteria,
     "violations": study.violations,
+    "gates": study.gates,
     "submit": submit.submit,
     "report": study.report,
     "recipes": recipes.recipes,

@@ -9,13 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emp_callbacks.cli.console import make_console
-from emp_callbacks.cli.options import (
-    compare_parser,
-    criteria_parser,
-    report_parser,
-    sweep_parser,
-    violations_parser,
-)
+from emp_callbacks.cli.once_options import criteria_parser, gates_parser, sweep_parser, violations_parser
+from emp_callbacks.cli.options import compare_parser, report_parser
 from emp_callbacks.cli.recipes import find_recipe, with_files
 
 if TYPE_CHECKING:
@@ -23,7 +18,7 @@ if TYPE_CHECKING:
 
     from emp_callbacks.study.once.study import OnceStudy
 
-__all__ = ["LIGHTNING_HELP", "compare", "compare_criteria", "lightning", "report", "sweep_beta", "violations"]
+__all__ = ["LIGHTNING_HELP", "compare", "compare_criteria", "gates", "lightning", "report", "sweep_beta", "violations"]
 
 LIGHTNING_HELP = {
     "fit": """\
@@ -142,6 +137,14 @@ def violations(words: list[str]) -> None:
     _run_once(study, options, overrides, words)
 
 
+def gates(words: list[str]) -> None:
+    """Train on with heads that EMP, or gates, choose."""
+    options, overrides = gates_parser().parse_known_args(words)
+    from emp_callbacks.study.gates.study import gates_study
+
+    _run_once(gates_study(steps=options.steps, evidence_batches=options.batches), options, overrides, words)
+
+
 def _run_once(study: OnceStudy, options: argparse.Namespace, overrides: list[str], words: Sequence[str]) -> None:
     """Run a study on trained models and show what it found."""
     paths = [find_recipe(given) for given in options.config]
@@ -157,6 +160,7 @@ def _run_once(study: OnceStudy, options: argparse.Namespace, overrides: list[str
         models=Path(options.models),
         seeds=options.seeds,
         overwrite=options.overwrite,
+        jobs=options.jobs,
         console=console,
         words=[study.command, *words],
     )
@@ -204,8 +208,8 @@ def _report_of_study(path: Path, console: Console) -> Path:
 
 
 def _report_of_once_study(results: Mapping[str, Any], folder: Path, console: Console) -> Path:
-    from emp_callbacks.study.once.studies import PAGES
     from emp_callbacks.study.report.page import print_page, write_page
+    from emp_callbacks.study.studies import PAGES
 
     if results["study"] not in PAGES:
         raise ValueError(f"{folder / 'results.json'} is of study {results['study']!r}; known: {', '.join(PAGES)}")

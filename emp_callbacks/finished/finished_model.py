@@ -145,6 +145,8 @@ def _read(source: str, pretrained: bool) -> tuple[dict[str, Tensor], tuple[Mappi
         for run in runs
         if _masked_in_forward(run)
     ]
+    learning = any((run.get("gates") or {}).get("learns") for run in runs)
+    notes += ["the gates of the run still learned; they are in no weights: none of its heads is pruned here"] * learning
     return state, runs, tuple(notes)
 
 

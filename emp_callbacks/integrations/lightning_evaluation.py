@@ -83,7 +83,7 @@ class EvaluationHooks:
         self._evaluation = ExitStack()
         state = None if self._fits else self._brought(pl_module)
         if state is not None:
-            if self.config.masks_in_forward:
+            if self.config.masks_in_forward or self.config.gates:  # which may have been learning
                 self._evaluate_with(trainer, pl_module, state)
             return
         if not self._fits and not trainer.sanity_checking and trainer.is_global_zero:

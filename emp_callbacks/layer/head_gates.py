@@ -170,7 +170,9 @@ class HeadGates:
         return {**vars(self), "_handles": []}  # a copy of the model has copies of the hooks
 
     def _gated(self, attention: HeadOutputs, part: slice, values: Tensor) -> Tensor:
-        return values * attention.spread(self.gate(part, attention.projection.training).to(values), values)
+        gate = self.gate(part, attention.projection.training).to(values.device)
+        # In float32, where the gradient of a gate, a sum over all positions times a scaler's factor, does not overflow.
+        return (values * attention.spread(gate, values)).to(values.dtype)
 
     def gate(self, part: slice, training: bool) -> Tensor:
         """Return the gates of some heads as a forward pass in this mode applies them, float32, shape (units,)."""

@@ -124,6 +124,11 @@ class Gating:
         mode: MaskMode,
         common: dict[str, Any],
     ) -> list[PruneEvent]:
+        if not self._backend.optimizers:
+            raise ValueError(
+                f"gates={self._config.gates!r} learn as the model trains, and no optimizer is known: pass that of the "
+                "model, or drop gates to prune a finished model"
+            )
         init, events, first = self._config.init, list[PruneEvent](), dict[str, Tensor]()
         if init == "emp" or rule.density is None:
             found = self._foresee(layers, criterion, rule, mode, common)

@@ -274,7 +274,9 @@ class Refresher:
         return adapter_names(self.layers)
 
     def masking_sites(self) -> list[ForwardSite]:
-        """Return the sites that mask what passes them now."""
+        """Return the sites that mask what passes them now; raise ValueError while gates do."""
+        if self.gating.learns:
+            raise ValueError("the gates still learn, and there is no mask yet for another model: call close() first")
         features = [
             layer.site for layer in self.layers if isinstance(layer, FeatureLayer) and layer.site.mask is not None
         ]

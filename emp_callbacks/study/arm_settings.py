@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from emp_callbacks.config import EMPConfig
+from emp_callbacks.gate_checks import GATES_ALONE
 from emp_callbacks.schedule import Ramp
 from emp_callbacks.study.arms import ARMS, DEFAULT_ARMS, ROUNDS, Arm
 from emp_callbacks.study.horizon import Horizon
@@ -55,6 +56,8 @@ def arm_config(
         ValueError: The arm does not go with the recipe's settings, such as its target.
     """
     arm, budget = ARMS[name], budget or Budget()
+    if name == "dense":
+        recipe = replace(recipe, **GATES_ALONE)
     try:
         if arm.shares_fit_of:
             return recipe.once(**_kept(arm, recipe, budget), **arm.settings)
@@ -133,8 +136,13 @@ def fitting_arms(names: Sequence[str], recipe: EMPConfig) -> list[str]:
     """Return the arms of a study: of the default ones, those that go with the recipe.
 
     Raises:
-        ValueError: One that was chosen does not.
+        ValueError: One that was chosen does not, or the recipe has learned gates, which none has.
     """
+    if recipe.gates is not None:
+        raise ValueError(
+            f"no arm of emp compare has learned gates, and the recipe has gates={recipe.gates!r}: drop it; emp gates "
+            "compares ways of learning them"
+        )
     fitting = []
     for name in names:
         try:

@@ -51,6 +51,15 @@ class StudyProgress:
         """Show how far the current training is."""
         self._bars.update(self._steps, completed=step, total=total)
 
+    def note(self, line: str) -> None:
+        """Print a line about a part of a run."""
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nothing is shown."""
+        return self._console.quiet
+
     def reused(self, count: int) -> None:
         """Count runs that an earlier call had finished."""
         if count:

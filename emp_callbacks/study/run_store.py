@@ -124,8 +124,23 @@ class RunStore:
         saved: dict[str, Any] = json.loads(json.dumps({**record, "recipe_digest": self.recipe_digest}))
         text = json.dumps({**saved, _DIGEST: digest(saved)}, indent=1)
         write_atomically(self._file(cell), text + "\n")
-        self.checkpoint(cell, str(record.get("fingerprint"))).unlink(missing_ok=True)
+        for partial in (self.checkpoint, self._cases):
+            partial(cell, str(record.get("fingerprint"))).unlink(missing_ok=True)
         return saved
+
+    def save_cases(self, cell: Cell, fingerprint: str, cases: Mapping[str, Any]) -> None:
+        """Write the finished cases, by name, of a run that consists of several, until `save` has all of it."""
+        saved = {"cases": dict(cases)}
+        write_atomically(self._cases(cell, fingerprint), json.dumps({**saved, _DIGEST: digest(saved)}) + "\n")
+
+    def finished_cases(self, cell: Cell, fingerprint: str) -> dict[str, Any]:
+        """Return what `save_cases` wrote last; {} before, and where the run has other settings.
+
+        Raises:
+            ValueError: The file is damaged, or was edited.
+        """
+        path = self._cases(cell, fingerprint)
+        return dict(_read_record(path)["cases"]) if path.is_file() else {}
 
     def folder(self, cell: Cell, fingerprint: str) -> Path:
         """Return the folder of one run's logs; empty, unless an interrupted run left a checkpoint to go on from."""
@@ -142,6 +157,9 @@ class RunStore:
     def weights(self, cell: Cell) -> Path:
         """Return where the weights of a trained network are kept, for what prunes it afterwards."""
         return self.runs / f"{cell.file}.safetensors"
+
+    def _cases(self, cell: Cell, fingerprint: str) -> Path:
+        return self.runs / f"{cell.file}.{fingerprint[:16]}.cases"
 
     def _file(self, cell: Cell) -> Path:
         return self.runs / f"{cell.file}.json"

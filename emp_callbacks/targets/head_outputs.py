@@ -79,7 +79,7 @@ class HeadOutputs:
         """
         self.unit_on(next(self.projection.parameters()).device)
         if self.is_called:
-            return [self.projection.register_forward_pre_hook(_BeforeProjection(change).hook)]
+            return [self.projection.register_forward_pre_hook(_BeforeProjection(change).enter)]
         site = _InsideMultihead(change)
         return [
             self.module.register_forward_pre_hook(site.enter),
@@ -88,12 +88,12 @@ class HeadOutputs:
 
 
 class _BeforeProjection:
-    """A hook on an output projection; bound to an object, so that a module with it can be pickled."""
+    """A hook on an output projection, of which a copy of the model gets its own."""
 
     def __init__(self, change: Change) -> None:
         self._change = change
 
-    def hook(self, module: nn.Module, args: Any) -> Any:  # noqa: ARG002
+    def enter(self, module: nn.Module, args: Any) -> Any:  # noqa: ARG002
         changed = self._change(args[0]) if args else None  # named arguments do not come by here
         return None if changed is None else (changed, *args[1:])
 

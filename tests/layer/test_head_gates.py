@@ -103,6 +103,22 @@ def test_one_draw_serves_all_passes_of_a_step_and_the_next_step_has_another():
     assert torch.equal(torch.get_rng_state(), state), "the run's own random numbers are left alone"
 
 
+def test_a_scaled_gradient_in_half_precision_does_not_overflow():
+    torch.manual_seed(0)
+    model, x = Attention(), torch.randn(64, 40, 6)
+    gates = gates_of(model, "top_k")
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        gates.log_alpha.grad = None
+        output = model.to(dtype)(x.to(dtype))
+        assert output.dtype == dtype
+        (output.float().sum() * 4096).backward()
+        found[dtype] = gates.log_alpha.grad
+    assert float(found[torch.float32].abs().max()) > torch.finfo(torch.float16).max, "or the test says nothing"
+    for dtype in (torch.bfloat16, torch.float16):
+        torch.testing.assert_close(found[dtype], found[torch.float32], rtol=0.05, atol=2000.0)
+
+
 def test_checkpointed_activations_have_the_same_gradients():
     torch.manual_seed(0)
     model, x = Attention(), torch.randn(2, 4, 6, requires_grad=True)

@@ -15,10 +15,14 @@ SETTINGS = {"target": "heads", "criterion": "taylor", "evidence_steps": 2, "mode
 GATES = {"gates": "hard_concrete", "gate_warmup": 3}
 
 
+def make_net():
+    return timm.create_model("vit_tiny_patch16_224", **SIZES)
+
+
 class Run:
     def __init__(self, path=None, seed=0, optimizer=torch.optim.AdamW, **settings):
         torch.manual_seed(seed)
-        self.net = timm.create_model("vit_tiny_patch16_224", **SIZES)
+        self.net = make_net()
         self.optimizer = optimizer(self.net.parameters(), lr=0.01)
         self.pruner = EMPPruner(self.net, self.optimizer, trajectory_path=path, **{**SETTINGS, **GATES, **settings})
 
@@ -135,6 +139,8 @@ def test_a_state_of_other_gates_is_refused_and_changes_nothing():
     held = Run(gates="top_k", every_n_steps=3).train(0, 5).pruner.state_dict()
     other = Run(every_n_steps=3).train(0, 4)
     learned = other.pruner.gates.log_alpha.detach().clone()
+    with pytest.raises(ValueError, match="still learn"):
+        other.pruner.mask(make_net())
     with pytest.raises(ValueError, match="gates='top_k', this run has gates='hard_concrete'"):
         other.pruner.load_state_dict(held)
     damaged = Run(every_n_steps=3).train(0, 5).pruner.state_dict()
@@ -191,6 +197,11 @@ def test_a_step_with_nan_moves_no_gate_and_the_next_one_does():
     assert torch.equal(run.pruner.gates.log_alpha, learned)
     run.train(5, 6)
     assert not torch.equal(run.pruner.gates.log_alpha, learned)
+
+
+def test_gates_without_an_optimizer_are_refused():
+    with pytest.raises(ValueError, match="no optimizer is known"):
+        EMPPruner(make_net(), target="heads", gates="top_k", init="open", density=0.5).refresh()
 
 
 def test_nan_in_a_weight_begins_no_gates():

@@ -14,6 +14,13 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 FEATURES = EMPConfig(every_n_steps=3, target="features", scope="tensor")
 
 
+def test_a_recipe_with_learned_gates_has_no_arms_but_a_dense_model():
+    recipe = EMPConfig(every_n_epochs=1, target="heads", gates="top_k", gate_lr=0.5)
+    with pytest.raises(ValueError, match="no arm of emp compare has learned gates"):
+        fitting_arms(list(DEFAULT_ARMS), recipe)
+    assert arm_config("dense", recipe).gates is None
+
+
 @pytest.mark.parametrize(
     ("target", "missing"),
     [
