@@ -123,6 +123,19 @@ def test_names_that_share_no_first_part_stay_and_ddps_does_not(tmp_path):
         export(Source(two, prefix="net"), tmp_path / "3")
 
 
+@pytest.mark.parametrize(
+    ("target", "scope", "noted"), [("heads", "sample", True), ("features", "tensor", True), ("heads", "global", False)]
+)
+def test_masks_of_the_forward_pass_are_said_to_be_missing(target, scope, noted, checkpoint, tmp_path):
+    saved = torch.load(checkpoint, weights_only=False)
+    (run,) = saved["callbacks"].values()
+    run |= {"target": target}
+    run["trajectory"]["rows"][-1] |= {"scope": scope}
+    torch.save(saved, checkpoint)
+    note = f"the run masked {target} in the forward pass; a file of weights does not hold that"
+    assert export(Source(checkpoint), tmp_path / "out.safetensors").notes == (note,) * noted
+
+
 def test_what_grew_back_since_the_last_refresh_is_masked(tmp_path):
     mask = torch.tensor([[True, False], [False, True]])
     run = {"target": "weights", "shapes": {"model.a.weight": [2, 2]}, "masks": {"model.a.weight": pack_bits(mask)}}
