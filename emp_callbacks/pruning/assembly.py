@@ -41,6 +41,7 @@ from emp_callbacks.targets.experts import stacked_experts
 from emp_callbacks.targets.features import FeatureSite, feature_sites
 from emp_callbacks.targets.forward_site import CountRule
 from emp_callbacks.targets.head_outputs import HeadOutputs
+from emp_callbacks.targets.heads import outputs_of
 from emp_callbacks.targets.names import matches
 
 DynamicSite = FeatureSite | EdgeSite | DynamicHeadSite
@@ -302,7 +303,7 @@ def _unit_targets(config: EMPConfig, backend: Backend) -> list[UnitTarget]:
 
 def gated_attentions(config: EMPConfig, backend: Backend) -> list[HeadOutputs]:
     """Return where the outputs of the heads pass by that have gates, in the order of their layers."""
-    return [target.heads for target in _unit_targets(config, backend) if target.heads is not None]
+    return outputs_of(_unit_targets(config, backend))
 
 
 def _unit_layer(target: UnitTarget, segments: dict[int, Segment], criterion: Criterion, backend: Backend) -> UnitLayer:

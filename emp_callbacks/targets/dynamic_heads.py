@@ -15,7 +15,7 @@ from emp_callbacks.targets.compiled_site import choose, watch
 from emp_callbacks.targets.forward_site import CountRule, ForwardSite, choose_rows, in_backward
 from emp_callbacks.targets.head_norms import added_norms, check_has_columns
 from emp_callbacks.targets.head_outputs import HeadOutputs
-from emp_callbacks.targets.heads import find_attention
+from emp_callbacks.targets.heads import find_attention, outputs_of
 from emp_callbacks.targets.positions import counted_rows
 from emp_callbacks.targets.replace_pruned import replace_pruned
 from emp_callbacks.targets.shapes import own_shape
@@ -167,13 +167,7 @@ def dynamic_head_sites(
         ValueError: Of an attention the norm of what a head adds is not known, or with per="sample" tokens of a causal
             one would know later ones, or samples are not apart in what its heads hand on.
     """
-    found = [target.heads for target in targets if target.heads is not None]
-    for target in targets:
-        if any(member.role == "adapter" for member in target.members):
-            raise ValueError(
-                f"the output projection of {target.name!r} has adapters of PEFT, which read the heads beside it: merge "
-                f"them (merge_and_unload), or exclude={[target.name]!r}"
-            )
+    found = outputs_of(targets)
     for outputs in found:
         check_has_columns(outputs)
     if per == "sample":

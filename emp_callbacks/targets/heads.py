@@ -24,7 +24,7 @@ from emp_callbacks.targets.shapes import FullShape, own_shape
 from emp_callbacks.targets.unit_search import UnitSearch, has, is_layer, own, units_dim
 from emp_callbacks.targets.units import UnitTarget
 
-__all__ = ["attention_heads", "find_attention", "projections"]
+__all__ = ["attention_heads", "find_attention", "outputs_of", "projections"]
 
 _LISTED = 6  # kinds of attentions that are left out, in one message
 _UNKNOWN = "how its heads lie is not known"
@@ -88,6 +88,21 @@ def attention_heads(
         raise ValueError(f"exclude={exclude} leaves no attention of {', '.join(names[:6])}")
     search.check(chosen)
     return chosen
+
+
+def outputs_of(targets: Sequence[UnitTarget]) -> list[HeadOutputs]:
+    """Return where the outputs of the heads of some attentions pass by, in order.
+
+    Raises:
+        ValueError: Something reads them beside the output projection.
+    """
+    for target in targets:
+        if any(member.role == "adapter" for member in target.members):
+            raise ValueError(
+                f"the output projection of {target.name!r} has adapters of PEFT, which read the heads beside it: merge "
+                f"them (merge_and_unload), or exclude={[target.name]!r}"
+            )
+    return [target.heads for target in targets if target.heads is not None]
 
 
 def find_attention(search: UnitSearch, module: nn.Module) -> Attention | None:

@@ -2,6 +2,7 @@
 
 import io
 
+import peft
 import pytest
 import timm
 import torch
@@ -202,6 +203,16 @@ def test_a_step_with_nan_moves_no_gate_and_the_next_one_does():
 def test_gates_without_an_optimizer_are_refused():
     with pytest.raises(ValueError, match="no optimizer is known"):
         EMPPruner(make_net(), target="heads", gates="top_k", init="open", density=0.5).refresh()
+
+
+def test_adapters_beside_the_output_projection_are_refused():
+    lora = peft.LoraConfig(r=2, target_modules=["proj"])
+    net = peft.get_peft_model(make_net(), lora)
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad])
+    pruner = EMPPruner(net, optimizer, target="heads", gates="top_k", init="open", density=0.5)
+    with pytest.raises(ValueError, match="adapters of PEFT, which read the heads beside it"):
+        pruner.refresh()
+    assert pruner.gates is None
 
 
 def test_nan_in_a_weight_begins_no_gates():
