@@ -29,6 +29,7 @@ class Backend(ABC):
 
     name: str
     can_follow = False  # whether weights may be added and dropped while training runs
+    scales_loss = False  # whether it multiplies the loss by itself, before backward
 
     def __init__(self, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], group: Group = None) -> None:
         self.module = module

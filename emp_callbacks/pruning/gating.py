@@ -58,7 +58,7 @@ class Gating:
 
     def __init__(self, config: EMPConfig, backend: Backend) -> None:
         self._config, self._backend = config, backend
-        if config.gates is not None and "DeepSpeed" in type(backend).__name__:
+        if config.gates is not None and backend.scales_loss:
             raise NotImplementedError(
                 f"gates={config.gates!r} do not learn under DeepSpeed, whose engine scales the loss by itself: use DDP "
                 "or FSDP2, or drop gates"
