@@ -36,6 +36,7 @@ class DeepSpeedBackend(Backend):
     """
 
     name = "deepspeed"
+    scales_loss = True
 
     def __init__(self, engine: Any) -> None:
         _check_supported(engine)
