@@ -11,6 +11,7 @@ from typing import Any, Literal
 from emp_callbacks.core.effective_number import check_beta
 from emp_callbacks.count_checks import check_counts, check_rewiring
 from emp_callbacks.criteria import DEFAULT_CRITERIA, ScoreFunction, criterion_name, make_criterion
+from emp_callbacks.forward_checks import DYNAMIC_CRITERIA, check_forward
 from emp_callbacks.gate_checks import GATES_ALONE, check_gates
 from emp_callbacks.layer.mask_mode import MASK_MODES
 from emp_callbacks.schedule import Ramp, Schedule, check_count
@@ -37,11 +38,12 @@ class EMPConfig:
             of convolutions), "experts" (of mixtures), "kan_nodes"; or in the forward pass "features" (of activations),
             "attention_edges".
         criterion: How components are scored; default: the target's first. Weights: "magnitude", "taylor", "saliency",
-            "wanda". Heads: "weight_norm", "taylor", "saliency", "activation". Neurons: the same and "bn_scale".
-            Experts: "reap", "weight_norm", "taylor", "saliency". KAN nodes: "spline", "weight_norm", "taylor",
-            "saliency". Features: "activation", "taylor", "saliency". Attention edges: "attention_weight",
-            "attention_logit". All but edges: "random" (fixed random scores, a control). Or a function of your own, in
-            a recipe as "module.function": see `Criterion.score`.
+            "wanda". Heads: "weight_norm", "taylor", "saliency", "activation", "output_norm" (dynamic heads: that one
+            alone). Neurons: "weight_norm", "taylor", "saliency", "activation", "bn_scale". Experts: "reap",
+            "weight_norm", "taylor", "saliency". KAN nodes: "spline", "weight_norm", "taylor", "saliency". Features:
+            "activation", "taylor", "saliency". Attention edges: "attention_weight", "attention_logit". All but edges:
+            "random" (fixed random scores, a control). Or a function of your own, in a recipe as "module.function":
+            see `Criterion.score`.
         evidence_steps: Criteria that read gradients, inputs or activations gather them in this many optimizer steps
             before each refresh, >= 1; in the epoch before it if `every_n_epochs` counts.
         scope: Where scores compete: "global" (all layers together), "tensor" (within a layer), or "row" (within an
@@ -75,8 +77,10 @@ class EMPConfig:
             multiplied with each other in the evidence window: memory for inputs^2 numbers, and per step about as many
             operations as a forward pass of a layer with as many outputs as inputs.
         axis: What a feature is: "channel", "token" or "patch" (see `FeatureForm`).
-        dynamic: Whether each sample keeps its own N_eff features, chosen anew in every forward pass.
-        per: Who chooses them: each "sample", or in causal models each "token" its own channels.
+        dynamic: Whether each sample keeps its own N_eff features, or each token its own heads of every attention,
+            chosen anew in every forward pass.
+        per: Who chooses them: each "sample", the default of features, or as causal models need each "token" its own
+            channels or heads, the default of heads.
         center: What a pruned feature becomes: "zero" or "mean".
         patch_size: Pixels per side of a patch.
         apply: When the masks of features reach the forward pass: "always", or as dropout in "training" mode only, so
@@ -127,7 +131,7 @@ class EMPConfig:
     certify: bool = False
     axis: str = "channel"
     dynamic: bool = False
-    per: str = "sample"
+    per: str | None = None
     center: str = "zero"
     patch_size: int = 4
     apply: str = "always"
@@ -145,6 +149,8 @@ class EMPConfig:
         for name in ("observe_only", "certify", "dynamic", "rescale"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if self.target == "heads" and self.dynamic and self.criterion is None:
+            object.__setattr__(self, "criterion", DYNAMIC_CRITERIA["heads"])
         make_criterion(self.criterion, self.target)
         if self.scope is None:
             default = "global" if self.pattern is None else "tensor"
@@ -163,21 +169,9 @@ class EMPConfig:
         if not (isinstance(self.tolerance, (int, float)) and 0 <= self.tolerance < 1):
             raise ValueError(f"tolerance must be a number of units in [0, 1), got {self.tolerance!r}")
         _check_positions(self.positions)
-        self._check_forward()
+        check_forward(self)
         self._check_combination()
         check_gates(self)
-
-    def _check_forward(self) -> None:
-        form = self.feature_form
-        if self.target != "features" and form != FeatureForm():
-            plain = vars(FeatureForm())
-            given = ", ".join(f"{key}={value!r}" for key, value in vars(form).items() if value != plain[key])
-            raise ValueError(f"{given} is for features, and target={self.target!r}; use target='features'")
-        if self.is_dynamic and self.target == "features" and self.criterion_name != "activation":
-            raise ValueError(
-                f"dynamic features are scored by 'activation' in the forward pass, not by {self.criterion_name!r}; "
-                "drop criterion, or use dynamic=False"
-            )
 
     def _check_combination(self) -> None:
         """Raise where a setting means nothing for the target."""
@@ -218,12 +212,19 @@ class EMPConfig:
     @property
     def feature_form(self) -> FeatureForm:
         """What a feature is and how it is masked."""
-        return FeatureForm(**{field.name: getattr(self, field.name) for field in fields(FeatureForm)})
+        settings = {field.name: getattr(self, field.name) for field in fields(FeatureForm)}
+        usual = "token" if self.target == "heads" and self.dynamic else "sample"
+        return FeatureForm(**{**settings, "per": self.per or usual})
 
     @property
     def is_dynamic(self) -> bool:
-        """Whether masks are made in every forward pass, for each sample or query row by itself."""
-        return self.target == "attention_edges" or (self.target == "features" and self.dynamic)
+        """Whether masks are made in every forward pass, for each sample, token or query row by itself."""
+        return self.target == "attention_edges" or (self.target in DYNAMIC_CRITERIA and self.dynamic)
+
+    @property
+    def masks_in_forward(self) -> bool:
+        """Whether what modules hand on is masked, in the forward pass, and no weight."""
+        return self.target == "features" or self.is_dynamic
 
     @property
     def masks_evaluation(self) -> bool:
@@ -255,7 +256,8 @@ class EMPConfig:
             ValueError: A value or a combination is invalid.
         """
         target, criterion = settings.get("target", self.target), settings.get("criterion", self.criterion)
-        in_forward = target in ("features", "attention_edges")
+        dynamic = settings.get("dynamic", self.dynamic and target == self.target)
+        in_forward = target in ("features", "attention_edges") or dynamic
         plain: dict[str, Any] = {
             **dict.fromkeys(("every_n_epochs", "every_n_steps", "start", "stop")),
             "beta": self.beta_at(sys.maxsize),
@@ -268,7 +270,7 @@ class EMPConfig:
             **GATES_ALONE,
         }
         if target != self.target:
-            plain |= dict.fromkeys(("criterion", "scope", "include", "exclude"))
+            plain |= {**dict.fromkeys(("criterion", "scope", "include", "exclude", "per")), "dynamic": False}
         if (target, criterion) != (self.target, self.criterion):
             plain["certify"] = False  # what the new scores bound must be asked for anew
         counts: dict[str, Any] = {"density": None, "shares": "uniform"}

@@ -23,6 +23,16 @@ BAD = [
     ({"target": "attention_edges", "mode": "freeze"}, "mode='freeze' keeps a mask, but here each sample has its own"),
     ({"target": "features", "dynamic": True, "mode": "freeze"}, "here each sample has its own"),
     ({"target": "features", "dynamic": True, "criterion": "taylor"}, "scored by 'activation' .*, not by 'taylor'"),
+    ({"target": "heads", "dynamic": True, "mode": "freeze"}, "here each sample has its own"),
+    (
+        {"target": "heads", "dynamic": True, "criterion": "taylor"},
+        "heads are scored by 'output_norm' .* by 'taylor'",
+    ),
+    ({"target": "heads", "dynamic": True, "rescale": True}, "rescale=True is for features, and target='heads'"),
+    ({"target": "heads", "per": "token"}, "per='token' is for features, and target='heads'"),
+    ({"target": "heads", "dynamic": True, "per": "head"}, "per='head' is unknown; choose one of sample, token"),
+    ({"target": "heads", "criterion": "output_norm"}, "mode='feedback' could bring none back: use mode='project'"),
+    ({"target": "neurons", "dynamic": True}, "dynamic=True is for features, and target='neurons'"),
     ({"target": "neurons", "axis": "token"}, "axis='token' is for features, and target='neurons'"),
     ({"apply": "training"}, "apply='training' is for features, and target='weights'; use target='features'"),
     (
@@ -147,6 +157,24 @@ def test_once_with_another_target_brings_that_targets_own_choices():
     assert recipe.once(target="features").mode == "feedback"
     assert EMPConfig(target="features", apply="training").once().apply == "always"
     assert recipe.once(target="weights").include == ["fc*"]
+
+
+def test_who_chooses_is_each_targets_own_until_it_is_said():
+    heads = EMPConfig(every_n_epochs=1, target="heads", dynamic=True)
+    assert (heads.criterion_name, heads.feature_form.per, heads.is_dynamic) == ("output_norm", "token", True)
+    features = EMPConfig(target="features", dynamic=True)
+    assert (features.criterion_name, features.feature_form.per) == ("activation", "sample")
+    assert EMPConfig(target="heads", dynamic=True, per="sample").feature_form.per == "sample"
+    assert (heads.once().mode, heads.once().is_dynamic) == ("feedback", True)
+    assert (heads.once(dynamic=False).mode, heads.once(dynamic=False).is_dynamic) == ("project", False)
+    for token in (features.once(per="token"), heads.once(per="token")):
+        weights = token.once(target="weights")
+        assert (weights.dynamic, weights.per, weights.mode, weights.criterion_name) == (
+            False,
+            None,
+            "project",
+            "magnitude",
+        )
 
 
 def test_once_with_beta_or_density_drops_the_other():

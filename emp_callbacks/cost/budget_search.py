@@ -243,9 +243,10 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
 
 
 def _refresher(model: nn.Module, once: EMPConfig) -> Refresher:
-    if once.target in ("features", "attention_edges"):
+    if once.masks_in_forward:
+        what = f"target {once.target!r}" + " with dynamic=True" * (once.target == "heads")
         raise ValueError(
-            f"target {once.target!r} is masked in the forward pass, and smallest_budget zeroes weights: use weights, "
+            f"{what} is masked in the forward pass, and smallest_budget zeroes weights: use weights, "
             "heads, neurons or kan_nodes"
         )
     backend = detect_backend(model, None)

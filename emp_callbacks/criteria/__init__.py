@@ -5,6 +5,7 @@ from emp_callbacks.criteria.attention import AttentionLogit, AttentionWeight
 from emp_callbacks.criteria.base import Criterion, ScoreFunction, UserCriterion
 from emp_callbacks.criteria.bn_scale import BnScale
 from emp_callbacks.criteria.magnitude import Magnitude
+from emp_callbacks.criteria.output_norm import OutputNorm
 from emp_callbacks.criteria.random import Random
 from emp_callbacks.criteria.reap import Reap
 from emp_callbacks.criteria.saliency import Saliency
@@ -21,6 +22,7 @@ CRITERIA: dict[str, type[Criterion]] = {
     "saliency": Saliency,
     "wanda": Wanda,
     "activation": Activation,
+    "output_norm": OutputNorm,
     "bn_scale": BnScale,
     "reap": Reap,
     "spline": Spline,

@@ -196,12 +196,14 @@ def _opened(source: Source, recipe: RecipeParts | None, *, needs_modules: bool) 
 
 def _one_shot(config: EMPConfig, settings: Mapping[str, Any]) -> EMPConfig:
     """Return settings for one refresh of a finished model."""
-    if settings.get("target", config.target) in ("features", "attention_edges"):
+    once = config.once(**settings)
+    if once.masks_in_forward:
+        what = f"target {once.target!r}" + " with dynamic=True" * (once.target == "heads")
         raise NotImplementedError(
-            f"target {settings.get('target', config.target)!r} is masked in the forward pass, which a file of weights "
-            "cannot hold; prune weights, heads, neurons or kan_nodes"
+            f"{what} is masked in the forward pass, which a file of weights cannot hold; prune weights, heads, neurons "
+            "or kan_nodes, with dynamic=False"
         )
-    return config.once(**settings)
+    return once
 
 
 def _check_modules(model: FinishedModel, source: str, what: str) -> None:

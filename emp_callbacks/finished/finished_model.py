@@ -143,9 +143,17 @@ def _read(source: str, pretrained: bool) -> tuple[dict[str, Tensor], tuple[Mappi
     notes += [
         f"the run masked {run['target']} in the forward pass; a file of weights does not hold that"
         for run in runs
-        if run.get("target") in ("features", "attention_edges")
+        if _masked_in_forward(run)
     ]
+    learning = any((run.get("gates") or {}).get("learns") for run in runs)
+    notes += ["the gates of the run still learned; they are in no weights: none of its heads is pruned here"] * learning
     return state, runs, tuple(notes)
+
+
+def _masked_in_forward(run: Mapping[str, Any]) -> bool:
+    rows = run.get("trajectory", {}).get("rows", ())
+    by_sample = any(row.get("scope") == "sample" for row in rows)  # dynamic heads, too
+    return by_sample or run.get("target") in ("features", "attention_edges")
 
 
 @torch.no_grad()

@@ -12,8 +12,6 @@ from emp_callbacks.integrations.lightning_strategy import sharding_model
 from emp_callbacks.pruning.pruner import EMPPruner
 from emp_callbacks.pruning.signatures import warn_the_user
 
-_MASKED_BY_HOOKS = ("features", "attention_edges")
-
 
 class EvaluationHooks:
     """The evaluation half of EMPCallback: after a fit, inside one, or with what a checkpoint brought.
@@ -85,7 +83,7 @@ class EvaluationHooks:
         self._evaluation = ExitStack()
         state = None if self._fits else self._brought(pl_module)
         if state is not None:
-            if self.config.target in _MASKED_BY_HOOKS:
+            if self.config.masks_in_forward or self.config.gates:  # which may have been learning
                 self._evaluate_with(trainer, pl_module, state)
             return
         if not self._fits and not trainer.sanity_checking and trainer.is_global_zero:
@@ -96,7 +94,7 @@ class EvaluationHooks:
 
     def _say_if_unmasked(self, checkpoint: Any, pl_module: Any) -> None:
         """Warn where the evaluation loaded weights without masks, and masks are no part of the weights."""
-        if checkpoint is None or self.config.target not in _MASKED_BY_HOOKS or not self.config.masks_evaluation:
+        if checkpoint is None or not self.config.masks_in_forward or not self.config.masks_evaluation:
             return
         masked = self.pruner is not None and self._module is pl_module and self.pruner.trajectory
         how = "behind the masks of the last fit, which may be others than its own" if masked else "without masks"

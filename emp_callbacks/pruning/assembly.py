@@ -15,9 +15,11 @@ from emp_callbacks.config import EMPConfig
 from emp_callbacks.core.group_pattern import GroupPattern
 from emp_callbacks.criteria import Criterion
 from emp_callbacks.criteria.attention import EDGE_SCORES
+from emp_callbacks.criteria.output_norm import OutputNorm
 from emp_callbacks.criteria.wanda import is_observable
 from emp_callbacks.layer import FeatureLayer, Layer, Member, UnitLayer, WeightLayer
 from emp_callbacks.layer.expert_activity import ExpertActivity, Shown, can_be_watched
+from emp_callbacks.layer.head_norms import HeadNorms
 from emp_callbacks.layer.masked_weight import MaskedWeight
 from emp_callbacks.layer.observers import ActivationSizes, InputSquares, Observer, can_unfold
 from emp_callbacks.layer.segment import Segment
@@ -34,13 +36,14 @@ from emp_callbacks.targets import (
     prunable_weights,
 )
 from emp_callbacks.targets.attention_edges import EdgeSite, edge_sites
+from emp_callbacks.targets.dynamic_heads import DynamicHeadSite, dynamic_head_sites
 from emp_callbacks.targets.experts import stacked_experts
 from emp_callbacks.targets.features import FeatureSite, feature_sites
 from emp_callbacks.targets.forward_site import CountRule
 from emp_callbacks.targets.head_outputs import HeadOutputs
 from emp_callbacks.targets.names import matches
 
-DynamicSite = FeatureSite | EdgeSite
+DynamicSite = FeatureSite | EdgeSite | DynamicHeadSite
 Globs = Sequence[str] | None
 
 
@@ -63,7 +66,7 @@ def find_layers(config: EMPConfig, criterion: Criterion, backend: Backend) -> li
 
 
 def find_dynamic_sites(config: EMPConfig, criterion: Criterion, backend: Backend, rule: CountRule) -> list[DynamicSite]:
-    """Return the modules whose features or edges are chosen anew in every forward pass; hooks not yet attached.
+    """Return the modules whose features, heads or edges are chosen anew in every forward pass; hooks not yet attached.
 
     Raises:
         ValueError: The settings select nothing, or a parameter has no shape yet.
@@ -72,6 +75,9 @@ def find_dynamic_sites(config: EMPConfig, criterion: Criterion, backend: Backend
     if config.target == "features":
         form = config.feature_form
         return [*feature_sites(backend.module, config.include, config.exclude, form, "activation", rule)]
+    if config.target == "heads":
+        targets = UNIT_TARGETS["heads"](*_rules(config, backend))
+        return [*dynamic_head_sites(backend.module, targets, config.feature_form.per, rule)]
     return [*edge_sites(backend.module, config.include, config.exclude, EDGE_SCORES[type(criterion)], rule)]
 
 
@@ -83,7 +89,7 @@ def chosen_parameters(config: EMPConfig, backend: Backend) -> list[nn.Parameter]
     """
     if config.target == "weights":
         return [target.parameter for target in _weight_targets(config, backend)]
-    if config.target not in UNIT_TARGETS:
+    if config.target not in UNIT_TARGETS or config.is_dynamic:
         return []
     return [m.weight.parameter for target in _unit_targets(config, backend) for m in target.members if m.masked]
 
@@ -311,14 +317,17 @@ def _unit_layer(target: UnitTarget, segments: dict[int, Segment], criterion: Cri
         )
         for m in target.members
     ]
-    observer = _unit_observer(target) if criterion.needs == "activations" else None
+    shows_norms = isinstance(criterion, OutputNorm)
+    observer = _unit_observer(target, shows_norms) if criterion.needs == "activations" else None
     return UnitLayer(target.name, target.units, members, backend, observer, target.least)
 
 
-def _unit_observer(target: UnitTarget) -> Observer | None:
+def _unit_observer(target: UnitTarget, shows_norms: bool) -> Observer | None:
     if target.experts is not None:
         shown: Shown = "outputs" if target.whole_experts else "hidden"
         return ExpertActivity(target.name, target.experts, shown) if can_be_watched(target.experts) else None
+    if shows_norms and target.heads is not None:
+        return HeadNorms(target.heads)
     if target.observed is None:
         return None
     module, side = target.observed

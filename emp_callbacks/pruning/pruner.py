@@ -156,9 +156,9 @@ class EMPPruner(Readings):
     def finalize(self) -> None:
         """Take every hook off; what was recorded stays here. Twice is once.
 
-        Masked weights stay masked. Features and attention edges are masked by hooks, so from now on only inside
-        `masked_forward()`. In `project`, weights that grew back since the last refresh are projected by a closing
-        refresh; gates that still learn become masks by one. Collective.
+        Masked weights stay masked. Features, dynamic heads and attention edges are masked by hooks, so from now on
+        only inside `masked_forward()`. In `project`, weights that grew back since the last refresh are projected by a
+        closing refresh; gates that still learn become masks by one. Collective.
         """
         self._loop.finish(self.remedy)
         self.trajectory.close()
@@ -183,9 +183,9 @@ class EMPPruner(Readings):
     def masked_forward(self) -> Iterator[None]:
         """Inside the block the model is the masked one: for an evaluation.
 
-        Features and attention edges are masked also after `finalize()`, except that apply="training" leaves features
-        dense in evaluation mode. Weights that something else wrote since the last step (averages swapped in for the
-        evaluation) are masked inside the block, and kept.
+        Features, dynamic heads and attention edges are masked also after `finalize()`, except that apply="training"
+        leaves features dense in evaluation mode. Weights that something else wrote since the last step (averages
+        swapped in for the evaluation) are masked inside the block, and kept.
         """
         self._refresher.evidence.attach()
         try:
@@ -207,8 +207,8 @@ class EMPPruner(Readings):
     def mask(self, model: nn.Module) -> MaskedCopy:
         """Mask another model of the same parameters now: an average, a merged adapter, an exported copy.
 
-        Weights are matched by name, wrappers left out. Features and attention edges get hooks. As a context manager,
-        `with pruner.mask(model):`, it is masked inside the block only.
+        Weights are matched by name, wrappers left out. Features, dynamic heads and attention edges get hooks. As a
+        context manager, `with pruner.mask(model):`, it is masked inside the block only.
 
         Raises:
             ValueError: It lacks one of the masked weights, or has it in another shape; nothing was changed.

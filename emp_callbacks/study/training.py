@@ -154,7 +154,7 @@ class Training:
         pruner = EMPPruner(self.model, config=config, trajectory_path=trajectory_path)
         pruner.start_at(self.evidence.steps, self.trainer.current_epoch)
         needs = make_criterion(config.criterion, config.target).needs
-        if needs is None and config.target not in ("features", "attention_edges"):
+        if needs is None and not config.masks_in_forward:
             return pruner
         with self.batches(config.evidence_steps) as (batches, step_context):
             show_batches(pruner, self.model, batches, gradients=needs == "gradients", step_context=step_context)

@@ -31,6 +31,7 @@ class HeadOutputs:
             head and all query heads that read it.
         units: Number of heads.
         is_called: Whether the attention calls the projection; nn.MultiheadAttention only reads its weight.
+        in_blocks: Whether each head's inputs of the projection are neighbours, head after head.
     """
 
     name: str
@@ -39,7 +40,11 @@ class HeadOutputs:
     unit_of: Tensor
     units: int
     is_called: bool
+    in_blocks: bool = field(init=False, repr=False)
     _there: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "in_blocks", bool((self.unit_of.diff() >= 0).all()))
 
     def channels(self, ndim: int) -> int:
         """Return the dimension of what is handed on that counts the projection's inputs: of images 1, else the last."""
@@ -53,11 +58,18 @@ class HeadOutputs:
                 channels, where channels are the last dimension.
             like: What is handed on.
         """
-        if per_head.device not in self._there:
-            self._there[per_head.device] = to_device(self.unit_of, per_head.device)
-        spread = per_head[..., self._there[per_head.device]]
+        spread = per_head[..., self.unit_on(per_head.device)]
         channels = self.channels(like.ndim)
         return spread if channels == like.ndim - 1 else spread.view(-1, *[1] * (like.ndim - 1 - channels))
+
+    def unit_on(self, device: torch.device) -> Tensor:
+        """Return `unit_of` on a device, where it stays: a graph that is compiled or recorded must not make it."""
+        if device not in self._there:
+            unit_of = to_device(self.unit_of, device)
+            if torch.compiler.is_compiling():
+                return unit_of
+            self._there[device] = unit_of
+        return self._there[device]
 
     def register(self, change: Change) -> list[RemovableHandle]:
         """Let every forward of the attention hand on what `change` returns, until the handles are removed.
@@ -65,8 +77,9 @@ class HeadOutputs:
         `change` takes what the heads hand on: floating, channels as `channels` says; a nested tensor as it is. It is
         called in autograd, and by compiled code traced.
         """
+        self.unit_on(next(self.projection.parameters()).device)
         if self.is_called:
-            return [self.projection.register_forward_pre_hook(_BeforeProjection(change).hook)]
+            return [self.projection.register_forward_pre_hook(_BeforeProjection(change).enter)]
         site = _InsideMultihead(change)
         return [
             self.module.register_forward_pre_hook(site.enter),
@@ -75,12 +88,12 @@ class HeadOutputs:
 
 
 class _BeforeProjection:
-    """A hook on an output projection; bound to an object, so that a module with it can be pickled."""
+    """A hook on an output projection, of which a copy of the model gets its own."""
 
     def __init__(self, change: Change) -> None:
         self._change = change
 
-    def hook(self, module: nn.Module, args: Any) -> Any:  # noqa: ARG002
+    def enter(self, module: nn.Module, args: Any) -> Any:  # noqa: ARG002
         changed = self._change(args[0]) if args else None  # named arguments do not come by here
         return None if changed is None else (changed, *args[1:])
 

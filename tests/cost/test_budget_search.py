@@ -420,6 +420,7 @@ def test_the_record_is_plain_json():
         ({"tolerance": 0.01}, "the rise of the loss is loss_tolerance"),
         ({"target": "features"}, "masked in the forward pass"),
         ({"target": "attention_edges"}, "masked in the forward pass"),
+        ({"target": "heads", "dynamic": True}, "'heads' with dynamic=True is masked in the forward pass"),
     ],
 )
 def test_what_cannot_be_is_refused(settings, message):

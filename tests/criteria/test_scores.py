@@ -184,10 +184,24 @@ def head_of(seen, criterion):
     return {f"blocks.{b}.attn": torch.stack([score(b, h) for h in range(3)]).numpy() for b in range(2)}
 
 
-@pytest.mark.parametrize("criterion", ["weight_norm", "taylor", "saliency", "activation"])
+def added_by_head(seen):
+    """Return the mean norm of what each head adds, computed from a projection without the others' columns."""
+
+    def norm(name, head):
+        mine = torch.arange(12) // 4 == head
+        added = [s["inputs"][name] @ (s["weights"][f"{name}.weight"] * mine).T for s in seen.window]
+        return torch.cat(added).norm(dim=-1).mean()
+
+    names = [f"blocks.{block}.attn" for block in range(2)]
+    return {name: torch.stack([norm(f"{name}.proj", head) for head in range(3)]).numpy() for name in names}
+
+
+@pytest.mark.parametrize("criterion", ["weight_norm", "taylor", "saliency", "activation", "output_norm"])
 def test_heads(criterion):
-    seen = trained(make_vit, target="heads", criterion=criterion, beta=0.7, tolerance=0.0, min_units=0)
-    expected = head_of(seen, criterion)
+    by_output = criterion == "output_norm"
+    mode = "freeze" if by_output else "feedback"
+    seen = trained(make_vit, target="heads", criterion=criterion, beta=0.7, tolerance=0.0, min_units=0, mode=mode)
+    expected = added_by_head(seen) if by_output else head_of(seen, criterion)
     (event,) = seen.events
     flat = np.concatenate(list(expected.values()))
     n_eff = flat.sum() ** 2 / (flat**2).sum()
@@ -313,7 +327,7 @@ def test_random_scores_on_every_static_target():
 def test_all_pairs_are_tested_here():
     pairs = {(target, name) for target in DEFAULT_CRITERIA for name in fitting_criteria(target)}
     here = {("weights", c) for c in ("magnitude", "taylor", "saliency", "wanda", "random")}
-    here |= {("heads", c) for c in ("weight_norm", "taylor", "saliency", "activation", "random")}
+    here |= {("heads", c) for c in ("weight_norm", "taylor", "saliency", "activation", "output_norm", "random")}
     here |= {("neurons", c) for c in ("weight_norm", "taylor", "saliency", "activation", "bn_scale", "random")}
     here |= {("experts", c) for c in ("reap", "weight_norm", "taylor", "saliency", "random")}  # targets/test_experts
     here |= {("kan_nodes", c) for c in ("spline", "weight_norm", "taylor", "saliency", "random")}

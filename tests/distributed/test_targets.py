@@ -30,6 +30,7 @@ SETTINGS = {
     "heads": {"target": "heads", "beta": 0.7, "mode": "project"},
     "heads-taylor": {"target": "heads", "criterion": "taylor", "beta": 0.9, "certify": True},
     "heads-activation": {"target": "heads", "criterion": "activation", "beta": 0.7, "scope": "tensor"},
+    "heads-dynamic": {"target": "heads", "dynamic": True, "beta": 0.8},
     "neurons": {"target": "neurons", "beta": 0.8, "mode": "freeze"},
     "neurons-taylor": {"target": "neurons", "criterion": "taylor"},
     "neurons-saliency": {"target": "neurons", "criterion": "saliency", "mode": "project"},
@@ -222,7 +223,8 @@ def alone(name):
 def test_torch_strategies_give_the_masks_of_one_process(world_size, way, name, ranks):
     expected = alone(name)
     assert any(keep < n for _, n, keep, *_ in expected["rows"]), "a mask that keeps all compares nothing"
-    in_single_precision = any(word in name for word in ("activation", "wanda", "experts", "gates"))  # a router's softmax, too
+    # a router's softmax, too
+    in_single_precision = any(word in name for word in ("activation", "wanda", "experts", "gates"))
     for result in ranks(on_torch, world_size):
         compare(result[way, name], expected, 1e-5 if in_single_precision else 1e-9)
 

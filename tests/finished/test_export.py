@@ -505,6 +505,7 @@ def test_timm_itself_builds_what_uniform_shrank(tmp_path):
         ({"criterion": "wanda"}, "criterion 'wanda' reads inputs of data; name a recipe"),
         ({"target": "heads"}, "target 'heads' needs the model.*--config RECIPE"),
         ({"target": "features"}, "'features' is masked in the forward pass"),
+        ({"target": "heads", "dynamic": True}, "'heads' with dynamic=True is masked in the forward pass"),
         ({"target": "weihgts"}, "target must be one of"),
     ],
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
+import timm
 import torch
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
@@ -66,6 +67,31 @@ def test_a_new_process_evaluates_behind_the_masks_of_the_checkpoint(stage, setti
     getattr(make_trainer(pl, tmp_path, []), stage)(dense, data(2), verbose=False)
     assert dense.losses != wanted
     assert not other.net[1]._forward_hooks
+
+
+def attending():
+    torch.manual_seed(3)
+    module = evaluated()
+    attention = timm.layers.Attention(12, num_heads=3)
+    module.net = nn.Sequential(nn.Unflatten(1, (3, 2)), nn.Linear(2, 12), attention, nn.Flatten(), nn.Linear(36, 4))
+    return module
+
+
+def test_heads_of_every_token_are_dropped_in_a_new_process_and_missed_where_weights_come_alone(tmp_path):
+    settings = {"target": "heads", "dynamic": True, "beta": 0.5}
+    module, trainer = fit(tmp_path, EMPCallback(**settings, summary=False), module=attending())
+    trainer.test(module, data(2), verbose=False)
+    wanted, path = module.losses[-2:], tmp_path / "epoch=2.ckpt"
+    for callbacks, masked in ([EMPCallback(**settings)], True), ([], False):
+        other = attending()
+        make_trainer(pl, tmp_path, callbacks).test(other, data(2), ckpt_path=path, verbose=False)
+        assert (other.losses == wanted) == masked
+    alone = {key: value for key, value in torch.load(path, weights_only=False).items() if key != "callbacks"}
+    torch.save(alone, tmp_path / "alone.ckpt")
+    with pytest.warns(UserWarning, match="this evaluation runs without masks: masks of heads are no part of the weig"):
+        make_trainer(pl, tmp_path, [EMPCallback(**settings)]).test(
+            attending(), data(2), ckpt_path=tmp_path / "alone.ckpt", verbose=False
+        )
 
 
 def test_predictions_too(tmp_path):
