@@ -272,9 +272,9 @@ def words_of(line):
 
 @functools.cache
 def parsers():
-    from emp_callbacks.cli import check, folder_options, options, submit, tokenize
+    from emp_callbacks.cli import check, folder_options, once_options, options, submit, tokenize
 
-    modules = (options, folder_options, check, submit, tokenize)
+    modules = (options, once_options, folder_options, check, submit, tokenize)
     homes = {name: module for module in modules for name in module.__all__}
     made = [getattr(module, name)() for name, module in homes.items() if name.endswith("_parser")]
     return {parser.prog.removeprefix("emp "): parser for parser in made}

@@ -91,7 +91,7 @@ examples:
   emp gates --config recipes/gates_gpt.yaml --out runs/gates --data.file mytext.txt --data.max_bytes 40000000
   emp gates --config recipes/gates_gpt.yaml --out runs/try --seeds 0 --steps 30 --trainer.max_steps 150
 
-What is compared and the margin within which arms count as alike are fixed; the report says them.
+Takes one recipe. What is compared and the margin within which arms count as alike are fixed; the report says them.
 {_ONCE_HELP}""",
     )
     _add_once(parser, "gates")

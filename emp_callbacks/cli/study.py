@@ -140,6 +140,8 @@ def violations(words: list[str]) -> None:
 def gates(words: list[str]) -> None:
     """Train on with heads that EMP, or gates, choose."""
     options, overrides = gates_parser().parse_known_args(words)
+    if len(options.config) > 1:
+        raise ValueError(f"emp gates is about one model, and --config names {len(options.config)} recipes; name one")
     from emp_callbacks.study.gates.study import gates_study
 
     _run_once(gates_study(steps=options.steps, evidence_batches=options.batches), options, overrides, words)

@@ -55,7 +55,8 @@ def page(results: Results) -> Page:
             Section(
                 heading="Every arm at both budgets",
                 text="K1: EMP's own count. K2: a quarter of the heads. All arms train on for the same steps, on the "
-                "same batches, but A, which does not. Less B: paired by seed; p adjusted by Holm within a budget.",
+                "same batches, but A, which does not. Less B: paired by seed; p adjusted by Holm within a budget. s: "
+                "seconds.",
                 grid=arms_grid(arms, margin),
             ),
             Section(
@@ -96,12 +97,14 @@ def page(results: Results) -> Page:
 
 def _summary(results: Results, arms: Arms) -> str:
     settings = results["settings"]
-    spent = sum(m["seconds"] for m in results["models"]) + sum(r.get("seconds", 0.0) for r in results["rows"])
+    trained = [model["seconds"] for model in results["models"]]
+    spent = sum(trained) + sum(r.get("seconds", 0.0) for r in results["rows"])
     return (
         f"{', '.join(dict.fromkeys(m['arm'] for m in results['models']))}, seeds {', '.join(map(str, arms.seeds))}; "
         f"{arms.n} heads, of which EMP-Taylor keeps {_range(arms)}; each arm trains on for {settings['steps']} steps "
         f"at up to {settings['lr_share']:.2g} of the learning rate, gates are hardened after "
-        f"{settings['gated_steps']}; {spent / 60:.0f} core-minutes in all."
+        f"{settings['gated_steps']}. A model was trained in {fmean(trained):.0f} s; all took {spent / 60:.0f} "
+        "core-minutes."
     )
 
 

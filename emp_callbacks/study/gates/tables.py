@@ -95,8 +95,9 @@ def arms_grid(arms: Arms, margin: float) -> Grid:
                 shown(tests.get(arm)),
                 p_text(tests[arm]) if arm in tests else DASH,
                 verdict(tests[arm], margin) if arm in tests else DASH,
+                number(fmean(arms.values(arm, budget, "seconds").values()), 0),
             ])  # fmt: skip
-    headers = ["heads", "arm", "", "test loss", "perplexity", "val loss", "less B [95 %]", "p", "verdict"]
+    headers = ["heads", "arm", "", "test loss", "perplexity", "val loss", "less B [95 %]", "p", "verdict", "s"]
     return Grid(headers=headers, rows=rows, texts=3)
 
 

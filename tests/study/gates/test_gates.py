@@ -173,6 +173,12 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, capsy
     assert not (tmp_path / "models").exists()
 
 
+def test_a_second_recipe_is_refused(folder, capsys):
+    assert main(words(folder, "two", "--config", "a.yaml", "b.yaml")) == 2
+    assert "name one" in capsys.readouterr().err
+    assert not (folder / "two").exists()
+
+
 def test_too_little_text_is_named(folder):
     dense = dense_model(Recipe(folder / "toy.yaml"), 0, folder / "models", lambda *_: None)
     settings = {**gates_study(steps=10_000).settings}
@@ -274,11 +280,17 @@ def test_gates_begin_with_emps_scores_or_with_the_same_on_other_heads(bench):
 # ---- heads by token -------------------------------------------------------------------------------------------------
 
 
-def test_all_ways_of_counting_keep_as_many_heads_and_none_changes_the_model(bench):
-    bench.reset()
-    with torch.no_grad():  # heads that differ between tokens
+def let_heads_differ(bench):
+    """Make the weights so large that heads differ between tokens, and what they hand on from what they add."""
+    with torch.no_grad():
         for target in attention_heads(bench.module):
             target.heads.module.c_attn.weight.normal_()
+            target.heads.projection.weight.normal_().mul_(2.0 ** target.heads.unit_of[:, None])
+
+
+def test_all_ways_of_counting_keep_as_many_heads_and_none_changes_the_model(bench):
+    bench.reset()
+    let_heads_differ(bench)
     before = bench.loss("test")
     counts = TokenCounts(bench, 0.6)
     found = {variant: counts.measure(variant) for variant in VARIANTS}
@@ -297,6 +309,7 @@ def test_with_a_large_beta_every_head_is_kept(bench):
 
 def test_a_tokens_own_count_is_that_of_the_norms_of_what_its_heads_add(bench):
     bench.reset()
+    let_heads_differ(bench)
     counts = TokenCounts(bench, 0.75)
     first = attention_heads(bench.module)[0].heads
     caught = []
@@ -310,4 +323,5 @@ def test_a_tokens_own_count_is_that_of_the_norms_of_what_its_heads_add(bench):
         [(outputs[:, first.unit_of == head] @ weight[first.unit_of == head]).norm(dim=1) for head in range(8)], dim=1
     )
     expected = (0.75 * norms.sum(1) ** 2 / (norms**2).sum(1) + 0.01).floor().clamp(1, 8).long()
+    assert len(expected.unique()) > 2
     assert (counts.counts[0] == expected).float().mean() > 0.999  # floor() of float32 beside float64
