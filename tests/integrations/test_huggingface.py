@@ -123,6 +123,28 @@ def test_the_best_model_comes_back_with_its_own_masks(mode, tmp_path):
 
 
 @QUIET
+def test_the_best_step_is_hardened_with_the_gates_that_it_had(tmp_path):
+    one = trainer(tmp_path, load_best_model_at_end=True, metric_for_best_model="distance", greater_is_better=False)
+    evaluate = one.evaluate
+
+    def measured(*args, **kwargs):
+        found = evaluate(*args, **kwargs)
+        one.seen[one.state.global_step] = found["eval_loss"]
+        return found | {"eval_distance": abs(one.state.global_step - 6)}
+
+    one.seen, one.evaluate = {}, measured
+    emp = attach(
+        one, target="heads", criterion="taylor", gates="hard_concrete", density=0.5, gate_warmup=1, mode="freeze"
+    )
+    one.train()
+    assert one.state.best_model_checkpoint.endswith("checkpoint-6")
+    assert sum(int(mask.sum()) for mask in emp.masks.values()) == 2
+    one.evaluate = evaluate
+    assert one.evaluate()["eval_loss"] == pytest.approx(one.seen[6], abs=1e-5)
+    assert emp.pruner.audit().clean
+
+
+@QUIET
 def test_values_stand_in_the_trainers_logs_and_take_nothing_from_them(tmp_path):
     plain = trainer(tmp_path / "plain", logging_steps=1)
     plain.train()
