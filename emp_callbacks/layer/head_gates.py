@@ -19,6 +19,7 @@ from emp_callbacks.core.hard_concrete import (
     open_probability,
     proportional_probabilities,
 )
+from emp_callbacks.core.kernels.tables import to_device
 from emp_callbacks.targets.compiled_site import let_compiled_code_see_hooks
 from emp_callbacks.targets.head_outputs import HeadOutputs
 from emp_callbacks.trajectory import GateStats
@@ -35,15 +36,20 @@ class GateGroup:
 
     Attributes:
         name: "global", or of the attention.
-        heads: Their places among all heads, shape (n,), int64.
+        heads: Their places among all heads.
         keep: How many are to stay in the end.
         first: How many were expected to be open when the gates began.
     """
 
     name: str
-    heads: Tensor
+    heads: slice
     keep: int
     first: float
+
+    @property
+    def size(self) -> int:
+        """Number of heads."""
+        return int(self.heads.stop - self.heads.start)
 
     def target(self, progress: float) -> float:
         """Return how many are to be open when a share of the warm-up is over."""
@@ -107,8 +113,8 @@ class HeadGates:
             self.log_alpha.zero_()
         for name, count in keep.items():
             heads = self._heads_of(name)
-            drawn = float(self._probabilities()[heads].sum())
-            chosen = float(len(heads) if probabilities is None else count)
+            drawn = float(self.probability[heads].sum())
+            chosen = float(heads.stop - heads.start if probabilities is None else count)
             self.groups.append(GateGroup(name, heads, count, drawn if self.kind == "hard_concrete" else chosen))
         self.renew()
 
@@ -126,28 +132,27 @@ class HeadGates:
         self.steps = steps
         self.renew()
 
-    def _heads_of(self, group: str) -> Tensor:
-        everywhere = torch.arange(len(self.log_alpha))
-        return everywhere if group == "global" else everywhere[self.parts[group]]
+    def _heads_of(self, group: str) -> slice:
+        return slice(0, len(self.log_alpha)) if group == "global" else self.parts[group]
 
     @torch.no_grad()
     def renew(self) -> None:
         """Draw the gates of the next optimizer step, and choose which are open where they are hardened."""
         self.log_alpha.clamp_(-_MOST, _MOST)
-        drawn = torch.rand(len(self.log_alpha), generator=torch.Generator().manual_seed(self.seed + self.steps))
-        self._uniform.copy_(drawn.clamp(_SMALLEST, 1.0 - _SMALLEST))
-        hard = torch.zeros(len(self.log_alpha))
+        generator = torch.Generator().manual_seed(self.seed + self.steps)
+        drawn = torch.rand(len(self.log_alpha), generator=generator).clamp(_SMALLEST, 1.0 - _SMALLEST)
+        self._uniform.copy_(to_device(drawn, self._uniform.device))
+        self._hard.zero_()
         for group in self.groups:
-            hard[group.heads[self._highest(group)]] = 1.0
-        self._hard.copy_(hard)
+            self._hard[group.heads].index_fill_(0, self._highest(group), 1.0)
 
     def _highest(self, group: GateGroup) -> Tensor:
         """Return which heads of a group are open when hardened: ties go to the first, each attention keeps `least`."""
-        scores = self.scores()[group.heads]
+        scores, lifted = self.probability[group.heads].clone(), 0
         for part in self.parts.values() if group.name == "global" and self.least else ():
             best = scores[part].sort(descending=True, stable=True).indices[: self.least]
-            scores[part.start + best] = torch.inf
-        lifted = int(torch.isinf(scores).sum())
+            scores[part].index_fill_(0, best, torch.inf)
+            lifted += len(best)
         return scores.sort(descending=True, stable=True).indices[: max(self.count(group), lifted)]
 
     # ---- what passes ----------------------------------------------------------------------------------------------
@@ -185,14 +190,15 @@ class HeadGates:
 
     # ---- what they say --------------------------------------------------------------------------------------------
 
-    def _probabilities(self) -> Tensor:
-        return open_probability(self.log_alpha.detach().double().cpu())
+    @property
+    def probability(self) -> Tensor:
+        """P(open) of all heads, of "top_k" the sigmoid of the score: by it they are chosen; shape (N,), float64."""
+        values = self.log_alpha.detach().double()
+        return open_probability(values) if self.kind == "hard_concrete" else torch.sigmoid(values)
 
     def scores(self) -> Tensor:
-        """Return by what gates are chosen, shape (N,), float64, on the CPU: P(open), of "top_k" the score's sigmoid."""
-        if self.kind == "hard_concrete":
-            return self._probabilities()
-        return torch.sigmoid(self.log_alpha.detach().double().cpu())
+        """Return `probability` on the CPU."""
+        return self.probability.cpu()
 
     def count(self, group: GateGroup) -> int:
         """Return how many gates of a group are open now where they are hardened: at the end of the warm-up `keep`."""
@@ -206,7 +212,7 @@ class HeadGates:
     @property
     def probabilities(self) -> dict[str, Tensor]:
         """Attention -> P(open) of its heads, shape (units,), float64; of "top_k", which draws nothing, 1 or 0."""
-        found = self._probabilities() if self.kind == "hard_concrete" else self._hard.double().cpu()
+        found = self.scores() if self.kind == "hard_concrete" else self._hard.double().cpu()
         return {name: found[part].clone() for name, part in self.parts.items()}
 
     @property
@@ -238,7 +244,7 @@ class HeadGates:
     @property
     def entropy(self) -> float:
         """Mean over gates of how undecided they are, in bits: 0 where each is always open or never."""
-        return sum(self.stats(g).entropy * len(g.heads) for g in self.groups) / len(self.log_alpha)
+        return sum(self.stats(g).entropy * g.size for g in self.groups) / len(self.log_alpha)
 
 
 def first_probabilities(scores: Mapping[str, Tensor], expected: float) -> dict[str, Tensor]:

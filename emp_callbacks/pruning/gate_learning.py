@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from emp_callbacks.layer import Ranks
-from emp_callbacks.layer.head_gates import GateGroup, HeadGates
+from emp_callbacks.layer.head_gates import HeadGates
 
 _MEMORY = 0.99  # of the mean square of the gradient
 _PENALTY = 50.0  # of the square of the gap: a tenth of all heads too many outweighs the loss's own gradient
@@ -35,46 +35,49 @@ class GateLearning:
 
     def __init__(self, gates: HeadGates, lr: float, ranks: Ranks) -> None:
         self._gates, self._ranks, self._lr = gates, ranks, lr
-        self._adam = torch.optim.Adam([gates.log_alpha], lr=lr, betas=(0.9, 0.98))
-        self._mean_square, self._seen = 0.0, 0
-        self.multipliers = [0.0] * len(gates.groups)
+        # Fused, it can be told on the device to leave a step out.
+        self._adam = torch.optim.Adam([gates.log_alpha], lr=lr, betas=(0.9, 0.98), fused=True)
+        nothing = torch.zeros((), dtype=torch.float64, device=gates.log_alpha.device)
+        self._mean_square, self._seen = nothing, nothing.clone()
+        self._multipliers = nothing.new_zeros(len(gates.groups))
 
     @torch.no_grad()
     def step(self) -> None:
         """Move the gates by what the forward and backward passes since the last call said. Collective.
 
-        A gradient with NaN or Inf, as of a step that a gradient scaler skipped, moves nothing.
+        A gradient with NaN or Inf, as of a step that a gradient scaler skipped, moves nothing. No accelerator is waited
+        for.
         """
         log_alpha, own = self._gates.log_alpha, self._gates.log_alpha.grad
         sent = torch.zeros_like(log_alpha) if own is None else own.detach()
-        log_alpha.grad = None
-        gradient = self._ranks.all_sum(sent.double()).cpu() / self._ranks.world_size
-        if not bool(torch.isfinite(gradient).all()):
-            return
-        gradient = self._in_own_unit(gradient)
+        gradient = self._ranks.all_sum(sent.double()) / self._ranks.world_size
+        finite = torch.isfinite(gradient).all()
+        gradient = self._in_own_unit(gradient.where(finite, 0.0), finite)
         if self._gates.kind == "hard_concrete":
-            gradient = gradient + self._constraint()
+            gradient = gradient + self._constraint(finite)
         log_alpha.grad = gradient.to(log_alpha)
+        self._adam.found_inf = (~finite).to(log_alpha)  # type: ignore[attr-defined]
         self._adam.step()
         log_alpha.grad = None
         self._gates.steps += 1
         self._gates.renew()
 
-    def _in_own_unit(self, gradient: Tensor) -> Tensor:
-        self._seen += 1
-        self._mean_square = _MEMORY * self._mean_square + (1 - _MEMORY) * float(gradient.square().mean())
-        scale = (self._mean_square / (1 - _MEMORY**self._seen)) ** 0.5
-        return gradient / scale if scale else gradient
+    def _in_own_unit(self, gradient: Tensor, finite: Tensor) -> Tensor:
+        self._seen += finite
+        now = _MEMORY * self._mean_square + (1 - _MEMORY) * gradient.square().mean()
+        self._mean_square.copy_(now.where(finite, self._mean_square))
+        scale: Tensor = (self._mean_square / (1 - _MEMORY ** self._seen.clamp(min=1))).sqrt()
+        return gradient / scale.where(scale > 0, 1.0)
 
-    def _constraint(self) -> Tensor:
+    def _constraint(self, finite: Tensor) -> Tensor:
         """Return the gradient of the constraints, shape (N,), and let their multipliers ascend."""
-        probability = self._gates.scores()
+        probability = self._gates.probability
         slope = probability * (1 - probability)  # d P / d log alpha
         found = torch.zeros_like(probability)
-        for i, group in enumerate(self._gates.groups):
-            gap = _gap(group, probability, self._gates.progress)
-            self.multipliers[i] += _ASCENT * self._lr * gap
-            found[group.heads] = (self.multipliers[i] + _PENALTY * gap) * slope[group.heads]
+        for multiplier, group in zip(self._multipliers, self._gates.groups, strict=True):
+            gap = (probability[group.heads].sum() - group.target(self._gates.progress)) / group.size
+            multiplier += _ASCENT * self._lr * gap * finite
+            found[group.heads] = (multiplier + _PENALTY * gap) * slope[group.heads]
         return found
 
     def record(self) -> dict[str, Any]:
@@ -82,22 +85,16 @@ class GateLearning:
         state = self._adam.state[self._gates.log_alpha]
         return {
             "adam": {name: state[name].tolist() for name in _MOMENTS if name in state},
-            "mean_square": self._mean_square,
-            "seen": self._seen,
-            "multipliers": [*self.multipliers],
+            "mean_square": float(self._mean_square),
+            "seen": float(self._seen),
+            "multipliers": self._multipliers.tolist(),
         }
 
     def restore(self, record: Mapping[str, Any]) -> None:
         """Go on from what `record` returned."""
         like = self._gates.log_alpha
-        moments = {name: torch.tensor(value) for name, value in record["adam"].items()}
-        if moments:
-            step = moments.pop("step")
-            self._adam.state[like] = {**{name: value.to(like) for name, value in moments.items()}, "step": step}
-        self._mean_square, self._seen = float(record["mean_square"]), int(record["seen"])
-        self.multipliers = [*map(float, record["multipliers"])]
-
-
-def _gap(group: GateGroup, probability: Tensor, progress: float) -> float:
-    """Return by which share of a group's heads more are expected to be open than are to be."""
-    return (float(probability[group.heads].sum()) - group.target(progress)) / len(group.heads)
+        if record["adam"]:
+            self._adam.state[like] = {name: torch.tensor(value).to(like) for name, value in record["adam"].items()}
+        self._mean_square.fill_(record["mean_square"])
+        self._seen.fill_(record["seen"])
+        self._multipliers.copy_(torch.tensor(record["multipliers"]))

@@ -180,7 +180,7 @@ class Gating:
     def _final_rule(self, gates: HeadGates, rule: KeepRule, *, hardened: bool = False) -> KeepRule:
         """Return the rule that keeps as many heads as are to be open now, or in the end."""
         counts = {g.name: g.keep if hardened else gates.count(g) for g in gates.groups}
-        sizes = {g.name: len(g.heads) for g in gates.groups}
+        sizes = {g.name: g.size for g in gates.groups}
         # Half a head more, so that no rounding loses one.
         shares = {name: min((count + 0.5) / sizes[name], 1.0) for name, count in counts.items()}
         return replace(rule, beta=1.0, density=1.0, densities=shares, min_density=0.0, tolerance=0.0)

@@ -47,13 +47,21 @@ FEATURES = {
 UNITS = {
     "heads": {"target": "heads", "criterion": "taylor"},
     "heads, freeze": {"target": "heads", "criterion": "taylor", "mode": "freeze"},
+    "heads, gates": {"target": "heads", "criterion": "taylor", "gates": "hard_concrete", "gate_warmup": 2},
+    "heads, top-K gates": {"target": "heads", "gates": "top_k", "density": 0.5, "gate_warmup": 2},
     "neurons": {"target": "neurons"},
     "neurons, project": {"target": "neurons", "mode": "project"},
 }
 EDGES = {"attention edges": {"target": "attention_edges"}}
-IN_FORWARD = {**FEATURES, "features, freeze": {"target": "features", "mode": "freeze"}, **EDGES}
+IN_FORWARD = {
+    **FEATURES,
+    "features, freeze": {"target": "features", "mode": "freeze"},
+    "heads, dynamic": {"target": "heads", "dynamic": True},
+    **EDGES,
+}
 FORMS = {**MODES, **SCOPES, **PATTERNS, **CRITERIA, **UNITS, **IN_FORWARD}
 ONCE = {"every_n_steps": 2, "stop": 2}  # one refresh, after the second step, and none after it
+BEGUN = {"every_n_steps": 50, "start": 2}  # gates learn from the second step on
 
 
 def forms(table):
@@ -118,6 +126,8 @@ def trained(
         optimizer.zero_grad()
         pruner.step()
         losses.append(float(loss.detach()))
+    if pruner.gates is not None:
+        pruner.close()
     return Run(losses, pruner.masks, pruner, model)
 
 

@@ -6,7 +6,19 @@ from torch import nn
 from torch.nn import functional
 
 from emp_callbacks import EMPPruner
-from tests.gpu.common import DEVICE, FORMS, ON_A_GPU, ONCE, REHEARSAL, batches, count_waits, forms, network, no_waiting
+from tests.gpu.common import (
+    BEGUN,
+    DEVICE,
+    FORMS,
+    ON_A_GPU,
+    ONCE,
+    REHEARSAL,
+    batches,
+    count_waits,
+    forms,
+    network,
+    no_waiting,
+)
 
 pytestmark = ON_A_GPU
 MOST_WAITS = 12  # in one refresh
@@ -26,7 +38,7 @@ def test_waiting_is_seen():
 def test_nothing_waits_between_refreshes(settings):
     model = network().to(DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    pruner = EMPPruner(model, optimizer, **ONCE, **settings)
+    pruner = EMPPruner(model, optimizer, **(BEGUN if "gates" in settings else ONCE), **settings)
     data = batches()
     given = [next(data) for _ in range(7)]
 
