@@ -24,7 +24,7 @@ from emp_callbacks.study.gates.tables import (
     gates_grid,
     initialisation_grid,
     knee,
-    p_text,
+    p_of,
     planned_grid,
     shown,
 )
@@ -133,7 +133,7 @@ def _is_initialisation(arms: Arms, first: Planned) -> bool:
 
 def _findings(arms: Arms, tests: Sequence[Planned]) -> list[str]:
     told = [
-        f"{test.name}, {test.says}: {shown(test.difference)} nats, {p_text(test.difference)}: "
+        f"{test.name}, {test.says}: {shown(test.difference)} nats, {p_of(test.difference)}: "
         f"{knee(tests) if test.name == 'P3' else test.verdict}."
         for test in tests
     ]

@@ -102,6 +102,7 @@ def _draw_by_token(axes: Axes, arms: Arms) -> None:
             axes.fill_between(at, low, high, color=color, alpha=0.12, linewidth=0)
     if axes.dataLim.y0 > 0:
         axes.set_yscale("log")
-    axes.legend(frameon=False, fontsize=8)
+        axes.set_ylim(top=30 * axes.dataLim.y1)  # room for the names
+    axes.legend(frameon=False, fontsize=8, loc="upper right")
     axes.set(xlabel="heads per token and layer", ylabel=f"test loss {MINUS} that of all heads (nats)")
     _title(axes, "heads by token, nothing trained")

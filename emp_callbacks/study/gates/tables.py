@@ -20,6 +20,7 @@ from emp_callbacks.study.gates.comparisons import (
     verdict,
 )
 from emp_callbacks.study.gates.token_counts import VARIANTS
+from emp_callbacks.study.report.metric_format import p_text
 from emp_callbacks.study.report.page import DASH, Grid, interval, number
 from emp_callbacks.study.report.statistics import PairedDifference, adjusted, mean_interval, paired_difference
 
@@ -30,7 +31,7 @@ __all__ = [
     "gates_grid",
     "initialisation_grid",
     "knee",
-    "p_text",
+    "p_of",
     "planned_grid",
     "shown",
 ]
@@ -57,17 +58,18 @@ def shown(found: PairedDifference | None) -> str:
     return f"{number(found.mean, _DECIMALS, True)}{ends}"
 
 
-def p_text(found: PairedDifference | None) -> str:
+def p_of(found: PairedDifference | None) -> str:
     """Return the p of a difference, as text; Holm's where it is adjusted."""
     if found is None or found.p_value is None:
         return "no test"
-    return f"p = {found.p_value:.3f}" if found.p_holm is None else f"Holm p = {found.p_holm:.3f}"
+    name, p = ("p", found.p_value) if found.p_holm is None else ("Holm p", found.p_holm)
+    return f"{name} {'' if p < 0.001 else '= '}{p_text(p)}".replace("<", "< ")
 
 
 def planned_grid(tests: Sequence[Planned]) -> Grid:
     """Return the table of the planned comparisons."""
     rows = [
-        [t.name, t.says, shown(t.difference), p_text(t.difference), knee(tests) if t.name == "P3" else t.verdict]
+        [t.name, t.says, shown(t.difference), p_of(t.difference), knee(tests) if t.name == "P3" else t.verdict]
         for t in tests
     ]
     return Grid(headers=["test", "difference", "nats [95 %]", "p", "verdict"], rows=rows, texts=2)
@@ -93,7 +95,7 @@ def arms_grid(arms: Arms, margin: float) -> Grid:
                 number(math.exp(mean), 3),
                 number(fmean(arms.values(arm, budget, "val_loss").values()), _DECIMALS),
                 shown(tests.get(arm)),
-                p_text(tests[arm]) if arm in tests else DASH,
+                p_of(tests[arm]) if arm in tests else DASH,
                 verdict(tests[arm], margin) if arm in tests else DASH,
                 number(fmean(arms.values(arm, budget, "seconds").values()), 0),
             ])  # fmt: skip
@@ -108,7 +110,7 @@ def initialisation_grid(arms: Arms, margin: float) -> Grid:
     for budget in BUDGETS:
         for one, other in pairs:
             found = between(arms, one, other, budget)
-            rows.append([budget, f"{one} - {other}", shown(found), p_text(found), verdict(found, margin)])
+            rows.append([budget, f"{one} - {other}", shown(found), p_of(found), verdict(found, margin)])
     return Grid(headers=["heads", "difference", "nats [95 %]", "p", "verdict"], rows=rows, texts=2)
 
 
@@ -151,7 +153,7 @@ def by_token_grid(arms: Arms) -> Grid:
                 number(fmean(by_token(arms, beta, variant, "heads").values()), 2),
                 number(fmean(values.values()), _DECIMALS),
                 shown(found),
-                p_text(found) if found else DASH,
+                p_of(found) if found else DASH,
                 *(_correlations(arms, beta) if variant == "B1" else (DASH, DASH)),
             ])  # fmt: skip
     headers = [

@@ -65,7 +65,7 @@ _OPTIONAL = ("beta", "mass_bound", "tight_mass_bound", "first_token")
 def _check_row(row: Mapping[str, Any], place: str, remedy: str) -> None:
     for part in (row, *(row.get("layers") or ())):
         for name, value in part.items():
-            if name in ("layers", "certificate") or (value is None and name in _OPTIONAL):
+            if name in ("layers", "certificate", "gates") or (value is None and name in _OPTIONAL):
                 continue
             kind: Any = str if name in _TEXTS else (int, float)
             if not isinstance(value, kind) or isinstance(value, bool):

@@ -224,7 +224,9 @@ def test_another_target_is_swept_with_its_own_criterion(folder, sweep):
 def test_every_criterion_that_fits_is_compared(compared):
     found = {case.target: case for case in cases(compared)}
     assert set(found["weights"].rows) == {"magnitude", "taylor", "saliency", "wanda", "random"}
-    assert set(found["heads"].rows) == {"weight_norm", "taylor", "saliency", "activation", "random"}
+    assert set(found["heads"].rows) == {
+        "weight_norm", "taylor", "saliency", "activation", "output_norm", "random"
+    }  # fmt: skip
     for case in found.values():
         assert all([row["seed"] for row in rows] == [0, 1] for rows in case.rows.values())
     wanda = found["weights"].rows["wanda"][0]
