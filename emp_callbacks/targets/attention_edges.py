@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from emp_callbacks.targets.compiled_site import choose, watch
 from emp_callbacks.targets.forward_site import CountRule, ForwardSite, RowChoice, choose_rows, in_backward, named_sites
 from emp_callbacks.targets.heads import projections
-from emp_callbacks.targets.intercept import Intercept
+from emp_callbacks.targets.intercept import Intercept, Interception
 
 SCORES = ("weight", "logit")
 
@@ -43,13 +43,12 @@ class EdgeSite(ForwardSite):
         self.score = score
         self.active = False
         self._rule = rule
-        self._intercept: Intercept | None = None
-        self._lengths: list[int] | None = None  # of the samples of a nested tensor
+        self._interception = Interception()
         self._device = torch.device("cpu")
 
     def detach(self) -> None:
         super().detach()
-        self._end()
+        self._interception.abandon()
 
     def statistics(self) -> dict[str, Tensor]:
         """Return this rank's sums since `reset`, float64, each of shape ().
@@ -68,26 +67,15 @@ class EdgeSite(ForwardSite):
         ]
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:  # noqa: ARG002
-        self._end()
+        self._interception.abandon()
         self._refuse_recording(steady=False)
         if not (self.active or self._gathers):
             return None
-        padded = _padded(args, kwargs)
-        self._lengths = None if padded is None else [len(sample) for sample in args[0].unbind()]
-        self._intercept = Intercept({"scaled_dot_product_attention": self._attend}, anywhere=True)
-        self._intercept.__enter__()  # type: ignore[no-untyped-call]
-        return padded
-
-    def _end(self) -> Intercept | None:
-        """End the interception, if one is under way: a forward that was interrupted from the keyboard runs no hooks."""
-        ended, self._intercept = self._intercept, None
-        if ended is not None:
-            ended.leave()
-        return ended
+        intercept = Intercept({"scaled_dot_product_attention": self._attend}, anywhere=True)
+        return self._interception.begin(intercept, args, kwargs)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG002
-        ended = self._end()
-        lengths, self._lengths = self._lengths, None
+        ended, changed = self._interception.end(output)
         # output is None where the forward itself raised
         if ended is not None and output is not None and not ended.calls:
             raise RuntimeError(
@@ -95,10 +83,7 @@ class EdgeSite(ForwardSite):
                 'so its edges cannot be pruned; timm: set fused_attn = True; transformers: attn_implementation="sdpa"; '
                 "nn.MultiheadAttention: call it with need_weights=False; or exclude the module"
             )
-        if lengths is None or output is None:
-            return None
-        samples = [sample[:length] for sample, length in zip(output[0], lengths, strict=True)]
-        return (torch.nested.as_nested_tensor(samples), *output[1:])
+        return changed
 
     def _attend(
         self,
@@ -169,22 +154,6 @@ class EdgeSite(ForwardSite):
         }
         self._device = allowed.device
         self._add({key: value.sum(dtype=torch.float64) for key, value in per_row.items()})
-
-
-def _padded(args: Any, kwargs: Any) -> Any:
-    """Return the arguments of a self-attention of a nested tensor for one of padded samples; None of any other.
-
-    nn.TransformerEncoder makes nested tensors in evaluation, and nn.MultiheadAttention takes them on a path only that
-    runs no torch function which could be intercepted.
-    """
-    if len(args) < 3 or not isinstance(args[0], Tensor) or not args[0].is_nested:
-        return None
-    nested = args[0]
-    padded = nested.to_padded_tensor(0.0)
-    lengths = torch.tensor([len(sample) for sample in nested.unbind()], device=padded.device)
-    beyond = torch.arange(padded.shape[1], device=padded.device) >= lengths[:, None]
-    plain = tuple(padded if arg is nested else arg for arg in args)
-    return plain, {**kwargs, "key_padding_mask": beyond}
 
 
 def _repeat(heads: Tensor, groups: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
 
 from emp_callbacks.core.kernels.tables import to_device
-from emp_callbacks.targets.intercept import Intercept
+from emp_callbacks.targets.intercept import Intercept, Interception
 
 Change = Callable[[Tensor], Tensor | None]
 """Takes what the heads hand on, returns what is to be handed on instead; None: the same."""
@@ -82,7 +82,7 @@ class HeadOutputs:
             return [self.projection.register_forward_pre_hook(_BeforeProjection(change).enter)]
         site = _InsideMultihead(change)
         return [
-            self.module.register_forward_pre_hook(site.enter),
+            self.module.register_forward_pre_hook(site.enter, with_kwargs=True),
             self.module.register_forward_hook(site.leave, always_call=True),
         ]
 
@@ -103,27 +103,21 @@ class _InsideMultihead:
 
     def __init__(self, change: Change) -> None:
         self._change = change
-        self._intercept: Intercept | None = None
+        self._interception = Interception()
 
-    def enter(self, module: nn.Module, args: Any) -> None:  # noqa: ARG002
-        self._end()
-        self._intercept = Intercept({"linear": self._project}, anywhere=False)
-        self._intercept.__enter__()  # type: ignore[no-untyped-call]
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:  # noqa: ARG002
+        self._interception.abandon()
+        return self._interception.begin(Intercept({"linear": self._project}, anywhere=False), args, kwargs)
 
-    def leave(self, module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG002
-        ended = self._end()
+    def leave(self, module: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG002
+        ended, changed = self._interception.end(output)
         if ended is not None and output is not None and not ended.calls:
             raise RuntimeError(
                 f"a {type(module).__name__} ran without torch's multi_head_attention_forward, so that its heads cannot "
-                "be reached (a nested tensor?): pad the batch, or exclude it"
+                "be reached: exclude it"
             )
+        return changed
 
     def _project(self, values: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         changed = self._change(values)
         return F.linear(values if changed is None else changed, weight, bias)
-
-    def _end(self) -> Intercept | None:
-        ended, self._intercept = self._intercept, None
-        if ended is not None:
-            ended.leave()
-        return ended

@@ -76,6 +76,27 @@ def test_a_head_that_hands_on_nothing_equals_one_whose_columns_are_zero(kind, tr
     torch.testing.assert_close(gated, masked, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_samples_that_torch_makes_of_padded_ones_are_reached():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, dropout=0.0)
+    model, batch = nn.TransformerEncoder(layer, 2).eval(), torch.randn(2, 5, 16)
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    outputs, kept = [target.heads for target in attention_heads(model)], torch.tensor([1.0, 0.0, 1.0, 1.0])
+    with torch.no_grad():
+        plain = model(batch, src_key_padding_mask=padding)
+        handles = [h for one in outputs for h in one.register(lambda v, one=one: v * one.spread(kept, v))]
+        gated = model(batch, src_key_padding_mask=padding)
+        for handle in handles:
+            handle.remove()
+        for one in outputs:
+            one.projection.weight[:, one.unit_of == 1] = 0.0
+        masked = model(batch, src_key_padding_mask=padding)
+    assert not torch.allclose(plain[1, :3], masked[1, :3], atol=1e-4)
+    torch.testing.assert_close(gated[0], masked[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gated[1, :3], masked[1, :3], rtol=1e-5, atol=1e-6)
+
+
 def test_transposed_and_convolved_projections_are_reached():
     attention = GPT2Attention(GPT2Config(n_embd=16, n_head=4), layer_idx=0)
     (target,) = attention_heads(nn.ModuleDict({"a": attention}))
