@@ -11,9 +11,9 @@ from torch import Tensor
 
 from emp_callbacks.study.gates.bench import Bench
 from emp_callbacks.study.once.results import Row
+from emp_callbacks.targets.head_norms import added_norms
 from emp_callbacks.targets.head_outputs import HeadOutputs
 from emp_callbacks.targets.heads import attention_heads
-from emp_callbacks.targets.matrices import is_conv1d
 
 __all__ = ["VARIANTS", "TokenCounts", "partial_spearman", "spread_evenly"]
 
@@ -47,7 +47,6 @@ class TokenCounts:
     def __init__(self, bench: Bench, beta: float) -> None:
         self._bench, self._beta = bench, beta
         self._layers = [target.heads for target in attention_heads(bench.module) if target.heads is not None]
-        self._norms = [_norms(layer) for layer in self._layers]
         self._generator = torch.Generator().manual_seed(bench.dense.seed)
         self._tokens = sum(targets.numel() for _, targets in bench.texts["test"])
         self._dense = torch.cat([nll.flatten() for nll in bench.token_losses(bench.texts["test"])])
@@ -120,15 +119,14 @@ class TokenCounts:
         `heads` takes the layer's number and its scores, shape (tokens, heads), and returns bool, same shape.
         """
         handles = []
-        for number, (layer, norms) in enumerate(zip(self._layers, self._norms, strict=True)):
+        for number, layer in enumerate(self._layers):
 
             def change(
                 values: Tensor,
                 number: int = number,
                 layer: HeadOutputs = layer,
-                norms: Callable[[Tensor], Tensor] = norms,
             ) -> Tensor:
-                scores = norms(values).cpu()
+                scores = added_norms(layer, values).cpu()
                 kept = heads(number, scores.flatten(0, 1)).view(scores.shape)
                 return values * layer.spread(kept.to(values), values)
 
@@ -201,18 +199,3 @@ def partial_spearman(one: Tensor, other: Tensor, given: Tensor) -> float:
     (_, ab, ac), (_, _, bc), _ = torch.corrcoef(ranks).tolist()
     rest = ((1 - ac * ac) * (1 - bc * bc)) ** 0.5
     return float((ab - ac * bc) / rest) if rest > 0 else float("nan")
-
-
-def _norms(layer: HeadOutputs) -> Callable[[Tensor], Tensor]:
-    """Return what computes the norms of what each head adds to the stream, shape (B, T, heads)."""
-    own = torch.stack([(layer.unit_of == head).nonzero().flatten() for head in range(layer.units)])
-    weight: Tensor = layer.projection.weight.detach()  # type: ignore[operator]
-    by_input = weight if is_conv1d(layer.projection) else weight.T
-    rows = by_input[own.to(weight.device)]  # (heads, inputs of a head, outputs)
-    gram = rows @ rows.mT  # ||o W||^2 = o (W W^T) o^T, in the few inputs of a head
-
-    def norms(values: Tensor) -> Tensor:
-        mine = values[..., own.to(values.device)]
-        return (torch.einsum("bthc,hce->bthe", mine, gram) * mine).sum(-1).clamp_min(0).sqrt()
-
-    return norms
