@@ -92,6 +92,7 @@ class HeadGates:
         self._uniform = torch.full_like(self.log_alpha, 0.5, requires_grad=False)
         self._hard = torch.ones_like(self._uniform)
         self._handles: list[RemovableHandle] = []
+        self._passed: set[str] = set()
 
     # ---- beginning ------------------------------------------------------------------------------------------------
 
@@ -175,6 +176,8 @@ class HeadGates:
         return {**vars(self), "_handles": []}  # a copy of the model has copies of the hooks
 
     def _gated(self, attention: HeadOutputs, part: slice, values: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            self._passed.add(attention.name)
         gate = self.gate(part, attention.projection.training).to(values.device)
         # In float32, where the gradient of a gate, a sum over all positions times a scaler's factor, does not overflow.
         return (values * attention.spread(gate, values)).to(values.dtype)
@@ -214,6 +217,11 @@ class HeadGates:
         """Attention -> P(open) of its heads, shape (units,), float64; of "top_k", which draws nothing, 1 or 0."""
         found = self.scores() if self.kind == "hard_concrete" else self._hard.double().cpu()
         return {name: found[part].clone() for name, part in self.parts.items()}
+
+    @property
+    def unreached(self) -> list[str]:
+        """The attentions that nothing has passed on its way to the output projection while something passed others."""
+        return [name for name in self.parts if name not in self._passed] if self._passed else []
 
     @property
     def hardened(self) -> dict[str, Tensor]:

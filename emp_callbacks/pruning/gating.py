@@ -21,6 +21,8 @@ from emp_callbacks.pruning.foreseen import Foreseen, foresee
 from emp_callbacks.pruning.gate_learning import GateLearning
 from emp_callbacks.pruning.groups import KeepRule
 from emp_callbacks.pruning.refresh import refresh_masks
+from emp_callbacks.pruning.signatures import warn_the_user
+from emp_callbacks.targets import few
 from emp_callbacks.trajectory import PruneEvent
 
 _LEARNING = "the gates learn: masks of these heads follow at the last refresh, evaluation shows them now"
@@ -67,7 +69,7 @@ class Gating:
         self.learns = False
         self._learning: GateLearning | None = None
         self._masks: dict[str, Tensor] = {}  # that hardening would have made at the last refresh
-        self._waits = False
+        self._waits = self._warned = False
         self._seed = torch.initial_seed() & 0x7FFF_FFFF  # a checkpoint brings that of its run
 
     @property
@@ -187,6 +189,12 @@ class Gating:
 
     def _told(self, events: Sequence[PruneEvent], gates: HeadGates, note: str) -> list[PruneEvent]:
         """Return rows that say how the gates of their groups stand."""
+        if (names := gates.unreached) and not self._warned and not self._backend.rank:
+            self._warned = True
+            warn_the_user(
+                f"nothing has passed the gates of {few(names)}: its attention was not called, or hands its heads "
+                "to the output projection in a way that is not known; exclude it"
+            )
         stats = {group.name: gates.stats(group) for group in gates.groups}
         return [replace(with_note(event, note), gates=stats[event.group]) for event in events]
 

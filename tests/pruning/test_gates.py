@@ -215,6 +215,20 @@ def test_adapters_beside_the_output_projection_are_refused():
     assert pruner.gates is None
 
 
+class Named(nn.Linear):
+    """Hands its input on by name, where no hook before a forward sees it."""
+
+    def __call__(self, x):
+        return super().__call__(input=x)
+
+
+def test_an_attention_whose_heads_pass_no_gate_is_named():
+    run = Run(every_n_steps=3)
+    run.net.blocks[1].attn.proj.__class__ = Named
+    with pytest.warns(UserWarning, match="nothing has passed the gates of blocks.1.attn"):
+        run.train(0, 7)
+
+
 def test_nan_in_a_weight_begins_no_gates():
     run = Run(criterion="weight_norm", every_n_steps=3).train(0, 2)
     with torch.no_grad():
