@@ -376,7 +376,7 @@ def test_early_stopping_is_refused(tmp_path, fits):
     ("arms", "settings", "words"),
     [
         (["dense", "training_dynamic"], {}, "arm 'training_dynamic' does not go with the recipe's EMPCallback"),
-        (["one_shot_dynamic"], {"target": "heads"}, "dynamic=True is for features, and target='heads'"),
+        (["one_shot_dynamic"], {"target": "neurons"}, "dynamic=True is for features, and target='neurons'"),
         (["training_feedback", "fixed_magnitude"], {"target": "features"}, "arm 'fixed_magnitude' does not go with"),
         (["dense", "training_project"], {"target": "features"}, "features have none"),
     ],
