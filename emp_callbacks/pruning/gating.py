@@ -77,6 +77,14 @@ class Gating:
         """What scores heads now; None before the gates begin."""
         return None if self.gates is None else GateScores(self.gates)
 
+    def check_layers(self, layers: Sequence[Layer]) -> None:
+        """Raise ValueError, before anything trains, where the heads of these layers can have no such gates."""
+        if self._config.gates is None:
+            return
+        gated_attentions(self._config, self._backend)
+        if isinstance(self._config.init, Mapping):
+            _check_named(self._config.init, layers)
+
     # ---- refreshes ------------------------------------------------------------------------------------------------
 
     def refresh(
@@ -144,7 +152,6 @@ class Gating:
             keep = _counts(layers, rule, common["scope"])
         if isinstance(init, Mapping):
             first = {name: torch.tensor(value, dtype=torch.float64) for name, value in init.items()}
-            _check_named(first, layers)
         # The draws must be alike on all ranks, however each was seeded.
         self._seed = int(self._backend.from_all(torch.tensor(self._seed))[0])
         gates = self._made(layers)
@@ -295,7 +302,7 @@ def _counts(layers: Sequence[Layer], rule: KeepRule, scope: str) -> dict[str, in
     }
 
 
-def _check_named(first: Mapping[str, Tensor], layers: Sequence[Layer]) -> None:
+def _check_named(first: Mapping[str, Sequence[float]], layers: Sequence[Layer]) -> None:
     """Raise ValueError unless there is a number for each head."""
     sizes = {layer.name: layer.span.size for layer in layers}
     given = {name: len(value) for name, value in first.items()}

@@ -80,6 +80,7 @@ class Refresher:
             self.layers = find_layers(config, self.criterion, backend)
             check_shares_named(config.shares, self.layers)
             check_not_frozen(self.layers, backend, self.criterion, self.growth)
+            self.gating.check_layers(self.layers)
         self._rule = self._rule_at(0)
         self.weights = masked_weights(self.layers)
         self._chosen = [id(parameter) for parameter in chosen_parameters(config, backend)]
