@@ -91,6 +91,8 @@ class HeadGates:
         self.steps = 0
         self._uniform = torch.full_like(self.log_alpha, 0.5, requires_grad=False)
         self._hard = torch.ones_like(self._uniform)
+        owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+        self._members = torch.nn.functional.one_hot(owner).to(device)  # (N, attentions)
         self._handles: list[RemovableHandle] = []
         self._passed: set[str] = set()
 
@@ -149,12 +151,15 @@ class HeadGates:
 
     def _highest(self, group: GateGroup) -> Tensor:
         """Return which heads of a group are open when hardened: ties go to the first, each attention keeps `least`."""
-        scores, lifted = self.probability[group.heads].clone(), 0
-        for part in self.parts.values() if group.name == "global" and self.least else ():
-            best = scores[part].sort(descending=True, stable=True).indices[: self.least]
-            scores[part].index_fill_(0, best, torch.inf)
-            lifted += len(best)
-        return scores.sort(descending=True, stable=True).indices[: max(self.count(group), lifted)]
+        order = self.probability[group.heads].sort(descending=True, stable=True).indices
+        if group.name != "global" or not self.least:
+            return order[: self.count(group)]
+        # Which of its attention's heads each is, best first: two sorts, however many attentions there are.
+        members = self._members[order]
+        place = (members.cumsum(0) * members).sum(1)
+        first_those_that_stay = (place > self.least).int().sort(stable=True).indices
+        stay = sum(min(self.least, attention.units) for attention in self.attentions)
+        return order[first_those_that_stay][: max(self.count(group), stay)]
 
     # ---- what passes ----------------------------------------------------------------------------------------------
 

@@ -106,7 +106,6 @@ class _InsideMultihead:
         self._interception = Interception()
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:  # noqa: ARG002
-        self._interception.abandon()
         return self._interception.begin(Intercept({"linear": self._project}, anywhere=False), args, kwargs)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG002

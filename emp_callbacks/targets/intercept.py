@@ -69,6 +69,7 @@ class Interception:
 
     def begin(self, intercept: Intercept, args: Any, kwargs: Any) -> Any:
         """Intercept from now on; return what a forward pre-hook returns that was given these arguments."""
+        self.abandon()
         padded = _padded(args, kwargs)
         self._lengths = None if padded is None else [len(sample) for sample in args[0].unbind()]
         self._running = intercept

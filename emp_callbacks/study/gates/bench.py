@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.cost.training_loss import training_loss
 from emp_callbacks.study.once.dense_models import DenseModel
-from emp_callbacks.study.recipe.optimization import decay_groups, warmup_cosine
+from emp_callbacks.study.recipe.optimization import warmup_cosine
 from emp_callbacks.targets.heads import attention_heads
 
 __all__ = ["Bench", "Heads", "bench_of"]
@@ -85,8 +85,8 @@ class Bench:
 
     def optimizer(self) -> torch.optim.Optimizer:
         """Return the optimizer of every arm: that of the recipe."""
-        groups = decay_groups(self.module.model, self.module.weight_decay)
-        return torch.optim.AdamW(groups, lr=self.module.lr, betas=(0.9, 0.95))
+        made: torch.optim.Optimizer = self.module.make_optimizer()
+        return made
 
     def train(self, optimizer: torch.optim.Optimizer, after_step: Callable[[int], None]) -> None:
         """Train on all batches; `after_step` is called with the number of steps done after each."""

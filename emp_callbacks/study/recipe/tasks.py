@@ -248,10 +248,15 @@ class LanguageModel(DistilledTask):
         self.log(f"{part}/loss", mean_loss, batch_size=len(logits))
         self.log(f"{part}/perplexity", perplexity, prog_bar=True, batch_size=len(logits))
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """Return an optimizer of the model, at its highest learning rate."""
         groups = decay_groups(self.model, self.weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.95))
-        return with_schedule(self, optimizer, self.warmup_fraction, self.lr_restarts or (), self.final_lr_fraction)
+        return torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.95))
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        return with_schedule(
+            self, self.make_optimizer(), self.warmup_fraction, self.lr_restarts or (), self.final_lr_fraction
+        )
 
 
 def _network(pretrained: str | None, architecture: str, settings: dict[str, Any]) -> Any:
