@@ -124,7 +124,7 @@ def gates_seen(arms: Arms) -> str:
         away = {
             arm: fmean(values[seed] - reference[seed] for seed in values if seed in reference)
             for arm in ARMS
-            if arm not in "ABZ" and (values := arms.values(arm, budget))
+            if arm not in "ABZ" and (values := arms.values(arm, budget)).keys() & reference.keys()
         }
         if away:
             low, high = min(away, key=lambda arm: away[arm]), max(away, key=lambda arm: away[arm])

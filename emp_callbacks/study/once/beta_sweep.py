@@ -93,10 +93,10 @@ def page(results: Results) -> Page:
             Section(
                 heading="Metric and density against beta",
                 text="Above: change of the metric, on one axis for all models, even up to 1 and logarithmic beyond; "
-                "worse is lower, so that the axis of a metric whose lower values are better is turned over. Below: density. "
-                "Line: mean over seeds. Band: lowest to highest seed. At 0: dense.",
+                "worse is lower, so that the axis of a metric whose lower values are better is turned over. Below: "
+                "density. Line: mean over seeds. Band: lowest to highest seed. At 0: dense.",
                 draw=partial(plots.plot_beta_sweep, found),
-                seen=sweep_seen(found),
+                seen=partial(sweep_seen, found),
                 file="sweep_beta.png",
             ),
         ],

@@ -157,7 +157,7 @@ def page(results: Results) -> Page:
                 "(open), on one axis for all models, even up to 1 and logarithmic beyond, worse to the left; Jaccard's "
                 "index of the masks at the common density.",
                 draw=partial(plots.plot_criteria, found, density),
-                seen=criteria_seen(found, density),
+                seen=partial(criteria_seen, found, density),
                 file="compare_criteria.png",
             ),
         ],

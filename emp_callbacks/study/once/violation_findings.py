@@ -138,15 +138,15 @@ def page(results: Results) -> Page:
                 heading="Measured against bound",
                 text="A point is a model, seed, criterion and beta. Above the diagonal the bound is violated.",
                 draw=partial(plots.plot_violations, _plotted(rows)),
-                seen=bounds_seen(_plotted(rows)),
+                seen=partial(bounds_seen, _plotted(rows)),
                 file="violations.png",
             ),
             Section(
                 heading="Why",
-                text="Measured change of the loss over the distance form, against what the lemma leaves out. Above 1 it "
-                "is violated.",
+                text="Measured change of the loss over the distance form, against what the lemma leaves out. Above "
+                "1 it is violated.",
                 draw=partial(plots.plot_causes, _causes(rows)),
-                seen=causes_seen(_causes(rows)),
+                seen=partial(causes_seen, _causes(rows)),
                 file="violations_why.png",
             ),
         ],

@@ -107,13 +107,13 @@ def panels(
         number: Of panels.
         narrow: Whether they lie below each other.
         columns: Of panels otherwise.
-        size: Width and height of a panel, in inches; a narrow one is `NARROW` wide and at most 3.2 high.
+        size: Width and height of a panel, in inches; a narrow one is `NARROW` wide, and lower.
         share: Whether all have the scales of the first.
         stack: Heights of the axes of a panel, which share the horizontal scale, relative to each other.
     """
     columns = 1 if narrow else min(columns, number)
     rows = math.ceil(number / columns)
-    width, height = (NARROW, min(3.2, size[1])) if narrow else (columns * size[0], size[1])
+    width, height = (NARROW, min(2.2 + len(stack), size[1])) if narrow else (columns * size[0], size[1])
     figure = Figure(figsize=(width, rows * height), layout="constrained", dpi=DPI)
     found: list[list[Axes]] = []
     for part in list(figure.subfigures(rows, columns, squeeze=False).flat)[:number]:

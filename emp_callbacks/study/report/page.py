@@ -65,7 +65,7 @@ class Section:
         text: How to read it.
         grid: The table, if it has one.
         draw: Draws the picture, if it has one; the argument says whether it is for a narrow page.
-        seen: What is seen in the picture, for those who do not.
+        seen: Says what is seen in the picture, for those who do not.
         file: Name of the picture's file.
         printed: Whether the table is also shown on a terminal.
     """
@@ -74,7 +74,7 @@ class Section:
     text: str = ""
     grid: Grid | None = None
     draw: Callable[[bool], Figure] | None = None
-    seen: str = ""
+    seen: Callable[[], str] = str
     file: str = ""
     printed: bool = True
 
@@ -134,7 +134,7 @@ def write_page(page: Page, folder: Path, results: Mapping[str, Any]) -> Path:
 
 
 def drawn(
-    drawings: Drawings, draw: Callable[[bool], Figure], seen: str, text: str, file: str
+    drawings: Drawings, draw: Callable[[bool], Figure], seen: Callable[[], str], text: str, file: str
 ) -> tuple[dict[str, Any], bytes]:
     """Return a picture for a template, and its wide form as a PNG."""
     svg, figure = drawings.picture(draw, seen)

@@ -77,7 +77,7 @@ def write_report(results: Results, folder: Path) -> Path:
     drawings, shown, pictures = Drawings(), [], {}
     for name, draw in plots.STUDY_PLOTS.items():
         text = PLOT_TEXT[name].format(how=_OVER_DENSITY if points_of(results) else _BY_ARM)
-        own, pictures[name] = drawn(drawings, partial(draw, results), SEEN[name](results), text, name)
+        own, pictures[name] = drawn(drawings, partial(draw, results), partial(SEEN[name], results), text, name)
         shown.append(own)
     metric = MetricFormat.of(results)
     leader = first_training_arm(at_middle_point(results))
@@ -134,7 +134,7 @@ def write_trajectory_report(records: Sequence[Mapping[str, Any]], folder: Path, 
     own, png = drawn(
         drawings,
         partial(plots.plot_trajectory, records),
-        trajectory_seen(records),
+        partial(trajectory_seen, records),
         "N_eff / N, density, preserved mass and its tight bound; churn; the density of each layer.",
         "trajectory.png",
     )

@@ -25,15 +25,16 @@ class Drawings:
         self._colors: dict[str, None] = {}
         self._ids = 0
 
-    def picture(self, draw: Callable[[bool], Figure], seen: str) -> tuple[str, Figure]:
+    def picture(self, draw: Callable[[bool], Figure], seen: Callable[[], str]) -> tuple[str, Figure]:
         """Return a figure as two drawings, of which a page shows the one that fits, and its wide form.
 
         Args:
             draw: Draws it; the argument says whether it is for a narrow page.
-            seen: What is seen in it, for those who do not.
+            seen: Says what is seen in it, for those who do not.
         """
         wide = draw(False)
-        drawn = [self._svg(wide, seen, "wide"), self._svg(draw(True), seen, "narrow")]
+        said = seen()
+        drawn = [self._svg(wide, said, "wide"), self._svg(draw(True), said, "narrow")]
         # As wide as the text of the wide form stays readable.
         limit = round(0.94 * 72 * wide.get_figwidth())
         self._ids += 1
@@ -61,7 +62,8 @@ class Drawings:
         text = text[text.index("<svg") :]
         for waste in (r"<metadata>.*?</metadata>", r"<!--.*?-->", r"<style.*?</style>", r' id="[a-zA-Z]+_[\w.]+"'):
             text = re.sub(waste, "", text, flags=re.DOTALL)
-        text = re.sub(r"(\d+\.\d)\d+", r"\1", text)
+        # Places, not what is written: a tenth of a pixel is nobody's loss.
+        text = re.sub(r"<[^>]+>", lambda tag: re.sub(r"(\d+\.\d)\d+", r"\1", tag[0]), text)
         text = re.sub(r'style="([^"]*)"', lambda found: f'class="{self._style(found[1])}"', text)
         text = self._own_ids(text)
         text = re.sub(r"\s+", " ", text).replace("> <", "><").replace("xlink:href", "href")
