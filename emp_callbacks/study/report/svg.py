@@ -35,6 +35,7 @@ class Drawings:
         wide = draw(False)
         said = seen()
         drawn = [self._svg(wide, said, "wide"), self._svg(draw(True), said, "narrow")]
+        wide.set_layout_engine("none")  # its panels lie where they belong by now
         # As wide as the text of the wide form stays readable.
         limit = round(0.94 * 72 * wide.get_figwidth())
         self._ids += 1

@@ -155,5 +155,5 @@ def words_in(text: str) -> list[tuple[str, str]]:
     return [
         (word, meaning)
         for word, (pattern, meaning) in WORDS.items()
-        if re.search(rf"(?<![\w/])(?:{pattern})(?!\w)", text)
+        if re.search(rf"(?<!\w)(?:{pattern})(?!\w)", text)
     ]
