@@ -487,7 +487,7 @@ def test_readme_lightning(after):
 def test_readme_plain_loop(after):
     names, _ = after("EMPPruner(model, optimizer")
     assert [event.step for event in names["pruner"].trajectory] == [100, 200, 300]
-    assert int((names["model"].weight == 0).sum()) > 0
+    assert int((names["model"][0].weight == 0).sum()) > 0
 
 
 def test_readme_criterion_and_finished_model(after):
