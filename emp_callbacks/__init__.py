@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from emp_callbacks.targets import AttentionLayout, check_attention, register_attention
     from emp_callbacks.trajectory import PruneEvent, Trajectory
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Imported at first use: torch and Lightning cost seconds that `emp --help` need not pay, nor a plain loop Lightning.
 _HOMES = {
