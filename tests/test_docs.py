@@ -505,8 +505,12 @@ def test_the_readme_is_read_in_one_sitting():
 def test_the_settings_page_names_every_setting():
     from emp_callbacks import EMPConfig
 
-    rows = [line.split("|")[1] for line in (ROOT / "docs" / "settings.md").read_text().splitlines() if line[:3] == "| `"]
-    assert sorted(re.findall(r"`(\w+)`", "".join(rows))) == sorted(field.name for field in dataclasses.fields(EMPConfig))
+    rows = [
+        line.split("|")[1] for line in (ROOT / "docs" / "settings.md").read_text().splitlines() if line[:3] == "| `"
+    ]
+    assert sorted(re.findall(r"`(\w+)`", "".join(rows))) == sorted(
+        field.name for field in dataclasses.fields(EMPConfig)
+    )
 
 
 def test_the_table_of_targets_names_every_pair():
