@@ -9,14 +9,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emp_callbacks.cli.console import make_console, printable
 from emp_callbacks.cli.new_parser import new_parser
 from emp_callbacks.cli.recipes import find_recipe, with_files
+from emp_callbacks.terminal import FittedTable, make_console, printable
 
 if TYPE_CHECKING:
     import argparse
-
-    from rich.table import Table
 
     from emp_callbacks.pruning.traffic import Bounds
     from emp_callbacks.study.recipe.foresight import Foresight, Pruning
@@ -125,12 +123,10 @@ def _pruning_data(one: Pruning, parameters: int) -> dict[str, Any]:
     }
 
 
-def _table(seen: Foresight) -> Table:
-    from rich.table import Table
-
-    table = Table(show_header=False, pad_edge=False, title=f"{seen.model}, built {seen.built}", title_justify="left")
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
+def _table(seen: Foresight) -> FittedTable:
+    table = FittedTable(f"{seen.model}, built {seen.built}")
+    table.add_column("")
+    table.add_column("", words=True)
     sections = (
         _of_model(seen),
         *map(_of_pruning, seen.prunings),

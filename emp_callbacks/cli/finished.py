@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from emp_callbacks.cli.console import make_console
 from emp_callbacks.cli.folder import is_for_folders, prune_folder
 from emp_callbacks.cli.freed_memory import give_freed_memory_back
 from emp_callbacks.cli.options import export_parser, inspect_parser, prune_parser
 from emp_callbacks.cli.recipes import find_recipe
+from emp_callbacks.terminal import make_console
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -6,9 +6,10 @@ import sys
 from collections.abc import Callable, Sequence
 
 from emp_callbacks.cli import check, finished, folder, recipes, study, submit, tokenize
-from emp_callbacks.cli.console import printable, warnings_in_lines
+from emp_callbacks.cli.console import warnings_in_lines
 from emp_callbacks.cli.errors import for_the_user
 from emp_callbacks.cli.stopping import outlive_time_signal, stopped_by, terminable
+from emp_callbacks.terminal import any_output, printable
 
 __all__ = ["COMMANDS", "main"]
 
@@ -73,7 +74,11 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one `emp` command and return its exit code: 0, 2 for a usage error, 130 after Ctrl-C, 143 after SIGTERM."""
-    words = list(sys.argv[1:] if args is None else args)
+    with any_output():
+        return _main(list(sys.argv[1:] if args is None else args))
+
+
+def _main(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         sys.stdout.write(_HELP)
         return 0 if words else USAGE_ERROR

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import NoReturn
 
-from emp_callbacks.cli.console import printable
+from emp_callbacks.terminal import printable
 
 __all__ = ["new_parser"]
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emp_callbacks.cli.console import make_console
 from emp_callbacks.cli.once_options import criteria_parser, gates_parser, sweep_parser, violations_parser
 from emp_callbacks.cli.options import compare_parser, report_parser
 from emp_callbacks.cli.recipes import find_recipe, with_files
+from emp_callbacks.terminal import make_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -152,7 +152,8 @@ def _run_once(study: OnceStudy, options: argparse.Namespace, overrides: list[str
     paths = [find_recipe(given) for given in options.config]
     from emp_callbacks.study.once.study import run_once_study
     from emp_callbacks.study.recipe.recipe import Recipe
-    from emp_callbacks.study.report.page import print_page, write_page
+    from emp_callbacks.study.report.page import write_page
+    from emp_callbacks.study.report.terminal import print_page
 
     console, out = make_console(), Path(options.out)
     results = run_once_study(
@@ -210,7 +211,8 @@ def _report_of_study(path: Path, console: Console) -> Path:
 
 
 def _report_of_once_study(results: Mapping[str, Any], folder: Path, console: Console) -> Path:
-    from emp_callbacks.study.report.page import print_page, write_page
+    from emp_callbacks.study.report.page import write_page
+    from emp_callbacks.study.report.terminal import print_page
     from emp_callbacks.study.studies import PAGES
 
     if results["study"] not in PAGES:

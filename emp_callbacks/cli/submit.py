@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emp_callbacks.cli.console import make_console
 from emp_callbacks.cli.new_parser import new_parser
 from emp_callbacks.cli.recipes import cluster_file, find_recipe, with_files
+from emp_callbacks.terminal import make_console
 
 if TYPE_CHECKING:
     from emp_callbacks.study.recipe.recipe import Recipe

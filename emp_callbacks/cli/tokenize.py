@@ -10,8 +10,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emp_callbacks.cli.console import make_console
 from emp_callbacks.cli.new_parser import new_parser
+from emp_callbacks.terminal import make_console
 
 if TYPE_CHECKING:
     from rich.console import Console
