@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from emp_callbacks.cli.console import say_first
 from emp_callbacks.cli.new_parser import new_parser
 from emp_callbacks.cli.recipes import find_recipe, with_files
 from emp_callbacks.terminal import FittedTable, make_console, printable
@@ -55,6 +56,7 @@ def check(words: list[str]) -> None:
     first, others = _first_config(words)
     options, overrides = check_parser().parse_known_args(first)
     path, overrides = find_recipe(options.config), with_files(["emp", *overrides, *others])[1:]
+    say_first(f"check: reading {options.config}")
     from emp_callbacks.study.recipe.foresight import foresee
     from emp_callbacks.study.recipe.recipe import Recipe
 

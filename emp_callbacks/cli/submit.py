@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from emp_callbacks.cli.console import say_first
 from emp_callbacks.cli.new_parser import new_parser
 from emp_callbacks.cli.recipes import cluster_file, find_recipe, with_files
 from emp_callbacks.terminal import make_console
@@ -31,6 +32,7 @@ def submit(words: list[str]) -> None:
     _check_goes_with_array(options)
     own = [word for file in options.config[1:] for word in ("--config", file)] + overrides
     path = find_recipe(options.config[0])
+    say_first(f"submit: reading {options.config[0]}")
     from emp_callbacks.study.recipe.recipe import Recipe
     from emp_callbacks.study.submission import has_slurm, shell_lines
     from emp_callbacks.study.submission import submit as hand_over

@@ -10,6 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from emp_callbacks.cli.console import say_first
 from emp_callbacks.cli.new_parser import new_parser
 from emp_callbacks.terminal import make_console
 
@@ -70,6 +71,7 @@ def tokenize(words: list[str]) -> None:
     folder = not options.out.endswith(".bin")
     if not folder and (len(shares) > 1 or others):
         raise ValueError(f"--out {options.out} is one file; name a folder, for train.bin, val.bin and test.bin")
+    say_first(f"tokenize: reading {', '.join(options.texts)}")
     from emp_callbacks.schedule import check_count
     from emp_callbacks.study.recipe.text_tokenizer import TextTokenizer
     from emp_callbacks.study.text_sources import sources_of
