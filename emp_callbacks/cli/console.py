@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from emp_callbacks.terminal import printable
 
@@ -28,12 +29,18 @@ def warnings_in_lines() -> Iterator[None]:
     def line(message: Warning | str, *_: object, **__: object) -> str:
         return f"emp: warning: {printable(' '.join(str(message).split()))}\n"
 
+    said: set[str] = set()
+
+    def once(message: Warning | str, *place: Any, **more: Any) -> None:
+        if str(message) not in said:  # Lightning repeats its advice for every Trainer
+            said.add(str(message))
+            show(message, *place, **more)
+
     before, warnings.formatwarning = warnings.formatwarning, line
+    show, warnings.showwarning = warnings.showwarning, once
     try:
-        with warnings.catch_warnings():
-            warnings.onceregistry.clear()  # type: ignore[attr-defined]  # of an earlier command in this process
-            warnings.simplefilter("once", append=True)  # Lightning repeats its advice for every Trainer
-            yield
+        yield
     finally:
+        warnings.showwarning = show
         if warnings.formatwarning is line:  # Lightning has its own from then on
             warnings.formatwarning = before

@@ -132,6 +132,8 @@ def prune(words: list[str]) -> None:
     from emp_callbacks.trajectory import layer_table
 
     tolerance = _loss_tolerance(options)
+    if options.density is not None and options.beta is not None:
+        raise ValueError(f"--beta {options.beta} and --density {options.density} both say how much is kept; drop one")
     names = ("target", "criterion", "scope", "beta", "density", "pattern", "min_density", "include", "exclude")
     settings = {name: value for name in names if (value := getattr(options, name)) not in (None, "auto")}
     console = make_console()

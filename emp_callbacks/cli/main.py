@@ -51,6 +51,8 @@ examples:
 options:
   -h, --help  show this message, or with a command that command's options
   --version   show the version
+
+An error is one line; EMP_TRACEBACK=1 emp COMMAND ... shows where it was raised.
 """
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {

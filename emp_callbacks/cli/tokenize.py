@@ -56,7 +56,7 @@ After a kill the same command goes on; the file is the same as if there had been
         group.add_argument(f"--{part}", nargs="+", metavar="TEXT", help=f"texts of {part}.bin")
         group.add_argument(
             f"--{part}-fraction",
-            type=Fraction,
+            type=_fraction,
             metavar="F",
             help=f"of the documents for {part}.bin; of one text, the end",
         )
@@ -94,6 +94,13 @@ def tokenize(words: list[str]) -> None:
         except KeyboardInterrupt:
             raise KeyboardInterrupt("interrupted; the same command goes on from here") from None
         _show(console, outs, held)
+
+
+def _fraction(text: str) -> Fraction:
+    try:
+        return Fraction(text)
+    except ZeroDivisionError:
+        raise argparse.ArgumentTypeError(f"{text!r} divides by zero") from None
 
 
 def _shares(options: argparse.Namespace) -> dict[str, Fraction]:
