@@ -42,11 +42,13 @@ studies on trained models:
   gates             heads chosen by EMP beside gates that learn, and a count of heads by token
 
 examples:
-  emp fit --config quickstart                             (a recipe of the package, or a file of yours)
+  emp fit --config quickstart
   emp compare --config quickstart --out runs/quickstart
   emp inspect timm:resnet18 --pretrained
   emp export last.ckpt --out model.safetensors
   emp prune llama --criterion wanda --text train.txt --out llama-pruned
+
+A recipe is a YAML file, or the name of one that comes with the package.
 
 options:
   -h, --help  show this message, or with a command that command's options

@@ -27,22 +27,25 @@ LIGHTNING_HELP = {
 Train the model of a recipe, with the callbacks that the recipe names.
 
 examples:
-  emp fit --config recipes/quickstart.yaml
-  emp fit --config recipes/quickstart.yaml --trainer.max_epochs 1 --model.init_args.lr 0.01
-  emp fit --config recipes/quickstart.yaml --ckpt_path PATH     (continue from a checkpoint)
-  emp fit --config recipes/quickstart.yaml --print_config       (show every setting, train nothing)
+  emp fit --config quickstart
+  emp fit --config quickstart --trainer.max_epochs 1 --model.init_args.lr 0.01
+  emp fit --config quickstart --ckpt_path last
+  emp fit --config quickstart --print_config
 
+--ckpt_path goes on from a checkpoint, here from the last of this recipe;
+--print_config shows every setting, and trains nothing. --KEY VALUE replaces
+a key of the recipe; the keys are listed below.
 The study: section is for emp compare; it is checked here and otherwise ignored.""",
     "validate": """\
 Evaluate a recipe's model on its validation split.
 
 example:
-  emp validate --config recipes/quickstart.yaml --ckpt_path PATH""",
+  emp validate --config quickstart --ckpt_path PATH""",
     "test": """\
 Evaluate a recipe's model on its test split.
 
 example:
-  emp test --config recipes/quickstart.yaml --ckpt_path PATH""",
+  emp test --config quickstart --ckpt_path PATH""",
 }
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emp_callbacks.cli.console import say_first
-from emp_callbacks.cli.new_parser import new_parser
+from emp_callbacks.cli.new_parser import RECIPE, new_parser
 from emp_callbacks.cli.recipes import cluster_file, find_recipe, with_files
 from emp_callbacks.terminal import make_console
 
@@ -121,13 +121,18 @@ examples:
   emp submit --config gpt_stdlib --nodes 2 --gpus 8 --time 12:00:00 --account A
   emp submit --config gpt_stdlib --config cluster/zero3 --trainer.max_steps 100000
   emp submit --config quickstart --array --gpus 1 --throttle 8
-  emp submit --config quickstart --array --gpus 0 --sbatch=--qos=low --dry-run   (show the lines and the script)
+  emp submit --config quickstart --array --gpus 0 --sbatch=--qos=low --dry-run
 
 Any key of the recipe can follow as --KEY VALUE. The same command again submits what is left of a study.
 The scripts are those of emp recipes cluster; one that was edited for a cluster is named with --script.""",
     )
     parser.add_argument(
-        "-c", "--config", required=True, action="append", metavar="RECIPE", help="recipe; a second is laid over it"
+        "-c",
+        "--config",
+        required=True,
+        action="append",
+        metavar="RECIPE",
+        help=f"recipe: {RECIPE}; a second is laid over it",
     )
     parser.add_argument("--array", action="store_true", help="the study of the recipe, each training its own task")
     parser.add_argument("--out", metavar="DIR", help="folder of the study (default: study.out, or runs/RECIPE)")

@@ -43,7 +43,7 @@ After a kill the same command goes on; the file is the same as if there had been
     parser.add_argument(
         "--out", required=True, metavar="PATH", help="NAME.bin, or a folder for train.bin, val.bin and test.bin"
     )
-    parser.add_argument("--field", default="text", metavar="NAME", help="key or column of the text (text)")
+    parser.add_argument("--field", default="text", metavar="NAME", help="key or column of the text (default: text)")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
     parser.add_argument(
         "--eot",

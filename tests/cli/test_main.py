@@ -1,5 +1,7 @@
 import copy
 import json
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,8 +16,22 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from safetensors.torch import load_file
 
 from emp_callbacks import __version__
+from emp_callbacks.cli.check import check_parser
+from emp_callbacks.cli.folder_options import perplexity_parser
 from emp_callbacks.cli.main import COMMANDS, main
+from emp_callbacks.cli.once_options import criteria_parser, gates_parser, sweep_parser, violations_parser
+from emp_callbacks.cli.options import (
+    compare_parser,
+    export_parser,
+    inspect_parser,
+    prune_parser,
+    recipes_parser,
+    report_parser,
+)
+from emp_callbacks.cli.recipes import find_recipe, with_files
 from emp_callbacks.cli.study import LIGHTNING_HELP
+from emp_callbacks.cli.submit import submit_parser
+from emp_callbacks.cli.tokenize import tokenize_parser
 from emp_callbacks.study.comparison import StudyInterrupted
 
 TASK = "emp_callbacks.study.recipe.tasks.ImageClassification"
@@ -425,12 +441,29 @@ def test_on_a_terminal_a_word_comes_before_the_imports_and_from_the_first_rank_a
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("command", sorted({*COMMANDS} - {*LIGHTNING_HELP}))
-def test_help_fits_80_columns(command, capsys, monkeypatch):
+PARSERS = {
+    "check": check_parser, "compare": compare_parser, "sweep-beta": sweep_parser, "compare-criteria": criteria_parser,
+    "violations": violations_parser, "gates": gates_parser, "submit": submit_parser, "report": report_parser,
+    "recipes": recipes_parser, "inspect": inspect_parser, "prune": prune_parser, "export": export_parser,
+    "perplexity": perplexity_parser, "tokenize": tokenize_parser,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_80_columns_and_its_examples_are_commands_of_recipes_that_come_along(command, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
-    with pytest.raises(SystemExit):
-        main([command, "--help"])
-    assert not [line for line in capsys.readouterr().out.splitlines() if len(line) > 80]
+    parser = PARSERS.get(command)
+    shown = LIGHTNING_HELP[command] if parser is None else parser().format_help()
+    assert max(map(len, shown.splitlines())) <= 80
+    examples = re.findall(rf"^  emp ({command}\b.*)$", shown.replace("\\\n", ""), flags=re.MULTILINE)
+    assert examples
+    for _, *words in map(shlex.split, examples):
+        with_files(words)  # raises where there is no such recipe
+        if parser is not None:
+            options, more = parser().parse_known_args(words)
+            given = getattr(options, "data", None) or getattr(options, "config", None) or []
+            assert all(find_recipe(one) for one in ([given] if isinstance(given, str) else given))
+            assert all(word.startswith(("--trainer.", "--study.", "--data.", "--config")) for word in more[::2])
 
 
 def test_a_missing_package_is_one_line(tmp_path, capsys, monkeypatch):
@@ -480,7 +513,21 @@ def test_an_unknown_command_names_the_nearest(capsys):
 STOPPED = """
 import os, pathlib, signal, sys, threading, time
 from emp_callbacks.cli.main import COMMANDS, main
+from emp_callbacks.cli.check import check_parser
+from emp_callbacks.cli.folder_options import perplexity_parser
+from emp_callbacks.cli.once_options import criteria_parser, gates_parser, sweep_parser, violations_parser
+from emp_callbacks.cli.options import (
+    compare_parser,
+    export_parser,
+    inspect_parser,
+    prune_parser,
+    recipes_parser,
+    report_parser,
+)
+from emp_callbacks.cli.recipes import find_recipe, with_files
 from emp_callbacks.cli.study import LIGHTNING_HELP
+from emp_callbacks.cli.submit import submit_parser
+from emp_callbacks.cli.tokenize import tokenize_parser
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started without one
 recipe, folder = sys.argv[1], pathlib.Path(sys.argv[2])
