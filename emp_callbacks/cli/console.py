@@ -34,6 +34,7 @@ def warnings_in_lines() -> Iterator[None]:
     def once(message: Warning | str, *place: Any, **more: Any) -> None:
         if str(message) not in said:  # Lightning repeats its advice for every Trainer
             said.add(str(message))
+            warnings.formatwarning = line  # Lightning has put its own there
             show(message, *place, **more)
 
     before, warnings.formatwarning = warnings.formatwarning, line
@@ -42,5 +43,4 @@ def warnings_in_lines() -> Iterator[None]:
         yield
     finally:
         warnings.showwarning = show
-        if warnings.formatwarning is line:  # Lightning has its own from then on
-            warnings.formatwarning = before
+        warnings.formatwarning = before

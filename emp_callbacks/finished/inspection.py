@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from emp_callbacks.backends import detect_backend
+from emp_callbacks.blame import warn_the_user
 from emp_callbacks.checkpoint.reading import (
     as_module,
     callback_states,
@@ -29,7 +30,6 @@ from emp_callbacks.layer.mask_mode import Observe
 from emp_callbacks.pruning.groups import KeepRule
 from emp_callbacks.pruning.readings import surprising
 from emp_callbacks.pruning.refresher import Refresher
-from emp_callbacks.pruning.signatures import warn_the_user
 from emp_callbacks.pruning.streamed_refresh import Observed, StreamedLayer, observe_streamed
 from emp_callbacks.terminal import FittedTable
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch.nn.parameter import is_lazy
 
+from emp_callbacks.blame import warn_the_user
 from emp_callbacks.config import EMPConfig, check_names
 from emp_callbacks.extras import is_installed, needs
 from emp_callbacks.integrations.lightning_averages import LightningAverages
@@ -19,7 +20,6 @@ from emp_callbacks.integrations.lightning_record import ElsewhereTrajectory, che
 from emp_callbacks.integrations.lightning_strategy import check_strategy, sharding_model
 from emp_callbacks.integrations.record import HostCallback, check_record, density, file_name, log_values, own_name
 from emp_callbacks.pruning.pruner import EMPPruner
-from emp_callbacks.pruning.signatures import warn_the_user
 from emp_callbacks.targets.positions import positions_of
 from emp_callbacks.trajectory import PruneEvent, Trajectory, trajectory_file
 
