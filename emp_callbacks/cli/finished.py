@@ -153,6 +153,10 @@ def prune(words: list[str]) -> None:
         console.print(budget_table(report.budget))
         console.print(report.budget.says, highlight=False, soft_wrap=True)
     console.print(layer_table(pruner.last_events))
+    n, keep = (sum(getattr(event, key) for event in pruner.last_events) for key in ("n", "keep"))
+    if keep == n:
+        told = f"nothing is pruned: all {n:,} {pruner.config.target} are kept, and the weights written as they were"
+        console.print(told, highlight=False, soft_wrap=True)
     _print_export(report)
     _print_notes(console, signatures_of(pruner.last_events).values())
 

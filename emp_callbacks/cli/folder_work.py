@@ -222,7 +222,7 @@ def _print_report(
     notes: Sequence[str],
 ) -> None:
     console.print(_kinds_table(report.rows, f"{config.criterion_name}, scope {config.scope}"))
-    lines = [f"{report.out}: density {report.density:.4f}"]
+    lines = [f"{report.out}: density {report.density:.4f}" + ", nothing is pruned" * (report.density == 1)]
     if before is not None and after is not None:
         change = f"({after.value / before.value - 1:+.2%})"
         lines.append(

@@ -224,7 +224,7 @@ def report_lines(report: ExportReport) -> list[str]:
     """Return the report as lines of text."""
     lines = [
         f"{report.path}: {report.tensors:,} tensors, {report.n:,} values, {report.file_bytes:,} bytes",
-        f"zero: {report.zeros:,} values; {report.sparsity:.1%} of matrices and kernels",
+        f"zero: {report.sparsity:.1%} of matrices and kernels; {report.zeros:,} values in all, biases included",
     ]
     lines += [f"tied: {name} = {first} (written under both names)" for name, first in report.tied.items()]
     if report.shrunk and not report.shrunk.layers:

@@ -606,6 +606,15 @@ def test_help_does_not_import_lightning():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
+def test_what_prunes_nothing_says_so(tmp_path, capsys):
+    torch.save({"a.weight": torch.ones(4, 4)}, tmp_path / "a.pt")
+    words = ["prune", str(tmp_path / "a.pt"), "--out", str(tmp_path / "o.safetensors"), "--overwrite"]
+    assert main(words) == 0
+    assert "nothing is pruned: all 16 weights are kept" in capsys.readouterr().out
+    assert main([*words, "--density", "0.5"]) == 0
+    assert "nothing is pruned" not in capsys.readouterr().out
+
+
 def test_a_layer_that_keeps_next_to_nothing_is_one_note_of_inspect_and_of_prune(tmp_path, capsys, recwarn):
     torch.manual_seed(0)
     state = {"a.weight": torch.randn(30, 30), "b.weight": 1e-3 * torch.randn(20, 20)}
