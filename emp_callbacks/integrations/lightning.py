@@ -117,6 +117,19 @@ class EMPCallback(HostCallback, EvaluationHooks, *_callback_classes()):  # type:
         """One PruneEvent per refresh and group; empty before the first fit."""
         return ElsewhereTrajectory() if self.pruner is None else self.pruner.trajectory
 
+    def on_init_end(self, *_: Any, **__: Any) -> None:
+        """Say that this is another Trainer's: Hugging Face's calls this, Lightning's does not.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(
+            "EMPCallback is for Lightning's Trainer; for Hugging Face's: EMPTrainerCallback.attach(trainer, "
+            "every_n_steps=500)"
+        )
+
+    on_train_begin = on_init_end
+
     # ---- a stage begins -------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:

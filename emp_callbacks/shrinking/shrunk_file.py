@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from emp_callbacks.shrinking.surgery import Cut, Surgery, perform
 
-__all__ = ["load_shrunk", "surgery_metadata"]
+if TYPE_CHECKING:
+    from emp_callbacks.shrinking.report import ShrinkReport
+
+__all__ = ["load_shrunk", "save_shrunk", "surgery_metadata"]
 
 _KEY = "emp_shrunk"
 
@@ -26,8 +33,30 @@ def _surgery(metadata: Mapping[str, str]) -> Surgery:
     return {name: {axis: Cut(**cut) for axis, cut in axes.items()} for name, axes in modules.items()}
 
 
+def save_shrunk(model: nn.Module, report: ShrinkReport, file: str | os.PathLike[str]) -> None:
+    """Write a model that `shrink` made smaller as a safetensors file that `load_shrunk` reads.
+
+    Args:
+        model: The shrunk model.
+        report: What `shrink` returned.
+        file: The file to write; one of that name is replaced.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    from safetensors.torch import save
+
+    # Safetensors holds no shared memory: a tied tensor is written under each of its names.
+    tensors = {
+        name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in model.state_dict().items()
+    }
+    Path(file).write_bytes(save(tensors, report.metadata()))
+
+
 def load_shrunk(model: nn.Module, file: str | os.PathLike[str]) -> nn.Module:
-    """Cut a dense model to the shape of a file that `emp export --shrink` or `emp prune --shrink` wrote, and load it.
+    """Cut a dense model to the shape of a shrunk one's file, and load it.
+
+    The file is one that `save_shrunk`, `emp export --shrink` or `emp prune --shrink` wrote.
 
     Args:
         model: The dense architecture, freshly made; changed in place. Its weights do not matter.
@@ -43,6 +72,8 @@ def load_shrunk(model: nn.Module, file: str | os.PathLike[str]) -> nn.Module:
     """
     from safetensors import SafetensorError, safe_open
 
+    if os.path.isdir(file):
+        raise ValueError(f"{os.fspath(file)} is a folder: name its .safetensors file, or load it as its metadata say")
     if not os.path.isfile(file):
         raise FileNotFoundError(f"{os.fspath(file)} does not exist")
     with open(file, "rb"):  # safetensors says of a file that it may not read that there is none
@@ -52,12 +83,18 @@ def load_shrunk(model: nn.Module, file: str | os.PathLike[str]) -> nn.Module:
             metadata = opened.metadata() or {}
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, RuntimeError) as error:
+        if zipfile.is_zipfile(file):
+            raise ValueError(
+                f"{os.fspath(file)} is torch.save's, which does not say what was cut: write the shrunk model by "
+                "save_shrunk(model, report, 'NAME.safetensors')"
+            ) from error
         reason = " ".join(str(error).split())[:400]
         raise ValueError(f"{os.fspath(file)} is damaged ({reason}); copy or export it again") from error
     if _KEY not in metadata:
         raise ValueError(
-            f"{os.fspath(file)} is not a shrunk model (no {_KEY!r} in its metadata); "
-            "load it with model.load_state_dict(safetensors.torch.load_file(file))"
+            f"{os.fspath(file)} does not say what was cut (no {_KEY!r} in its metadata): write a shrunk model by "
+            "save_shrunk(model, report, file); a model of full size loads by "
+            "model.load_state_dict(safetensors.torch.load_file(file))"
         )
     try:
         perform(model, _surgery(metadata))

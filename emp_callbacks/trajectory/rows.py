@@ -61,6 +61,10 @@ class Trajectory(Sequence[PruneEvent]):
     def __len__(self) -> int:
         return len(self._events)
 
+    def __repr__(self) -> str:
+        last = f", last: {self[-1].density:.3f} kept at step {self[-1].step}" if self else ""
+        return f"Trajectory({len(self)} rows{last}; {self.path or 'in memory'})"
+
     def records(self) -> list[dict[str, Any]]:
         """Return all rows as plain JSON types."""
         return [event.record() for event in self._events]
