@@ -15,7 +15,9 @@ from tests.study.report.test_report import make_results, refresh
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright, of the extra dev")
-axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python, of the extra dev")
+axe = pytest.importorskip(
+    "axe_playwright_python.sync_playwright", reason="needs axe-playwright-python, of the extra dev"
+)
 
 HERE = Path(__file__).parent
 STORED = HERE.parents[1] / "benchmarks" / "results"
@@ -75,7 +77,9 @@ def page(browser, report):
     page.close()
 
 
-@pytest.fixture(params=[(400, "light"), (400, "dark"), (1400, "light"), (1400, "dark")], ids=lambda at: f"{at[0]}-{at[1]}")
+@pytest.fixture(
+    params=[(400, "light"), (400, "dark"), (1400, "light"), (1400, "dark")], ids=lambda at: f"{at[0]}-{at[1]}"
+)
 def shown(request, page):
     width, scheme = request.param
     page.set_viewport_size({"width": width, "height": 900})
