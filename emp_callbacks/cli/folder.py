@@ -6,6 +6,7 @@ import argparse
 from importlib.util import find_spec
 from pathlib import Path
 
+from emp_callbacks.cli.console import say_first
 from emp_callbacks.cli.folder_options import perplexity_parser
 from emp_callbacks.cli.freed_memory import give_freed_memory_back
 
@@ -52,6 +53,7 @@ def prune_folder(options: argparse.Namespace, loss_tolerance: float | None) -> N
 def perplexity(words: list[str]) -> None:
     """Measure the perplexity of a language model in a folder."""
     options = perplexity_parser().parse_args(words)
+    say_first(f"perplexity: reading {options.source}")
     from emp_callbacks.cli.folder_work import measure
 
     give_freed_memory_back()

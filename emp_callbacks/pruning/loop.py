@@ -10,12 +10,12 @@ from typing import Any, final
 from torch import Tensor, nn
 
 from emp_callbacks.backends import Backend
+from emp_callbacks.blame import warn_the_user
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.layer import MissingEvidence
 from emp_callbacks.layer.mask_mode import MaskMode
 from emp_callbacks.pruning.copies import Average, averages_in
 from emp_callbacks.pruning.refresher import Refresher
-from emp_callbacks.pruning.signatures import warn_the_user
 from emp_callbacks.pruning.weight_keeper import WeightKeeper
 from emp_callbacks.schedule import Clock
 from emp_callbacks.targets import canonical_name, few

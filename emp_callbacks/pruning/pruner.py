@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from emp_callbacks.backends import detect_backend
+from emp_callbacks.blame import warn_the_user
 from emp_callbacks.config import EMPConfig, settled
 from emp_callbacks.layer.mask_mode import MASK_MODES, MaskMode, Observe
 from emp_callbacks.pruning.copies import Average, MaskedCopy
@@ -18,7 +19,6 @@ from emp_callbacks.pruning.loop import REMEDY, PruningLoop
 from emp_callbacks.pruning.persistence import Persistence
 from emp_callbacks.pruning.readings import Readings, surprising
 from emp_callbacks.pruning.refresher import Refresher
-from emp_callbacks.pruning.signatures import warn_the_user
 from emp_callbacks.trajectory import PruneEvent, Trajectory
 
 

@@ -72,6 +72,8 @@ def load_shrunk(model: nn.Module, file: str | os.PathLike[str]) -> nn.Module:
     """
     from safetensors import SafetensorError, safe_open
 
+    if os.path.isdir(file):
+        raise ValueError(f"{os.fspath(file)} is a folder: name its .safetensors file, or load it as its metadata say")
     if not os.path.isfile(file):
         raise FileNotFoundError(f"{os.fspath(file)} does not exist")
     with open(file, "rb"):  # safetensors says of a file that it may not read that there is none
