@@ -525,6 +525,21 @@ def test_the_table_of_targets_names_every_pair():
         assert sorted(named) == sorted(fitting_criteria(target)), f"{page.name}: {target}"
 
 
+def test_the_page_of_a_target_names_its_criteria():
+    from emp_callbacks.criteria import DEFAULT_CRITERIA, fitting_criteria
+
+    for target in DEFAULT_CRITERIA.keys() - {"experts"}:  # mixtures.md is of three targets
+        page = ROOT / "docs" / f"{target}.md"
+        (row,) = [line for line in page.read_text().splitlines() if line.startswith("| criteria |")]
+        assert set(re.findall(r"`(\w+)`", row)) == set(fitting_criteria(target)), page.name
+
+
+def test_the_glossary_is_in_order():
+    rows = (ROOT / "docs" / "glossary.md").read_text().splitlines()
+    words = [re.sub(r"\W", "", row.split("|")[1]).lower() for row in rows if row.startswith("| ")][1:]
+    assert words == sorted(words)
+
+
 def test_the_install_commands_stand_within_the_first_twenty_lines():
     top = "\n".join(README.read_text().splitlines()[:20])
     assert "make quickstart" in top

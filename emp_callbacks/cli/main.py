@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -78,6 +79,8 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one `emp` command and return its exit code: 0, 2 for a usage error, 130 after Ctrl-C, 143 after SIGTERM."""
+    if args is None:
+        sys.path.append(os.getcwd())  # recipes name what is the user's own by 'module.name'; last: it hides no package
     with any_output():
         return _main(list(sys.argv[1:] if args is None else args))
 

@@ -46,7 +46,7 @@ class EMPTrainerCallback(HostCallback, TrainerCallback):
         config: The settings.
         pruner: The EMPPruner of the current or last training; None before the first.
 
-    Example:
+    Examples:
         trainer = Trainer(model, args, train_dataset=data)
         emp = EMPTrainerCallback.attach(trainer, every_n_steps=500)
         trainer.train()

@@ -52,7 +52,7 @@ class EMPPruner(Readings):
         TypeError: An argument has the wrong type, or a setting an unknown name.
         NotImplementedError: The model is sharded in a way that is not supported.
 
-    Example:
+    Examples:
         >>> model = nn.Linear(4, 2)
         >>> optimizer = torch.optim.AdamW(model.parameters())
         >>> pruner = EMPPruner(model, optimizer, every_n_steps=1)

@@ -6,18 +6,12 @@ import json
 import os
 import zipfile
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
 from emp_callbacks.shrinking.surgery import Cut, Surgery, perform
 
-if TYPE_CHECKING:
-    from emp_callbacks.shrinking.report import ShrinkReport
-
-__all__ = ["load_shrunk", "save_shrunk", "surgery_metadata"]
+__all__ = ["load_shrunk", "surgery_metadata"]
 
 _KEY = "emp_shrunk"
 
@@ -31,26 +25,6 @@ def surgery_metadata(surgery: Surgery) -> dict[str, str]:
 def _surgery(metadata: Mapping[str, str]) -> Surgery:
     modules = json.loads(metadata[_KEY])["modules"]
     return {name: {axis: Cut(**cut) for axis, cut in axes.items()} for name, axes in modules.items()}
-
-
-def save_shrunk(model: nn.Module, report: ShrinkReport, file: str | os.PathLike[str]) -> None:
-    """Write a model that `shrink` made smaller as a safetensors file that `load_shrunk` reads.
-
-    Args:
-        model: The shrunk model.
-        report: What `shrink` returned.
-        file: The file to write; one of that name is replaced.
-
-    Raises:
-        OSError: It cannot be written.
-    """
-    from safetensors.torch import save
-
-    # Safetensors holds no shared memory: a tied tensor is written under each of its names.
-    tensors = {
-        name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in model.state_dict().items()
-    }
-    Path(file).write_bytes(save(tensors, report.metadata()))
 
 
 def load_shrunk(model: nn.Module, file: str | os.PathLike[str]) -> nn.Module:

@@ -500,6 +500,14 @@ def test_every_command_has_help_with_an_example(command, capsys):
     assert f"\n  emp {command} " in shown
 
 
+def test_what_a_recipe_names_may_lie_in_the_current_folder_and_hides_no_package(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["emp", "--version"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    assert main() == 0
+    assert sys.path[-1] == str(tmp_path)
+
+
 def test_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"emp {__version__}\n"

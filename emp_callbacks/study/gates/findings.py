@@ -89,6 +89,7 @@ def page(results: Results) -> Page:
                 heading="Loss by arm, through the number of heads, and by token",
                 text="Points: seeds, those of one seed joined. Bars: means. Bands: 95 % intervals.",
                 draw=partial(plots.plot_gates, arms),
+                seen=partial(plots.gates_seen, arms),
                 file="gates.png",
             ),
         ],

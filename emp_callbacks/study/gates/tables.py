@@ -99,7 +99,18 @@ def arms_grid(arms: Arms, margin: float) -> Grid:
                 verdict(tests[arm], margin) if arm in tests else DASH,
                 number(fmean(arms.values(arm, budget, "seconds").values()), 0),
             ])  # fmt: skip
-    headers = ["heads", "arm", "", "test loss", "perplexity", "val loss", "less B [95 %]", "p", "verdict", "s"]
+    headers = [
+        "heads",
+        "arm",
+        "what it is",
+        "test loss",
+        "perplexity",
+        "val loss",
+        "less B [95 %]",
+        "p",
+        "verdict",
+        "s",
+    ]
     return Grid(headers=headers, rows=rows, texts=3)
 
 
@@ -158,8 +169,8 @@ def by_token_grid(arms: Arms) -> Grid:
             ])  # fmt: skip
     headers = [
         "beta",
-        "",
-        "",
+        "way",
+        "what it is",
         "heads",
         "test loss",
         "B1 less it [95 %]",

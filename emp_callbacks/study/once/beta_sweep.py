@@ -11,6 +11,7 @@ from emp_callbacks.pruning.signatures import cliff_without_sparsity, nearly_all
 from emp_callbacks.study.once import plots
 from emp_callbacks.study.once.dense_models import DenseModel, tested
 from emp_callbacks.study.once.results import Curve, Results, Row, curves, outcome
+from emp_callbacks.study.once.seen import sweep_seen
 from emp_callbacks.study.once.study import OnCase, OnceStudy
 from emp_callbacks.study.report.page import DASH, Grid, Page, Section, interval, number
 from emp_callbacks.study.report.statistics import mean_interval, paired_difference
@@ -91,8 +92,11 @@ def page(results: Results) -> Page:
             ),
             Section(
                 heading="Metric and density against beta",
-                text="Line: mean over seeds. Band: lowest to highest seed. Black: dense. Dashed: beta = 1.",
+                text="Above: change of the metric, on one axis for all models, even up to 1 and logarithmic beyond; "
+                "worse is lower, so that the axis of a metric whose lower values are better is turned over. Below: "
+                "density. Line: mean over seeds. Band: lowest to highest seed. At 0: dense.",
                 draw=partial(plots.plot_beta_sweep, found),
+                seen=partial(sweep_seen, found),
                 file="sweep_beta.png",
             ),
         ],

@@ -18,6 +18,7 @@ from emp_callbacks.pruning.signatures import criteria_disagree, uniform_scores
 from emp_callbacks.study.once import plots
 from emp_callbacks.study.once.dense_models import DenseModel, known_criteria, tested
 from emp_callbacks.study.once.results import Case, Results, Row, cases, outcome
+from emp_callbacks.study.once.seen import criteria_seen
 from emp_callbacks.study.once.study import OnCase, OnceStudy
 from emp_callbacks.study.report.page import DASH, Grid, Page, Section, interval, number
 from emp_callbacks.study.report.statistics import mean_interval
@@ -136,7 +137,7 @@ def page(results: Results) -> Page:
         f"each criterion at its own N_eff (beta = 1) and at density {density:g}; no training after pruning.",
         headline=_headline(found),
         findings=[*(_finding(case, density) for case in found), *_does_n_eff_rank(found, density)],
-        warnings=[warning for case in found for warning in _warnings(case)],
+        warnings=[warning for case in found for warning in _warnings(case, density)],
         sections=[
             Section(
                 heading="N_eff, density and metric by criterion, mean over seeds",
@@ -152,9 +153,11 @@ def page(results: Results) -> Page:
             ),
             Section(
                 heading="Criteria side by side",
-                text="Left: N_eff / N. Middle: change of the metric at N_eff (filled), at the common density (open). "
-                "Right: Jaccard's index of the masks at the common density.",
+                text="For each model: N_eff / N; the change of the metric at N_eff (filled) and at the common density "
+                "(open), on one axis for all models, even up to 1 and logarithmic beyond, worse to the left; Jaccard's "
+                "index of the masks at the common density.",
                 draw=partial(plots.plot_criteria, found, density),
+                seen=partial(criteria_seen, found, density),
                 file="compare_criteria.png",
             ),
         ],
@@ -208,10 +211,14 @@ def _finding(case: Case, density: float) -> str:
     )
 
 
-def _warnings(case: Case) -> list[str]:
+def _warnings(case: Case, density: float) -> list[str]:
     fractions = {criterion: case.mean(criterion, "n_eff_fraction") for criterion in _informed(case)}
-    alike = [warning for rows in case.rows.values() for warning in rows[0]["warnings"]]
-    return [*criteria_disagree(f"{case.model} {case.target}", fractions), *alike]
+    disagree = [
+        # The usual remedy is to make this very page.
+        f"{warning.partition(': ')[0]}: see below what each costs where all keep as many, change at {density:g}"
+        for warning in criteria_disagree(f"{case.model} {case.target}", fractions)
+    ]
+    return [*disagree, *(warning for rows in case.rows.values() for warning in rows[0]["warnings"])]
 
 
 def _table(found: Sequence[Case], density: float) -> Grid:

@@ -86,6 +86,11 @@ class Curve:
     harm: Harm
     rows: Mapping[float, Sequence[Row]]
 
+    @property
+    def criterion(self) -> str:
+        """By which was scored."""
+        return str(next(iter(self.rows.values()))[0]["criterion"])
+
     def harms(self, beta: float) -> dict[int, float]:
         """Return seed -> harm at a beta."""
         return {row["seed"]: self.harm.of(self.harm.change(row["before"], row["after"])) for row in self.rows[beta]}

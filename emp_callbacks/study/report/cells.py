@@ -17,6 +17,7 @@ from emp_callbacks.study.report.metric_format import SPACE, MetricFormat, p_text
 from emp_callbacks.study.report.page import DASH, number
 from emp_callbacks.study.report.statistics import PairedDifference
 from emp_callbacks.study.report.styles import arm_style
+from emp_callbacks.study.report.svg import color_class
 from emp_callbacks.trajectory import Certificate, certificate_cells
 
 
@@ -193,5 +194,5 @@ def _certificate_cells(record: Mapping[str, Any] | None) -> tuple[str, str, str]
 
 
 def color(label: str) -> str:
-    """Return the colour of an arm, the same in all pictures and tables."""
-    return arm_style(label).color
+    """Return the class that has the colour of an arm, the same in all pictures and tables."""
+    return color_class(arm_style(label).color)

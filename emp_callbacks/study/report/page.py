@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import base64
+import html
 import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -11,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from emp_callbacks.study.report.statistics import Interval
+from emp_callbacks.study.report.svg import Drawings
+from emp_callbacks.study.report.words import words_in
 
 __all__ = [
     "DASH",
@@ -24,12 +28,12 @@ __all__ = [
     "Grid",
     "Page",
     "Section",
-    "embedded",
+    "drawn",
+    "grouped",
     "interval",
     "number",
-    "picture",
     "print_page",
-    "template",
+    "rendered",
     "write_files",
     "write_page",
 ]
@@ -60,7 +64,8 @@ class Section:
         heading: Its name.
         text: How to read it.
         grid: The table, if it has one.
-        draw: Draws the picture, if it has one.
+        draw: Draws the picture, if it has one; the argument says whether it is for a narrow page.
+        seen: Says what is seen in the picture, for those who do not.
         file: Name of the picture's file.
         printed: Whether the table is also shown on a terminal.
     """
@@ -68,7 +73,8 @@ class Section:
     heading: str
     text: str = ""
     grid: Grid | None = None
-    draw: Callable[[], Figure] | None = None
+    draw: Callable[[bool], Figure] | None = None
+    seen: Callable[[], str] = str
     file: str = ""
     printed: bool = True
 
@@ -102,27 +108,63 @@ def write_page(page: Page, folder: Path, results: Mapping[str, Any]) -> Path:
         folder: Made if missing.
         results: Hold the "command" and the "environment" of the study.
     """
-    pictures = {section.file: picture(section.draw()) for section in page.sections if section.draw}
-    sections = [
-        {
+    drawings, pictures, sections = Drawings(), {}, []
+    for section in page.sections:
+        shown: dict[str, Any] = {
             "heading": section.heading,
             "text": section.text,
             "grid": section.grid,
-            "file": section.file,
-            "picture": embedded(pictures[section.file]) if section.draw else "",
+            "picture": None,
         }
-        for section in page.sections
-    ]
-    shown = {**vars(page), "sections": sections, "warnings": [_split(warning) for warning in page.warnings]}
-    html = template("page.html.j2").render(
-        page=shown, command=results["command"], environment=results.get("environment", {})
+        if section.draw is not None:
+            shown["picture"], png = drawn(drawings, section.draw, section.seen, section.text, section.file)
+            pictures[section.file] = png
+        sections.append(shown)
+    text = rendered(
+        "page.html.j2",
+        drawings,
+        title=page.title,
+        page=page,
+        sections=sections,
+        warnings=grouped(page.warnings),
+        command=results["command"],
+        environment=results.get("environment", {}),
     )
-    return write_files(folder, html, pictures)
+    return write_files(folder, text, pictures)
 
 
-def _split(warning: str) -> dict[str, str]:
-    what, _, remedy = warning.partition(": ")
-    return {"what": f"{what}.", "remedy": f"{remedy[:1].upper()}{remedy[1:]}"}
+def drawn(
+    drawings: Drawings, draw: Callable[[bool], Figure], seen: Callable[[], str], text: str, file: str
+) -> tuple[dict[str, Any], bytes]:
+    """Return a picture for a template, and its wide form as a PNG."""
+    svg, figure = drawings.picture(draw, seen)
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    return {"svg": Markup(svg), "text": text, "file": file}, png.getvalue()
+
+
+def grouped(warnings: Sequence[str]) -> list[dict[str, Any]]:
+    """Return one box for all warnings "what: remedy" of one remedy: what each is, and the remedy once."""
+    boxes: dict[str, list[str]] = {}
+    for warning in warnings:
+        what, _, remedy = warning.partition(": ")
+        boxes.setdefault(f"{remedy[:1].upper()}{remedy[1:]}{'.' if remedy else ''}", []).append(f"{what}.")
+    return [{"what": what, "remedy": remedy} for remedy, what in boxes.items()]
+
+
+def rendered(name: str, drawings: Drawings, **values: Any) -> str:
+    """Return a page that explains the words that it uses.
+
+    Args:
+        name: Of the template.
+        drawings: What it shows; its styles stand in the page's head.
+        values: What the template names.
+    """
+    page = _template(name)
+    text = page.render(words=(), css="", **values)
+    for hidden in (r"<style.*?</style>", r"<[^>]*>"):
+        text = re.sub(hidden, " ", text, flags=re.DOTALL)
+    return page.render(words=words_in(html.unescape(text)), css=Markup(drawings.css()), **values)
 
 
 def print_page(page: Page, console: Console) -> None:
@@ -165,30 +207,18 @@ def interval(found: Interval, decimals: int = 2) -> str:
     return f"{number(found.mean, decimals, True)}{ends}"
 
 
-def picture(figure: Figure) -> bytes:
-    """Return a figure as a PNG."""
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png")
-    return drawn.getvalue()
-
-
-def embedded(png: bytes) -> str:
-    """Return a PNG as base64 text for an HTML page."""
-    return base64.b64encode(png).decode("ascii")
-
-
-def write_files(folder: Path, html: str, pictures: Mapping[str, bytes]) -> Path:
+def write_files(folder: Path, text: str, pictures: Mapping[str, bytes]) -> Path:
     """Write `report.html` and its pictures, all of which are drawn by now, and return the path of the HTML file."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, png in pictures.items():
         (folder / name).write_bytes(png)
     path = folder / "report.html"
-    path.write_text(html, encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
     return path
 
 
 @cache
-def template(name: str) -> jinja2.Template:
+def _template(name: str) -> jinja2.Template:
     """Return one of the templates beside this file."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import jinja2
 
 from emp_callbacks.pruning.signatures import nearly_all
 from emp_callbacks.study.arms import ARMS
@@ -40,17 +39,27 @@ from emp_callbacks.study.report.equal_density import equal_density
 from emp_callbacks.study.report.fairness import MATCHED_TOLERANCE, fairness_checks
 from emp_callbacks.study.report.findings import findings
 from emp_callbacks.study.report.metric_format import SPACE, MetricFormat, p_text, reference_arm, verdict_text
-from emp_callbacks.study.report.page import embedded, picture, template, write_files
+from emp_callbacks.study.report.page import drawn, grouped, rendered, write_files
+from emp_callbacks.study.report.seen import SEEN, trajectory_seen
+from emp_callbacks.study.report.styles import arm_style
+from emp_callbacks.study.report.svg import Drawings
 
 PLOT_TEXT = {
     "n_eff.png": "N_eff / N of the scores (of random scores in the arm random). Line: mean over seeds. Band: "
     "lowest to highest seed.",
-    "metric_density.png": "Means over seeds with 95 % intervals. Thick: one-shot. Horizontal: dense, its interval as a "
-    "band. Where each arm has one density, small markers are runs, and arms are moved sideways by 2 % each.",
-    "density.png": "Kept over all; constant between two refreshes.",
-    "learning_curves.png": "Validation metric of the model as it is at that step, mask applied. Line: mean over "
-    "seeds. Band: lowest to highest seed.",
+    "metric_density.png": "{how} Means over seeds with 95 % intervals, which may leave the frame. Line: dense, its "
+    "interval as a band.",
+    "density.png": "Kept over all; constant between two refreshes. Line: mean over seeds. Band: lowest to highest "
+    "seed.",
+    "learning_curves.png": "Validation metric of the model as it is at that step, mask applied; the frame holds the "
+    "second half of the training, so that curves may begin outside of it. Line: mean over seeds. Band: lowest to "
+    "highest seed.",
 }
+_BY_ARM = "Left: density. Right: metric; small open circles are runs."
+_OVER_DENSITY = (
+    "Thick: one-shot. Open markers: pruned after dense training. Arms are moved sideways by 2 % each, so that none "
+    "hides another."
+)
 
 
 def write_report(results: Results, folder: Path) -> Path:
@@ -65,8 +74,11 @@ def write_report(results: Results, folder: Path) -> Path:
     """
     summaries = summarise(results)
     checks = fairness_checks(results)
-    pictures = {name: picture(draw(results)) for name, draw in plots.STUDY_PLOTS.items()}
-    images = [{"name": name, "text": PLOT_TEXT[name], "data": embedded(png)} for name, png in pictures.items()]
+    drawings, shown, pictures = Drawings(), [], {}
+    for name, draw in plots.STUDY_PLOTS.items():
+        text = PLOT_TEXT[name].format(how=_OVER_DENSITY if points_of(results) else _BY_ARM)
+        own, pictures[name] = drawn(drawings, partial(draw, results), partial(SEEN[name], results), text, name)
+        shown.append(own)
     metric = MetricFormat.of(results)
     leader = first_training_arm(at_middle_point(results))
     # The question first, the rest in study order; a study at points has its answers in `findings`.
@@ -74,7 +86,11 @@ def write_report(results: Results, folder: Path) -> Path:
     equal = equal_density(results)
     found = findings(equal, results) or [headline(results, summaries)]
     arms = list(dict.fromkeys(map(arm_of, arm_names(results))))
-    html = _template().render(
+    for arm in arms:
+        drawings.use(arm_style(arm).color)
+    text = rendered(
+        "report.html.j2",
+        drawings,
         kind="study",
         title=f"Pruning during training: {results['study']['metric']}",
         study=results["study"],
@@ -89,11 +105,13 @@ def write_report(results: Results, folder: Path) -> Path:
         convergence=_convergence_section(results, metric),
         unit=" (%)" if metric.percent else "",
         points=" (points)" if metric.percent else "",
-        images=images,
+        pictures=shown,
         checks=checks,
         failed=sum(not check.passed for check in checks),
-        signatures=_signatures(
-            [run.get("trajectory") or [] for arm in arm_names(results) for run in runs_of(results, arm)[:1]]
+        warnings=grouped(
+            _signatures(
+                [run.get("trajectory") or [] for arm in arm_names(results) for run in runs_of(results, arm)[:1]]
+            )
         ),
         missing=missing_runs(results),
         arms=[(arm, color(arm), ARMS[arm].summary if arm in ARMS else "an arm of this recipe") for arm in arms],
@@ -103,7 +121,7 @@ def write_report(results: Results, folder: Path) -> Path:
         environment=results.get("environment", {}),
         command=results["study"].get("command") or f"emp compare --config {results['study'].get('recipe', '?')}",
     )
-    return write_files(Path(folder), html, pictures)
+    return write_files(Path(folder), text, pictures)
 
 
 def write_trajectory_report(records: Sequence[Mapping[str, Any]], folder: Path, title: str) -> Path:
@@ -112,21 +130,26 @@ def write_trajectory_report(records: Sequence[Mapping[str, Any]], folder: Path, 
     Raises:
         ValueError: If `records` is empty.
     """
-    drawn = picture(plots.plot_trajectory(records))
-    text = (
-        "N_eff / N, density, preserved mass and its tight bound; churn (changed mask bits over all); the density of "
-        "each layer."
+    drawings = Drawings()
+    own, png = drawn(
+        drawings,
+        partial(plots.plot_trajectory, records),
+        partial(trajectory_seen, records),
+        "N_eff / N, density, preserved mass and its tight bound; churn; the density of each layer.",
+        "trajectory.png",
     )
-    html = _template().render(
+    text = rendered(
+        "report.html.j2",
+        drawings,
         kind="run",
         title=title,
-        images=[{"name": "trajectory.png", "text": text, "data": embedded(drawn)}],
+        pictures=[own],
         records=[record_row(record) for record in records],
-        signatures=_signatures([records]),
+        warnings=grouped(_signatures([records])),
         layers=layer_tables(records),
         last=record_row(records[-1]),
     )
-    return write_files(Path(folder), html, {"trajectory.png": drawn})
+    return write_files(Path(folder), text, {"trajectory.png": png})
 
 
 def headline(results: Results, summaries: Sequence[ArmSummary]) -> str:
@@ -205,7 +228,3 @@ def _signatures(runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
         groups = [(record["group"], record["n"], record["n_eff_fraction"]) for record in last]
         found |= dict.fromkeys(nearly_all(groups, last[0]["criterion"]) if last else ())
     return list(found)
-
-
-def _template() -> jinja2.Template:
-    return template("report.html.j2")
