@@ -2,6 +2,7 @@
 # make test-quick   the tests that start no process and compile nothing (2 minutes on two cores)
 # make test         lint and all tests, those of two files at a time (WORKERS=4 where there are more cores)
 # make lint         ruff, mypy, import-linter
+# make docs         the documentation as a site in site/, every link checked (10 seconds after install)
 # make gpu          the tests that need a CUDA device, and benchmarks/bench_gpu.py (8 minutes), in $(PYTHON) as it is
 # make test-minimum all tests but DeepSpeed's, on the lowest versions that pyproject.toml allows and the oldest Python
 
@@ -14,7 +15,7 @@ NEEDS  := import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is
 MINIMUM_PYTHON ?= $(shell python3.10 -c '' 2>/dev/null && echo python3.10 || echo $(PYTHON))
 MINIMUM_VENV   := .venv-minimum
 
-.PHONY: quickstart test-quick test gpu test-minimum lint clean
+.PHONY: quickstart test-quick test gpu test-minimum lint docs clean
 .NOTPARALLEL:
 
 quickstart: $(VENV)/.installed-study
@@ -54,24 +55,33 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# The variable silences what the theme says of a future mkdocs.
+docs: $(VENV)/.installed-docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "open site/index.html"
+
 # tools/make_venv.py VENV EXTRAS STAMPS: a stamp for each smaller set that is installed too.
 $(VENV)/.installed-study: pyproject.toml
 	@$(PYTHON) -c '$(NEEDS)'
 	@$(PYTHON) tools/make_venv.py $(VENV) study .installed-study
 
+$(VENV)/.installed-docs: pyproject.toml
+	@$(PYTHON) -c '$(NEEDS)'
+	@$(PYTHON) tools/make_venv.py $(VENV) docs .installed-docs
+
 $(VENV)/.installed-dev: pyproject.toml
 	@$(PYTHON) -c '$(NEEDS)'
-	@$(PYTHON) tools/make_venv.py $(VENV) study,text,dev .installed-dev .installed-study
+	@$(PYTHON) tools/make_venv.py $(VENV) study,text,dev .installed-dev .installed-study .installed-docs
 
 $(VENV)/.installed-all: pyproject.toml
 	@$(PYTHON) -c '$(NEEDS)'
-	@$(PYTHON) tools/make_venv.py $(VENV) all,dev .installed-all .installed-dev .installed-study
+	@$(PYTHON) tools/make_venv.py $(VENV) all,dev .installed-all .installed-dev .installed-study .installed-docs
 
 $(MINIMUM_VENV)/.installed-test: pyproject.toml
 	@$(MINIMUM_PYTHON) -c '$(NEEDS)'
 	@$(MINIMUM_PYTHON) tools/make_venv.py $(MINIMUM_VENV) study,text,test .installed-test --lowest
 
 clean:
-	rm -rf runs build *.egg-info
+	rm -rf runs build site *.egg-info
 	@$(PYTHON) tools/make_venv.py $(VENV) --remove
 	@$(PYTHON) tools/make_venv.py $(MINIMUM_VENV) --remove

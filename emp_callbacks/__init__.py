@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from emp_callbacks.layer.head_gates import HeadGates
     from emp_callbacks.pruning.pruner import EMPPruner
     from emp_callbacks.schedule import Ramp
-    from emp_callbacks.shrinking import load_shrunk, pruned_units, shrink
+    from emp_callbacks.shrinking import load_shrunk, pruned_units, save_shrunk, shrink
     from emp_callbacks.shrinking.semi_structured import to_semi_structured
     from emp_callbacks.targets import AttentionLayout, check_attention, register_attention
     from emp_callbacks.trajectory import PruneEvent, Trajectory
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Imported at first use: torch and Lightning cost seconds that `emp --help` need not pay, nor a plain loop Lightning.
 _HOMES = {
@@ -51,6 +51,7 @@ _HOMES = {
     "preserved_mass": "core.selection",
     "pruned_units": "shrinking",
     "register_attention": "targets",
+    "save_shrunk": "shrinking",
     "shrink": "shrinking",
     "tight_mass_bound": "core.bounds",
     "to_semi_structured": "shrinking.semi_structured",
@@ -79,6 +80,7 @@ __all__ = [
     "preserved_mass",
     "pruned_units",
     "register_attention",
+    "save_shrunk",
     "shrink",
     "tight_mass_bound",
     "to_semi_structured",

@@ -1,12 +1,20 @@
-"""Who raised an error: this package on purpose, or a call in it, or in another package, that went wrong."""
+"""Who raised an error, this package on purpose or a call that went wrong; and whose line a warning is about."""
 
 from __future__ import annotations
 
 import dis
+import sys
+import warnings
 
-__all__ = ["raised_by_us", "where_raised"]
+__all__ = ["raised_by_us", "warn_the_user", "where_raised"]
 
 _KINDS = (OSError, ValueError, TypeError, ArithmeticError, NotImplementedError, ImportError)
+
+# What stands between a line of the user's and ours; torch where no_grad decorates one of our methods.
+_BETWEEN = {
+    "emp_callbacks", "torch", "pytorch_lightning", "lightning", "lightning_fabric", "transformers", "accelerate",
+    "deepspeed", "jsonargparse", "contextlib",
+}  # fmt: skip
 
 
 def raised_by_us(error: BaseException) -> bool:
@@ -23,3 +31,11 @@ def where_raised(error: BaseException) -> tuple[str, bool]:
         trace = trace.tb_next
     package = trace.tb_frame.f_globals.get("__name__", "").partition(".")[0]
     return package, trace.tb_frame.f_code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+
+
+def warn_the_user(message: str) -> None:
+    """Warn at the user's line from which this package, or the host that called it, was called."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)

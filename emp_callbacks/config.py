@@ -200,9 +200,22 @@ class EMPConfig:
             raise ValueError(
                 f"start={self.start}, stop={self.stop} need every_n_epochs or every_n_steps to count in; give one"
             )
-        ramps = [name for name in ("beta", "density", "drop_fraction") if isinstance(getattr(self, name), Ramp)]
-        if ramps and self.schedule.unit is None:
-            raise ValueError(f"the Ramp of {ramps[0]} needs every_n_epochs or every_n_steps to count in; give one")
+        if self.ramps and self.schedule.unit is None:
+            raise ValueError(
+                f"the Ramp of {min(self.ramps)} needs every_n_epochs or every_n_steps to count in; give one"
+            )
+
+    @property
+    def ramps(self) -> dict[str, Ramp]:
+        """Setting -> how it moves, of those that move."""
+        settings = {name: getattr(self, name) for name in ("beta", "density", "drop_fraction")}
+        return {name: value for name, value in settings.items() if isinstance(value, Ramp)}
+
+    def ramps_left(self, position: int) -> list[str]:
+        """Return a line for beta and density where a Ramp has not come to its end at a position of the schedule."""
+        kept = [(name, ramp) for name, ramp in self.ramps.items() if name != "drop_fraction"]
+        lines = [ramp.left_at(position, name, self.schedule.unit) for name, ramp in kept]
+        return [line for line in lines if line]
 
     @property
     def criterion_name(self) -> str:
@@ -320,6 +333,8 @@ def check_names(settings: Iterable[str]) -> None:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
+            if name == "config":
+                hint = "settings are given one by one; EMPCallback.from_config(config) does so. "
             raise TypeError(f"unknown setting {name!r}; {hint}Settings: {', '.join(known)}")
 
 

@@ -46,7 +46,7 @@ def needs(what: str, extra: str, *packages: str) -> None:
     Raises:
         ImportError: One line: what needs which packages, and the command that brings them.
 
-    Example:
+    Examples:
         >>> needs("a matrix", "lightning", "numpy", "no_such_package")
         Traceback (most recent call last):
         ImportError: a matrix needs no_such_package, which is not installed: pip install 'emp-callbacks[lightning]'

@@ -107,9 +107,11 @@ class Clock:
         return self.epoch_length is None or self.steps - self.steps_at_epoch >= self.epoch_length - window
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Ramp:
     """A setting that moves from `first` to `last` while training runs: beta, density or drop_fraction.
+
+    `Ramp(1.0, 0.2, until=8)` goes from 1 to 0.2 by epoch (or step) 8.
 
     Args:
         first: Value up to position `begin`, >= 0.
@@ -136,6 +138,16 @@ class Ramp:
             raise ValueError(f"until={self.until} must lie after begin={self.begin}")
         if self.shape not in ("linear", "cosine", "cubic"):
             raise ValueError(f"shape must be 'linear', 'cosine' or 'cubic', got {self.shape!r}")
+
+    def left_at(self, position: int, setting: str, unit: str | None) -> str:
+        """Return a line that says where the value of a setting stands before its end; nothing once it is there."""
+        value = self.at(position)
+        if math.isclose(value, self.last, rel_tol=0.01):
+            return ""
+        return (
+            f"{setting} stands at {value:.3g}, on its way from {self.first:.3g} to {self.last:.3g}: its Ramp ends at "
+            f"{unit} {self.until}, the last refresh was at {unit} {position}. End it earlier (until=...), or go on"
+        )
 
     def at(self, position: int) -> float:
         """Return the value at a position, between `first` and `last`."""

@@ -66,9 +66,11 @@ def is_folder(out: str | os.PathLike[str]) -> bool:
     """Return whether a folder is to be written: all but a name that ends in .safetensors; Llama-3.2 has no suffix.
 
     Raises:
-        ValueError: The name is that of a file of another format.
+        ValueError: There is no name, or that of a file of another format.
     """
     path = Path(out)
+    if path.name in ("", ".."):  # "", "." and the root
+        raise ValueError(f"--out {os.fspath(out)!r} has no name of its own, which can appear when all is written")
     if path.is_dir() or os.fspath(out).endswith(os.sep):
         return True
     if path.suffix.lower() in _FOREIGN:

@@ -9,14 +9,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emp_callbacks.cli.console import make_console, printable
-from emp_callbacks.cli.new_parser import new_parser
+from emp_callbacks.cli.console import say_first
+from emp_callbacks.cli.new_parser import RECIPE, new_parser
 from emp_callbacks.cli.recipes import find_recipe, with_files
+from emp_callbacks.terminal import FittedTable, make_console, printable
 
 if TYPE_CHECKING:
     import argparse
-
-    from rich.table import Table
 
     from emp_callbacks.pruning.traffic import Bounds
     from emp_callbacks.study.recipe.foresight import Foresight, Pruning
@@ -34,20 +33,26 @@ def check_parser() -> argparse.ArgumentParser:
         "steps, refreshes and what they send, and where files go.",
         """\
 examples:
-  emp check --config recipes/llama/llama_1b.yaml
-  emp check --config recipes/imagenet/vit_s16.yaml --trainer.devices 4 --trainer.num_nodes 2 --json check.json
+  emp check --config llama/llama_1b
+  emp check --config imagenet/vit_s16 --trainer.devices 4 --trainer.num_nodes 2 --json check.json
 
 Any key of the recipe can follow as --KEY VALUE, and further --config FILE as for emp fit. The exit code is 0, or 2
 with a line for each problem: data that are missing, a schedule that never asks for a refresh, too large a batch.""",
     )
-    parser.add_argument("-c", "--config", required=True, metavar="RECIPE", help="recipe (YAML); more may follow")
+    parser.add_argument(
+        "-c",
+        "--config",
+        required=True,
+        metavar="RECIPE",
+        help=f"recipe: {RECIPE}; more may follow",
+    )
     parser.add_argument("--json", metavar="FILE", help="also write what was found to a JSON file")
     parser.add_argument(
         "--patience",
         type=float,
         default=30,
         metavar="SECONDS",
-        help="how long the data may take to be set up; beyond that they are not looked at (30)",
+        help="how long the data may take to be set up; beyond that they are not looked at (default: 30)",
     )
     return parser
 
@@ -57,6 +62,7 @@ def check(words: list[str]) -> None:
     first, others = _first_config(words)
     options, overrides = check_parser().parse_known_args(first)
     path, overrides = find_recipe(options.config), with_files(["emp", *overrides, *others])[1:]
+    say_first(f"check: reading {options.config}")
     from emp_callbacks.study.recipe.foresight import foresee
     from emp_callbacks.study.recipe.recipe import Recipe
 
@@ -125,12 +131,10 @@ def _pruning_data(one: Pruning, parameters: int) -> dict[str, Any]:
     }
 
 
-def _table(seen: Foresight) -> Table:
-    from rich.table import Table
-
-    table = Table(show_header=False, pad_edge=False, title=f"{seen.model}, built {seen.built}", title_justify="left")
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
+def _table(seen: Foresight) -> FittedTable:
+    table = FittedTable(f"{seen.model}, built {seen.built}")
+    table.add_column("")
+    table.add_column("", words=True)
     sections = (
         _of_model(seen),
         *map(_of_pruning, seen.prunings),

@@ -1,54 +1,46 @@
-"""Where tables and messages go."""
+"""How a command begins, and how it shows warnings."""
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
-from unicodedata import category
+from typing import Any
 
-if TYPE_CHECKING:
-    from rich.console import Console
+from emp_callbacks.terminal import printable
 
-__all__ = ["make_console", "printable", "warnings_in_lines"]
+__all__ = ["say_first", "warnings_in_lines"]
 
 
-def make_console() -> Console:
-    """Return a console on stdout that shows text as it is: names in files are no markup, and steer no terminal."""
-    from rich.console import Console
-
-    class PlainConsole(Console):
-        """Every text of a table or a message passes `render_str`."""
-
-        def render_str(self, text: str, **settings: Any) -> Any:
-            return super().render_str(printable(text), **{**settings, "markup": False, "emoji": False})
-
-    # A pipe or a file has no width: tables there must not be cut at 80 columns.
-    return PlainConsole(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False)
-
-
-def printable(text: str) -> str:
-    r"""Return text with control characters written out, but for the end of a line.
-
-    Example:
-        >>> print(printable("a\x1b[31m b"))
-        a\x1b[31m b
-    """
-    return "".join(c.encode("unicode_escape").decode() if category(c)[0] == "C" and c != "\n" else c for c in text)
+def say_first(told: str) -> None:
+    """Say on a terminal what a command does, before the seconds that its imports take; a log needs no such word."""
+    ranks = {os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID")}
+    if sys.stderr.isatty() and ranks == {"0"}:
+        sys.stderr.write(f"emp {printable(told)} ...\n")
+        sys.stderr.flush()
 
 
 @contextmanager
 def warnings_in_lines() -> Iterator[None]:
-    """Show each warning as one line that steers no terminal, without the code that gave it."""
+    """Show each warning as one line that steers no terminal, without the code that gave it, and the same one once."""
 
     def line(message: Warning | str, *_: object, **__: object) -> str:
         return f"emp: warning: {printable(' '.join(str(message).split()))}\n"
 
+    said: set[str] = set()
+
+    def once(message: Warning | str, *place: Any, **more: Any) -> None:
+        if str(message) not in said:  # Lightning repeats its advice for every Trainer
+            said.add(str(message))
+            warnings.formatwarning = line  # Lightning has put its own there
+            show(message, *place, **more)
+
     before, warnings.formatwarning = warnings.formatwarning, line
+    show, warnings.showwarning = warnings.showwarning, once
     try:
         yield
     finally:
-        if warnings.formatwarning is line:  # Lightning has its own from then on
-            warnings.formatwarning = before
+        warnings.showwarning = show
+        warnings.formatwarning = before

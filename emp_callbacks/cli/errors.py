@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-from emp_callbacks.blame import raised_by_us
+import os
 
-__all__ = ["for_the_user"]
+from emp_callbacks.blame import raised_by_us, where_raised
+
+__all__ = ["SWITCH", "for_the_user"]
+
+SWITCH = "EMP_TRACEBACK"
+"""Environment variable; 1 shows where an error was raised, whoever can put it right."""
+
+_LIGHTNING = ("pytorch_lightning", "lightning_fabric", "lightning")
 
 
 def for_the_user(error: BaseException) -> str | None:
-    """Return the message of an error about what the user gave: a file, or a value our own checks refused."""
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    # Lightning has a word for a recipe that it cannot run.
-    if raised_by_us(error) or type(error).__name__ == "MisconfigurationException":
-        return str(error)
-    return None
+    """Return the message of an error about what the user gave: a file, or a value our own checks refused.
+
+    An error that a call in this package went into, a KeyError say, is a fault of ours. One of a model in training is
+    its author's to mend, who needs to see where.
+    """
+    if os.environ.get(SWITCH, "0") != "0":
+        return None
+    if isinstance(error, OSError) and error.strerror:  # of the system: a file, a full disk
+        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    return str(error) if raised_by_us(error) or _refused_by_lightning(error) else None
+
+
+def _refused_by_lightning(error: BaseException) -> bool:
+    """Whether Lightning says that it cannot run a recipe so."""
+    package, on_purpose = where_raised(error)
+    return on_purpose and package in _LIGHTNING and not isinstance(error, RuntimeError)

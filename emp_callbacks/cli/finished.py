@@ -9,11 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from emp_callbacks.cli.console import make_console
+from emp_callbacks.cli.console import say_first
 from emp_callbacks.cli.folder import is_for_folders, prune_folder
 from emp_callbacks.cli.freed_memory import give_freed_memory_back
 from emp_callbacks.cli.options import export_parser, inspect_parser, prune_parser
 from emp_callbacks.cli.recipes import find_recipe
+from emp_callbacks.terminal import make_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,6 +28,7 @@ __all__ = ["export", "inspect", "prune"]
 def inspect(words: list[str]) -> None:
     """Show what EMP would keep."""
     options = inspect_parser().parse_args(words)
+    say_first(f"inspect: reading {options.source}")
     if options.data:
         _inspect_with_data(options)
         return
@@ -119,6 +121,7 @@ def _already_pruned(density: float) -> list[str]:
 def prune(words: list[str]) -> None:
     """Prune a finished model once."""
     options = prune_parser().parse_args(words)
+    say_first(f"prune: reading {options.source}")
     if is_for_folders(options):
         with _said_in_notes():
             prune_folder(options, _loss_tolerance(options))
@@ -129,6 +132,8 @@ def prune(words: list[str]) -> None:
     from emp_callbacks.trajectory import layer_table
 
     tolerance = _loss_tolerance(options)
+    if options.density is not None and options.beta is not None:
+        raise ValueError(f"--beta {options.beta} and --density {options.density} both say how much is kept; drop one")
     names = ("target", "criterion", "scope", "beta", "density", "pattern", "min_density", "include", "exclude")
     settings = {name: value for name in names if (value := getattr(options, name)) not in (None, "auto")}
     console = make_console()
@@ -148,6 +153,10 @@ def prune(words: list[str]) -> None:
         console.print(budget_table(report.budget))
         console.print(report.budget.says, highlight=False, soft_wrap=True)
     console.print(layer_table(pruner.last_events))
+    n, keep = (sum(getattr(event, key) for event in pruner.last_events) for key in ("n", "keep"))
+    if keep == n:
+        told = f"nothing is pruned: all {n:,} {pruner.config.target} are kept, and the weights written as they were"
+        console.print(told, highlight=False, soft_wrap=True)
     _print_export(report)
     _print_notes(console, signatures_of(pruner.last_events).values())
 
@@ -165,11 +174,24 @@ def _loss_tolerance(options: argparse.Namespace) -> float | None:
 @contextmanager
 def _budget_bar(console: Console, *, shown: bool) -> Iterator[Callable[[object], None]]:
     """Show how many budgets are measured, on a terminal, and lend what counts them."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     from emp_callbacks.finished.budget import EVALUATIONS
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, disable=not (shown and console.is_terminal), transient=True) as bar:
         task = bar.add_task("budgets measured, at most", total=EVALUATIONS)
         yield lambda _: bar.advance(task)
@@ -178,6 +200,7 @@ def _budget_bar(console: Console, *, shown: bool) -> Iterator[Callable[[object],
 def export(words: list[str]) -> None:
     """Write masked weights."""
     options = export_parser().parse_args(words)
+    say_first(f"export: reading {options.source}")
     from emp_callbacks.finished.export import export
 
     report = export(

@@ -6,6 +6,7 @@ import argparse
 from importlib.util import find_spec
 from pathlib import Path
 
+from emp_callbacks.cli.console import say_first
 from emp_callbacks.cli.folder_options import perplexity_parser
 from emp_callbacks.cli.freed_memory import give_freed_memory_back
 
@@ -30,6 +31,8 @@ def is_for_folders(options: argparse.Namespace) -> bool:
     given = [name for name in _IN_MEMORY if getattr(options, name) not in (None, False)]
     given += ["target"] * (options.target in _OTHER_TARGETS)
     fits = folder and not given and is_folder(out)
+    if not (source.exists() or options.source.startswith("timm:")):
+        raise FileNotFoundError(f"{source} does not exist; name a checkpoint, a folder, or timm:NAME")
     shown = [name for name in _SHOWN if getattr(options, name) is not None]
     if shown and not fits:
         option = f"--{shown[0].replace('_', '-')}"
@@ -52,6 +55,7 @@ def prune_folder(options: argparse.Namespace, loss_tolerance: float | None) -> N
 def perplexity(words: list[str]) -> None:
     """Measure the perplexity of a language model in a folder."""
     options = perplexity_parser().parse_args(words)
+    say_first(f"perplexity: reading {options.source}")
     from emp_callbacks.cli.folder_work import measure
 
     give_freed_memory_back()

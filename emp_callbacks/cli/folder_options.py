@@ -21,9 +21,11 @@ def add_shown(parser: argparse.ArgumentParser) -> None:
     shown.add_argument("--text", nargs="+", type=Path, metavar="FILE", help="text that the model reads (calibration)")
     shown.add_argument("--images", type=Path, metavar="DIR", help="images that the model sees")
     shown.add_argument("--sounds", type=Path, metavar="DIR", help="sound files; with --text their transcripts, by line")
-    shown.add_argument("--samples", type=int, default=128, metavar="N", help="sequences, images or sounds (128)")
-    shown.add_argument("--length", type=int, default=2048, metavar="N", help="tokens of a sequence (2048)")
-    shown.add_argument("--seed", type=int, default=0, help="of the places in the text (0)")
+    shown.add_argument(
+        "--samples", type=int, default=128, metavar="N", help="sequences, images or sounds (default: 128)"
+    )
+    shown.add_argument("--length", type=int, default=2048, metavar="N", help="tokens of a sequence (default: 2048)")
+    shown.add_argument("--seed", type=int, default=0, help="of the places in the text (default: 0)")
     shown.add_argument("--first", action="store_true", help="the first sequences of the text, not random places")
     shown.add_argument(
         "--sequential",
@@ -39,7 +41,7 @@ def add_shown(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="text for perplexity before and after (default: the last tenth of --text, which calibration leaves out)",
     )
-    shown.add_argument("--eval-windows", type=int, default=64, metavar="N", help="windows of it at most (64)")
+    shown.add_argument("--eval-windows", type=int, default=64, metavar="N", help="windows of it at most (default: 64)")
     shown.add_argument(
         "--perplexity",
         action=argparse.BooleanOptionalAction,

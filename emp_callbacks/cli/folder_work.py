@@ -18,9 +18,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
-from rich.table import Table
 
-from emp_callbacks.cli.console import make_console
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.criteria import make_criterion
 from emp_callbacks.finished.budget import budget_table
@@ -36,6 +34,7 @@ from emp_callbacks.folders.samples import Samples, image_samples, text_samples
 from emp_callbacks.folders.skeleton import Skeleton, configuration_of
 from emp_callbacks.folders.sound_samples import sound_samples
 from emp_callbacks.pruning.signatures import emptied_layers, nearly_all, starved_layers
+from emp_callbacks.terminal import FittedTable, make_console
 
 __all__ = ["measure", "prune"]
 
@@ -223,7 +222,7 @@ def _print_report(
     notes: Sequence[str],
 ) -> None:
     console.print(_kinds_table(report.rows, f"{config.criterion_name}, scope {config.scope}"))
-    lines = [f"{report.out}: density {report.density:.4f}"]
+    lines = [f"{report.out}: density {report.density:.4f}" + ", nothing is pruned" * (report.density == 1)]
     if before is not None and after is not None:
         change = f"({after.value / before.value - 1:+.2%})"
         lines.append(
@@ -243,13 +242,12 @@ def _print_report(
     _notes(console, [note for note in [*notes, *nearly_all(groups, config.criterion_name), *few] if note])
 
 
-def _kinds_table(rows: Sequence[LayerRow], what: str) -> Table:
-    from rich.table import Table
-
-    table = Table(title=f"EMP once: {what}", title_justify="left", show_footer=True)
-    table.add_column("kind of layer", footer="all", overflow="fold")
-    for heading, total in zip(("layers", "N", "N_eff / N", "kept", "density", "mass kept"), _cells(rows), strict=True):
-        table.add_column(heading, footer=total, justify="right", no_wrap=True)
+def _kinds_table(rows: Sequence[LayerRow], what: str) -> FittedTable:
+    table = FittedTable(f"EMP once: {what}")
+    table.add_column("kind of layer", footer="all")
+    worths = {"layers": 1, "N": 3, "N_eff / N": 0, "kept": 4, "density": 0, "mass kept": 2}
+    for (heading, worth), total in zip(worths.items(), _cells(rows), strict=True):
+        table.add_column(heading, worth=worth, footer=total)
     for kind, of_kind in by_kind(rows).items():
         table.add_row(kind, *_cells(of_kind))
     return table

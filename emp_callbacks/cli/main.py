@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
 from emp_callbacks.cli import check, finished, folder, recipes, study, submit, tokenize
-from emp_callbacks.cli.console import printable, warnings_in_lines
+from emp_callbacks.cli.console import warnings_in_lines
 from emp_callbacks.cli.errors import for_the_user
 from emp_callbacks.cli.stopping import outlive_time_signal, stopped_by, terminable
+from emp_callbacks.terminal import any_output, printable
 
 __all__ = ["COMMANDS", "main"]
 
@@ -41,15 +43,19 @@ studies on trained models:
   gates             heads chosen by EMP beside gates that learn, and a count of heads by token
 
 examples:
-  emp fit --config quickstart                             (a recipe of the package, or a file of yours)
+  emp fit --config quickstart
   emp compare --config quickstart --out runs/quickstart
   emp inspect timm:resnet18 --pretrained
   emp export last.ckpt --out model.safetensors
   emp prune llama --criterion wanda --text train.txt --out llama-pruned
 
+A recipe is a YAML file, or the name of one that comes with the package.
+
 options:
   -h, --help  show this message, or with a command that command's options
   --version   show the version
+
+An error is one line; EMP_TRACEBACK=1 emp COMMAND ... shows where it was raised.
 """
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
@@ -73,7 +79,13 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one `emp` command and return its exit code: 0, 2 for a usage error, 130 after Ctrl-C, 143 after SIGTERM."""
-    words = list(sys.argv[1:] if args is None else args)
+    if args is None:
+        sys.path.append(os.getcwd())  # recipes name what is the user's own by 'module.name'; last: it hides no package
+    with any_output():
+        return _main(list(sys.argv[1:] if args is None else args))
+
+
+def _main(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         sys.stdout.write(_HELP)
         return 0 if words else USAGE_ERROR

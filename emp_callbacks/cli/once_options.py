@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from emp_callbacks.cli.new_parser import new_parser
+from emp_callbacks.cli.new_parser import RECIPE, new_parser
 
 __all__ = ["criteria_parser", "gates_parser", "sweep_parser", "violations_parser"]
 
@@ -16,9 +16,9 @@ def sweep_parser() -> argparse.ArgumentParser:
         "Train each recipe densely and prune it once by EMP for several beta: is beta = 1 where the metric falls?",
         f"""\
 examples:
-  emp sweep-beta --config recipes/paper/*.yaml
-  emp sweep-beta --config recipes/paper/gpt.yaml --target heads --out runs/sweep_heads
-  emp sweep-beta --config recipes/quickstart.yaml --seeds 0 --betas 0.5 1 2 --trainer.max_epochs 1
+  emp sweep-beta --config paper/fc2 paper/kan paper/gpt
+  emp sweep-beta --config paper/gpt --target heads --out runs/sweep_heads
+  emp sweep-beta --config quickstart --seeds 0 --betas 0.5 1 2 --trainer.max_epochs 1
 {_ONCE_HELP}""",
     )
     _add_once(parser, "sweep_beta")
@@ -42,8 +42,8 @@ def criteria_parser() -> argparse.ArgumentParser:
         "Train each recipe densely, prune once by every criterion that fits, and report N_eff, metric and overlap.",
         f"""\
 examples:
-  emp compare-criteria --config recipes/paper/gpt.yaml --targets weights heads
-  emp compare-criteria --config recipes/quickstart.yaml --seeds 0 --density 0.3
+  emp compare-criteria --config paper/gpt --targets weights heads
+  emp compare-criteria --config quickstart --seeds 0 --density 0.3
 {_ONCE_HELP}""",
     )
     _add_once(parser, "compare_criteria")
@@ -52,7 +52,9 @@ examples:
     parser.add_argument(
         "--density", type=float, default=0.5, help="fraction kept where all criteria keep alike many (default: 0.5)"
     )
-    parser.add_argument("--batches", type=int, default=32, help="training batches that criteria read (default: 32)")
+    parser.add_argument(
+        "--batches", type=int, default=32, metavar="N", help="training batches that criteria read (default: 32)"
+    )
     return parser
 
 
@@ -64,8 +66,8 @@ def violations_parser() -> argparse.ArgumentParser:
         "of the loss beside every bound.",
         f"""\
 examples:
-  emp violations --config recipes/paper/*.yaml
-  emp violations --config recipes/quickstart.yaml --seeds 0 --criteria magnitude --betas 0.5 1
+  emp violations --config paper/fc2 paper/kan paper/gpt
+  emp violations --config quickstart --seeds 0 --criteria magnitude --betas 0.5 1
 
 Tr(H) takes about 2 * probes * batches training steps per model, with twice their memory.
 {_ONCE_HELP}""",
@@ -74,8 +76,10 @@ Tr(H) takes about 2 * probes * batches training steps per model, with twice thei
     parser.add_argument("--criteria", nargs="+", metavar="NAME", help="default: magnitude wanda taylor saliency random")
     parser.add_argument("--betas", nargs="+", type=float, metavar="BETA", help="default: 0.5 0.75 1 1.25 1.5 2")
     parser.add_argument("--scope", choices=("global", "tensor", "row"), default="global", help="default: global")
-    parser.add_argument("--batches", type=int, default=8, help="training batches for losses and Hessian (default: 8)")
-    parser.add_argument("--probes", type=int, default=16, help="random vectors for Tr(H) (default: 16)")
+    parser.add_argument(
+        "--batches", type=int, default=8, metavar="N", help="training batches for losses and Hessian (default: 8)"
+    )
+    parser.add_argument("--probes", type=int, default=16, metavar="N", help="random vectors for Tr(H) (default: 16)")
     return parser
 
 
@@ -88,8 +92,8 @@ def gates_parser() -> argparse.ArgumentParser:
         f"""\
 examples:
   emp gates --config gates_gpt --jobs 2
-  emp gates --config recipes/gates_gpt.yaml --out runs/gates --data.file mytext.txt --data.max_bytes 40000000
-  emp gates --config recipes/gates_gpt.yaml --out runs/try --seeds 0 --steps 30 --trainer.max_steps 150
+  emp gates --config gates_gpt --out runs/gates --data.file mytext.txt --data.max_bytes 40000000
+  emp gates --config gates_gpt --out runs/try --seeds 0 --steps 30 --trainer.max_steps 150
 
 Takes one recipe. What is compared and the margin within which arms count as alike are fixed; the report says them.
 {_ONCE_HELP}""",
@@ -99,7 +103,11 @@ Takes one recipe. What is compared and the margin within which arms count as ali
         "--steps", type=int, default=300, help="optimizer steps by which each arm trains the model on (default: 300)"
     )
     parser.add_argument(
-        "--batches", type=int, default=32, help="training batches from which EMP scores heads (default: 32)"
+        "--batches",
+        type=int,
+        default=32,
+        metavar="N",
+        help="training batches from which EMP scores heads (default: 32)",
     )
     return parser
 
@@ -112,11 +120,18 @@ study."""
 
 def _add_once(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument(
-        "-c", "--config", required=True, nargs="+", metavar="RECIPE", help="one recipe (YAML) per model"
+        "-c",
+        "--config",
+        required=True,
+        nargs="+",
+        metavar="RECIPE",
+        help=f"one recipe per model: {RECIPE}",
     )
-    parser.add_argument("--out", default=f"runs/{name}", metavar="DIR", help=f"folder of the results (runs/{name})")
     parser.add_argument(
-        "--models", default="runs/dense", metavar="DIR", help="folder of the trained models (runs/dense)"
+        "--out", default=f"runs/{name}", metavar="DIR", help=f"folder of the results (default: runs/{name})"
+    )
+    parser.add_argument(
+        "--models", default="runs/dense", metavar="DIR", help="folder of the trained models (default: runs/dense)"
     )
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="default: each recipe's study.seeds")
     parser.add_argument("--jobs", type=int, metavar="N", help="measure N models at a time, each on one CPU thread")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from emp_callbacks.cli.folder_options import add_shown
-from emp_callbacks.cli.new_parser import new_parser
+from emp_callbacks.cli.new_parser import RECIPE, new_parser
 
 __all__ = [
     "compare_parser",
@@ -21,7 +21,8 @@ def compare_parser() -> argparse.ArgumentParser:
     """Return the options of `emp compare`."""
     from emp_callbacks.study.arms import ARMS
 
-    arms = "\n".join(f"  {name:<18} {arm.summary}" for name, arm in ARMS.items())
+    longest = max(map(len, ARMS))
+    arms = "\n".join(f"  {name:<{longest}}  {arm.summary}" for name, arm in ARMS.items())
     parser = new_parser(
         "compare",
         "Train a recipe with several ways of pruning and several seeds, alike in everything else, and report.",
@@ -30,9 +31,9 @@ arms (study.arms):
 {arms}
 
 examples:
-  emp compare --config recipes/quickstart.yaml
-  emp compare --config recipes/quickstart.yaml --out runs/try --trainer.max_epochs 1 --study.seeds "[0]"
-  emp compare --config recipes/quickstart.yaml --study.arms "[dense, one_shot, training_feedback]"
+  emp compare --config quickstart
+  emp compare --config quickstart --out runs/try --trainer.max_epochs 1 --study.seeds "[0]"
+  emp compare --config quickstart --study.arms "[dense, one_shot, training_feedback]"
 
 Any key of the recipe can follow as --KEY VALUE; emp fit --help lists them.
 The same command again continues an interrupted study and reuses its finished runs.""",
@@ -43,7 +44,7 @@ The same command again continues an interrupted study and reuses its finished ru
         required=True,
         action="append",
         metavar="RECIPE",
-        help="recipe (YAML) with a study: section; given again: settings to lay over it",
+        help=f"recipe with a study: section, {RECIPE}; given again: settings to lay over it",
     )
     parser.add_argument("--out", metavar="DIR", help="folder of the results (default: study.out, or runs/RECIPE)")
     parser.add_argument(
@@ -95,7 +96,7 @@ examples:
   emp inspect timm:resnet18 --pretrained
   emp inspect lightning_logs/version_0/checkpoints/last.ckpt --scope tensor
   emp inspect model.safetensors --beta 0.5 --exclude 'head*' --json inspect.json
-  emp inspect last.ckpt --data recipes/quickstart.yaml --criterion wanda
+  emp inspect last.ckpt --data quickstart --criterion wanda
 
 With --data the model is also pruned once, in memory, and what that changes is measured and bounded: every layer's
 outputs (wanda), the loss to first order (taylor), the loss by Tr(H). What the recipe's EMPCallback says is then the
@@ -120,11 +121,15 @@ Files are read as tensors only; code in them never runs.""",
     parser.add_argument("--pretrained", action="store_true", help="load timm's weights (needs a network)")
     parser.add_argument("--json", metavar="FILE", help="also write the table to a JSON file")
     data = parser.add_argument_group("with data")
-    data.add_argument("--data", metavar="RECIPE", help="recipe that builds the model and its data")
+    data.add_argument(
+        "--data",
+        metavar="RECIPE",
+        help=f"recipe that builds the model and its data: {RECIPE}",
+    )
     data.add_argument("--target", help="weights, heads, neurons or kan_nodes (default: the recipe's)")
     data.add_argument("--criterion", help="how they are scored (default: the recipe's, or the target's)")
-    data.add_argument("--batches", type=int, default=8, help="training batches (default: 8)")
-    data.add_argument("--probes", type=int, default=16, help="random vectors for Tr(H) (default: 16)")
+    data.add_argument("--batches", type=int, default=8, metavar="N", help="training batches (default: 8)")
+    data.add_argument("--probes", type=int, default=16, metavar="N", help="random vectors for Tr(H) (default: 16)")
     return parser
 
 
@@ -137,8 +142,8 @@ def prune_parser() -> argparse.ArgumentParser:
 examples:
   emp prune timm:resnet18 --pretrained --out pruned.safetensors
   emp prune timm:resnet18 --pretrained --target neurons --shrink --out small.safetensors
-  emp prune last.ckpt --config recipes/quickstart.yaml --target heads --criterion taylor --out pruned.safetensors
-  emp prune last.ckpt --config recipes/quickstart.yaml --beta auto --tolerance 0.02 --out pruned.safetensors
+  emp prune last.ckpt --config quickstart --target heads --criterion taylor --out pruned.safetensors
+  emp prune last.ckpt --config quickstart --beta auto --tolerance 0.02 --out pruned.safetensors
   emp prune llama --criterion wanda --scope row --text train.txt --out llama-pruned
   emp prune llama --criterion magnitude --scope row --include '*.mlp.*' --density 0.5 --out llama-pruned
 
@@ -172,7 +177,11 @@ Heads and neurons need modules: --config RECIPE, timm:NAME, or a Hugging Face fo
     parser.add_argument("--include", nargs="+", metavar="GLOB", help="prune these parameters (or modules) only")
     parser.add_argument("--exclude", nargs="+", metavar="GLOB", help="leave these parameters (or modules) out")
     parser.add_argument(
-        "--batches", type=int, default=32, help="training batches for criteria that read data, and for --tolerance (32)"
+        "--batches",
+        type=int,
+        default=32,
+        metavar="N",
+        help="training batches for criteria that read data, and for --tolerance (default: 32)",
     )
     add_shown(parser)
     return parser
@@ -190,7 +199,7 @@ def export_parser() -> argparse.ArgumentParser:
         """\
 examples:
   emp export lightning_logs/version_0/checkpoints/last.ckpt --out model.safetensors
-  emp export last.ckpt --config recipes/quickstart.yaml --shrink --out small.safetensors
+  emp export last.ckpt --config quickstart --shrink --out small.safetensors
 
 The names fit your own module: of a Lightning checkpoint the first part that all names share ("model.") is left out.
   model.load_state_dict(safetensors.torch.load_file("model.safetensors"))
@@ -217,7 +226,12 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the file; what DIR holds is moved to DIR.old-1, -2, ..."
     )
-    parser.add_argument("-c", "--config", metavar="RECIPE", help="recipe that builds the model (and its data)")
+    parser.add_argument(
+        "-c",
+        "--config",
+        metavar="RECIPE",
+        help=f"recipe that builds the model (and its data): {RECIPE}",
+    )
     parser.add_argument(
         "--shrink",
         action="store_true",

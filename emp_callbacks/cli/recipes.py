@@ -7,8 +7,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from emp_callbacks.cli.console import make_console
 from emp_callbacks.cli.options import recipes_parser
+from emp_callbacks.terminal import FittedTable, make_console
 
 __all__ = ["cluster_file", "find_recipe", "recipes", "shipped_recipes", "with_files"]
 
@@ -67,11 +67,9 @@ def recipes(words: list[str]) -> None:
 
 
 def _list() -> None:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    table.add_column("recipe", no_wrap=True)
-    table.add_column("what it runs")
+    table = FittedTable()
+    table.add_column("recipe")
+    table.add_column("what it runs", words=True)
     files = shipped_recipes()
     strategies = [name for name in files if name.startswith(f"{_CLUSTER}/")]
     for name, file in files.items():

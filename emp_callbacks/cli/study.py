@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emp_callbacks.cli.console import make_console
+from emp_callbacks.cli.console import say_first
 from emp_callbacks.cli.once_options import criteria_parser, gates_parser, sweep_parser, violations_parser
 from emp_callbacks.cli.options import compare_parser, report_parser
 from emp_callbacks.cli.recipes import find_recipe, with_files
+from emp_callbacks.terminal import make_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,22 +27,25 @@ LIGHTNING_HELP = {
 Train the model of a recipe, with the callbacks that the recipe names.
 
 examples:
-  emp fit --config recipes/quickstart.yaml
-  emp fit --config recipes/quickstart.yaml --trainer.max_epochs 1 --model.init_args.lr 0.01
-  emp fit --config recipes/quickstart.yaml --ckpt_path PATH     (continue from a checkpoint)
-  emp fit --config recipes/quickstart.yaml --print_config       (show every setting, train nothing)
+  emp fit --config quickstart
+  emp fit --config quickstart --trainer.max_epochs 1 --model.init_args.lr 0.01
+  emp fit --config quickstart --ckpt_path last
+  emp fit --config quickstart --print_config
 
+--ckpt_path goes on from a checkpoint, here from the last of this recipe;
+--print_config shows every setting, and trains nothing. --KEY VALUE replaces
+a key of the recipe; the keys are listed below.
 The study: section is for emp compare; it is checked here and otherwise ignored.""",
     "validate": """\
 Evaluate a recipe's model on its validation split.
 
 example:
-  emp validate --config recipes/quickstart.yaml --ckpt_path PATH""",
+  emp validate --config quickstart --ckpt_path PATH""",
     "test": """\
 Evaluate a recipe's model on its test split.
 
 example:
-  emp test --config recipes/quickstart.yaml --ckpt_path PATH""",
+  emp test --config quickstart --ckpt_path PATH""",
 }
 
 
@@ -48,7 +53,9 @@ def lightning(command: str) -> Callable[[list[str]], None]:
     """Return what runs `fit`, `validate` or `test` of LightningCLI on a recipe."""
 
     def run(words: list[str]) -> None:
-        files = with_files(words)  # before seconds of imports
+        files = with_files(words)
+        named = [word for before, word in pairwise(words) if before in ("-c", "--config")]
+        say_first(f"{command}: reading {', '.join(named) or 'all options of Lightning'}")
         from emp_callbacks.study.recipe.recipe import run_lightning
 
         run_lightning(command, files, LIGHTNING_HELP[command])
@@ -66,6 +73,7 @@ def compare(words: list[str]) -> None:
         if (cells := listed_cells([path, *over], overrides)) is not None:
             sys.stdout.write("".join(f"{cell}\n" for cell in cells))
             return
+    say_first(f"compare: reading {', '.join(options.config)}")
     from emp_callbacks.study.comparison import run_study, study_cells
     from emp_callbacks.study.ranks import own_rank
     from emp_callbacks.study.recipe.recipe import Recipe
@@ -102,28 +110,31 @@ def compare(words: list[str]) -> None:
 def sweep_beta(words: list[str]) -> None:
     """Prune trained models for several beta."""
     options, overrides = sweep_parser().parse_known_args(words)
+    paths = _recipes("sweep-beta", options)
     from emp_callbacks.study.once.beta_sweep import BETAS, beta_sweep
 
     names = ("target", "criterion", "scope")
     settings = {name: value for name in names if (value := getattr(options, name)) is not None}
     study = beta_sweep(betas=options.betas or BETAS, tolerance=options.tolerance, overrides=settings)
-    _run_once(study, options, overrides, words)
+    _run_once(study, options, paths, overrides, words)
 
 
 def compare_criteria(words: list[str]) -> None:
     """Prune trained models by every criterion."""
     options, overrides = criteria_parser().parse_known_args(words)
+    paths = _recipes("compare-criteria", options)
     from emp_callbacks.study.once.criteria_comparison import criteria_comparison
 
     study = criteria_comparison(
         targets=options.targets, density=options.density, batches=options.batches, scope=options.scope
     )
-    _run_once(study, options, overrides, words)
+    _run_once(study, options, paths, overrides, words)
 
 
 def violations(words: list[str]) -> None:
     """Measure losses beside their bounds."""
     options, overrides = violations_parser().parse_known_args(words)
+    paths = _recipes("violations", options)
     from emp_callbacks.study.once.beta_sweep import BETAS
     from emp_callbacks.study.once.violations import CRITERIA, violations
 
@@ -134,7 +145,7 @@ def violations(words: list[str]) -> None:
         probes=options.probes,
         scope=options.scope,
     )
-    _run_once(study, options, overrides, words)
+    _run_once(study, options, paths, overrides, words)
 
 
 def gates(words: list[str]) -> None:
@@ -142,17 +153,27 @@ def gates(words: list[str]) -> None:
     options, overrides = gates_parser().parse_known_args(words)
     if len(options.config) > 1:
         raise ValueError(f"emp gates is about one model, and --config names {len(options.config)} recipes; name one")
+    paths = _recipes("gates", options)
     from emp_callbacks.study.gates.study import gates_study
 
-    _run_once(gates_study(steps=options.steps, evidence_batches=options.batches), options, overrides, words)
+    _run_once(gates_study(steps=options.steps, evidence_batches=options.batches), options, paths, overrides, words)
 
 
-def _run_once(study: OnceStudy, options: argparse.Namespace, overrides: list[str], words: Sequence[str]) -> None:
-    """Run a study on trained models and show what it found."""
+def _recipes(command: str, options: argparse.Namespace) -> list[str]:
+    """Return the paths of the recipes, told before seconds of imports."""
     paths = [find_recipe(given) for given in options.config]
+    say_first(f"{command}: reading {', '.join(options.config)}")
+    return paths
+
+
+def _run_once(
+    study: OnceStudy, options: argparse.Namespace, paths: Sequence[str], overrides: list[str], words: Sequence[str]
+) -> None:
+    """Run a study on trained models and show what it found."""
     from emp_callbacks.study.once.study import run_once_study
     from emp_callbacks.study.recipe.recipe import Recipe
-    from emp_callbacks.study.report.page import print_page, write_page
+    from emp_callbacks.study.report.page import write_page
+    from emp_callbacks.study.report.terminal import print_page
 
     console, out = make_console(), Path(options.out)
     results = run_once_study(
@@ -176,6 +197,7 @@ def report(words: list[str]) -> None:
     """Write the report of a folder again."""
     folder = Path(report_parser().parse_args(words).folder)
     results, rows = folder / "results.json", folder / "emp_trajectory.jsonl"
+    say_first(f"report: reading {folder}")
     console = make_console()
     if results.is_file():
         page = _report_of_study(results, console)
@@ -210,7 +232,8 @@ def _report_of_study(path: Path, console: Console) -> Path:
 
 
 def _report_of_once_study(results: Mapping[str, Any], folder: Path, console: Console) -> Path:
-    from emp_callbacks.study.report.page import print_page, write_page
+    from emp_callbacks.study.report.page import write_page
+    from emp_callbacks.study.report.terminal import print_page
     from emp_callbacks.study.studies import PAGES
 
     if results["study"] not in PAGES:
@@ -226,4 +249,6 @@ def _nothing_to_report(folder: Path) -> str:
         return f"folder {folder} does not exist"
     below = [path.parent for name in ("results.json", "emp_trajectory.jsonl") for path in folder.rglob(name)]
     hint = f"; there is one in {min(below, key=lambda path: len(path.parts))}" if below else ""
+    if (folder / "runs").is_dir():
+        hint = ": its study has runs left; give its command again, which goes on and writes the report"
     return f"{folder} holds neither results.json (emp compare) nor emp_trajectory.jsonl (emp fit){hint}"

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emp_callbacks.cli.console import make_console
-from emp_callbacks.cli.new_parser import new_parser
+from emp_callbacks.cli.console import say_first
+from emp_callbacks.cli.new_parser import RECIPE, new_parser
 from emp_callbacks.cli.recipes import cluster_file, find_recipe, with_files
+from emp_callbacks.terminal import make_console
 
 if TYPE_CHECKING:
     from emp_callbacks.study.recipe.recipe import Recipe
@@ -31,6 +32,7 @@ def submit(words: list[str]) -> None:
     _check_goes_with_array(options)
     own = [word for file in options.config[1:] for word in ("--config", file)] + overrides
     path = find_recipe(options.config[0])
+    say_first(f"submit: reading {options.config[0]}")
     from emp_callbacks.study.recipe.recipe import Recipe
     from emp_callbacks.study.submission import has_slurm, shell_lines
     from emp_callbacks.study.submission import submit as hand_over
@@ -119,13 +121,18 @@ examples:
   emp submit --config gpt_stdlib --nodes 2 --gpus 8 --time 12:00:00 --account A
   emp submit --config gpt_stdlib --config cluster/zero3 --trainer.max_steps 100000
   emp submit --config quickstart --array --gpus 1 --throttle 8
-  emp submit --config quickstart --array --gpus 0 --sbatch=--qos=low --dry-run   (show the lines and the script)
+  emp submit --config quickstart --array --gpus 0 --sbatch=--qos=low --dry-run
 
 Any key of the recipe can follow as --KEY VALUE. The same command again submits what is left of a study.
 The scripts are those of emp recipes cluster; one that was edited for a cluster is named with --script.""",
     )
     parser.add_argument(
-        "-c", "--config", required=True, action="append", metavar="RECIPE", help="recipe; a second is laid over it"
+        "-c",
+        "--config",
+        required=True,
+        action="append",
+        metavar="RECIPE",
+        help=f"recipe: {RECIPE}; a second is laid over it",
     )
     parser.add_argument("--array", action="store_true", help="the study of the recipe, each training its own task")
     parser.add_argument("--out", metavar="DIR", help="folder of the study (default: study.out, or runs/RECIPE)")

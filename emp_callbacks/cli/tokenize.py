@@ -10,8 +10,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emp_callbacks.cli.console import make_console
+from emp_callbacks.cli.console import say_first
 from emp_callbacks.cli.new_parser import new_parser
+from emp_callbacks.terminal import make_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,7 +43,7 @@ After a kill the same command goes on; the file is the same as if there had been
     parser.add_argument(
         "--out", required=True, metavar="PATH", help="NAME.bin, or a folder for train.bin, val.bin and test.bin"
     )
-    parser.add_argument("--field", default="text", metavar="NAME", help="key or column of the text (text)")
+    parser.add_argument("--field", default="text", metavar="NAME", help="key or column of the text (default: text)")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
     parser.add_argument(
         "--eot",
@@ -55,7 +56,7 @@ After a kill the same command goes on; the file is the same as if there had been
         group.add_argument(f"--{part}", nargs="+", metavar="TEXT", help=f"texts of {part}.bin")
         group.add_argument(
             f"--{part}-fraction",
-            type=Fraction,
+            type=_fraction,
             metavar="F",
             help=f"of the documents for {part}.bin; of one text, the end",
         )
@@ -70,6 +71,7 @@ def tokenize(words: list[str]) -> None:
     folder = not options.out.endswith(".bin")
     if not folder and (len(shares) > 1 or others):
         raise ValueError(f"--out {options.out} is one file; name a folder, for train.bin, val.bin and test.bin")
+    say_first(f"tokenize: reading {', '.join(options.texts)}")
     from emp_callbacks.schedule import check_count
     from emp_callbacks.study.recipe.text_tokenizer import TextTokenizer
     from emp_callbacks.study.text_sources import sources_of
@@ -92,6 +94,13 @@ def tokenize(words: list[str]) -> None:
         except KeyboardInterrupt:
             raise KeyboardInterrupt("interrupted; the same command goes on from here") from None
         _show(console, outs, held)
+
+
+def _fraction(text: str) -> Fraction:
+    try:
+        return Fraction(text)
+    except ZeroDivisionError:
+        raise argparse.ArgumentTypeError(f"{text!r} divides by zero") from None
 
 
 def _shares(options: argparse.Namespace) -> dict[str, Fraction]:

@@ -31,7 +31,7 @@ def mass_bound(nu: int, n: int) -> float:
 
     Source: arXiv:2509.25606, theorem 4.2. It follows from `tight_mass_bound` as N_eff rises to nu + 1.
 
-    Example:
+    Examples:
         >>> round(mass_bound(2, 4), 4)
         0.6667
     """
@@ -57,7 +57,7 @@ def tight_mass_bound(keep: int, n: int, n_eff: float) -> float:
     Raises:
         ValueError: `keep` or `n_eff` lies outside its range.
 
-    Example:
+    Examples:
         >>> round(tight_mass_bound(2, 4, 2.5), 4)  # mass_bound(2, 4) allows for N_eff up to 3
         0.7236
         >>> round(tight_mass_bound(1, 4, 2.5), 4)  # beta = 0.5

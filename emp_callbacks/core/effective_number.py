@@ -146,7 +146,7 @@ def effective_number(scores: Tensor) -> float:
 
     Source: arXiv:2509.25606, definition of the effective number.
 
-    Example:
+    Examples:
         >>> effective_number(torch.tensor([3.0, 3.0, 0.0, 0.0]))
         2.0
         >>> effective_number(torch.tensor([3.0, 1.0]))
@@ -201,7 +201,7 @@ def keep_count(n_eff: float, size: int, beta: float = 1.0) -> int:
 
     Source: arXiv:2509.25606, nu = floor(beta * N_eff).
 
-    Example:
+    Examples:
         >>> keep_count(9.999999999999998, 10)  # ten equal scores: a sum in float64 falls just short
         10
         >>> keep_count(6.4, 10, beta=0.5)

@@ -54,7 +54,7 @@ def group_mask(scores_gmi: Tensor, keep: int) -> Tensor:
     Returns:
         The same shape, bool, True = kept: exactly N of each M.
 
-    Example:
+    Examples:
         >>> group_mask(torch.tensor([[[1.0], [-3.0], [0.0], [3.0]]]), 2)[0, :, 0]
         tensor([False,  True, False,  True])
     """

@@ -69,7 +69,7 @@ def proportional_probabilities(scores: Tensor, expected: float) -> Tensor:
     Returns:
         Shape (N,), float64.
 
-    Example:
+    Examples:
         >>> proportional_probabilities(torch.tensor([4.0, 2.0, 2.0]), 1.0).tolist()
         [0.5, 0.25, 0.25]
     """

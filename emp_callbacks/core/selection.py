@@ -36,7 +36,7 @@ def emp_mask(scores: Tensor, beta: float = 1.0) -> Tensor:
 
     Source: arXiv:2509.25606, nu = floor(beta * N_eff), keep the nu highest scores.
 
-    Example:
+    Examples:
         >>> emp_mask(torch.tensor([1.0, -3.0, 3.0, 0.0]))  # N_eff = 49 / 19
         tensor([False,  True,  True, False])
     """
@@ -78,7 +78,7 @@ def preserved_mass(scores: Tensor, mask: Tensor) -> float:
 
     Source: arXiv:2509.25606, preserved effective mass.
 
-    Example:
+    Examples:
         >>> preserved_mass(torch.tensor([3.0, 1.0]), torch.tensor([True, False]))
         0.75
     """

@@ -13,7 +13,7 @@ def erk_factor(shape: Sequence[int]) -> float:
 
     Source: Evci et al., "Rigging the Lottery", arXiv:1911.11134, section 3; after Mocanu et al., arXiv:1707.04780.
 
-    Example:
+    Examples:
         >>> erk_factor((10, 20))
         0.15
     """
@@ -37,7 +37,7 @@ def layer_densities(sizes: Sequence[int], factors: Sequence[float], density: flo
 
     Source: the rule of arXiv:1911.11134, appendix: what would be above 1 is dense, the rest is scaled up.
 
-    Example:
+    Examples:
         >>> layer_densities([10, 100], [1.0, 0.1], density=0.5)  # 55 of 110: 10 + 45
         [1.0, 0.45]
     """

@@ -37,7 +37,7 @@ class StreamedScores:
     Raises:
         TypeError: `scores` can be iterated over only once, or a tensor is float64 where float32 are compared.
 
-    Example:
+    Examples:
         >>> group = StreamedScores([torch.tensor([3.0, 1.0]), torch.tensor([[-3.0], [2.0]])], torch.float32)
         >>> group.moments.nonzero
         tensor([2., 2.], dtype=torch.float64)

@@ -167,7 +167,7 @@ def smallest_budget(
         FloatingPointError: The dense loss or a score is NaN or Inf.
         MissingEvidence: The criterion reads data, and the batches show none of any layer.
 
-    Example:
+    Examples:
         >>> layer = nn.Linear(4, 1, bias=False)
         >>> _ = layer.weight.data.copy_(torch.tensor([[4.0, 2.0, 1.0, 0.01]]))
         >>> batches = [(torch.eye(4), torch.tensor([[5.0], [2.0], [1.0], [0.01]]))]

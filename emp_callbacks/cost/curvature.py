@@ -59,7 +59,7 @@ def hessian_trace(
 
     Source: Hutchinson, Commun. Stat. Simul. Comput. 18 (1989) 1059; Avron and Toledo, J. ACM 58 (2011) 8.
 
-    Example:
+    Examples:
         >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
         >>> hessian_trace(lambda: [(w**2 * torch.tensor([1.5, 0.5])).sum()], [w], probes=2).mean
         4.0

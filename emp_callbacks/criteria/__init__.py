@@ -66,6 +66,10 @@ def make_criterion(criterion: str | ScoreFunction | None, target: str) -> Criter
                 "function of your own (in a recipe 'module.function')"
             )
         return found()
+    if isinstance(chosen, type):
+        raise TypeError(
+            f"criterion is the class {chosen.__name__}: give an instance, {chosen.__name__}(), or a function"
+        )
     made = chosen if isinstance(chosen, Criterion) else UserCriterion(chosen) if callable(chosen) else None
     if made is None:
         raise TypeError(f"criterion must be a name or a function, got {type(chosen).__name__}")

@@ -88,7 +88,15 @@ class UserCriterion(Criterion):
             raise ValueError(f"the criterion's signed={self.signed!r} must be 'absolute' or 'shift'")
 
     def score(self, layer: Any) -> Tensor:
-        scores = self._function(layer)
+        try:
+            scores = self._function(layer)
+        except AttributeError as error:
+            if hasattr(layer, "weight") or "'weight'" not in str(error):
+                raise
+            raise ValueError(
+                f"the criterion reads layer.weight, and {layer.name!r} is pruned by units: sum what it makes of their "
+                "weights by layer.unit_sums(function of a weight)"
+            ) from error
         expected = layer.mask_or_ones.shape
         if not isinstance(scores, Tensor) or not scores.is_floating_point() or scores.shape != expected:
             got = f"{tuple(scores.shape)} of {scores.dtype}" if isinstance(scores, Tensor) else type(scores).__name__

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
 from emp_callbacks.cost.budget_search import BudgetSearch, Tried, smallest_budget
 from emp_callbacks.cost.training_loss import training_loss
+from emp_callbacks.terminal import FittedTable
 
 if TYPE_CHECKING:
     from emp_callbacks.config import EMPConfig
@@ -52,13 +51,13 @@ def find_budget(
     return found
 
 
-def budget_table(found: BudgetSearch) -> Table:
+def budget_table(found: BudgetSearch) -> FittedTable:
     """Return the budgets that were measured for a terminal, by rising beta."""
     title = f"loss {found.dense_loss:.6g} dense, tolerated up to {found.limit:.6g} ({found.loss_tolerance:+.2%})"
-    table = Table(title=title, title_justify="left")
+    table = FittedTable(title)
     for heading in ("beta", "density", "loss", "change"):
-        table.add_column(heading, justify="right")
-    table.add_column("")
+        table.add_column(heading)
+    table.add_column("", words=True)
     for one in found.tried:
         change = (one.loss - found.dense_loss) / max(abs(found.dense_loss), found.loss_floor)
         verdict = "chosen" if one.beta == found.beta else "within" if one.within else "beyond"

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
-from rich.table import Table
 from torch import Tensor
 
 from emp_callbacks.cost.pruning_cost import PruningCost, prune_and_measure
@@ -18,6 +17,7 @@ from emp_callbacks.finished.finished_model import open_model
 from emp_callbacks.pruning.pruner import EMPPruner
 from emp_callbacks.pruning.signatures import signatures_of
 from emp_callbacks.study.recipe.parts import open_recipe
+from emp_callbacks.terminal import FittedTable
 from emp_callbacks.trajectory import certified_loss_change
 
 __all__ = ["Certified", "certified_json", "certify_source", "cost_table"]
@@ -94,13 +94,13 @@ def certify_source(
     return Certified(cost=cost, batches=len(shown), notes=notes, settings=told)
 
 
-def cost_table(certified: Certified) -> Table:
+def cost_table(certified: Certified) -> FittedTable:
     """Return the loss before and after, and each bound beside the measured change."""
     cost = certified.cost
-    table = Table(title=f"loss on {certified.batches} training batches, in evaluation mode", title_justify="left")
-    table.add_column("what", overflow="fold")
-    table.add_column("value", justify="right")
-    table.add_column("")
+    table = FittedTable(f"loss on {certified.batches} training batches, in evaluation mode")
+    table.add_column("what")
+    table.add_column("value")
+    table.add_column("", words=True)
     table.add_row("dense", f"{cost.loss_before:.6g}", "")
     table.add_row("pruned", f"{cost.loss_after:.6g}", "")
     table.add_row("change", f"{cost.change:+.4g}", "")

@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.table import Table
 from torch import Tensor, nn
 
 from emp_callbacks.backends import detect_backend
+from emp_callbacks.blame import warn_the_user
 from emp_callbacks.checkpoint.reading import (
     as_module,
     callback_states,
@@ -30,8 +30,8 @@ from emp_callbacks.layer.mask_mode import Observe
 from emp_callbacks.pruning.groups import KeepRule
 from emp_callbacks.pruning.readings import surprising
 from emp_callbacks.pruning.refresher import Refresher
-from emp_callbacks.pruning.signatures import warn_the_user
 from emp_callbacks.pruning.streamed_refresh import Observed, StreamedLayer, observe_streamed
+from emp_callbacks.terminal import FittedTable
 
 __all__ = [
     "LoadedModel",
@@ -43,6 +43,8 @@ __all__ = [
     "report_json",
     "report_table",
 ]
+
+_BOUNDS = {"mass_bound": "paper's bound", "tight_mass_bound": "tight bound"}  # on the mass kept
 
 Read = Callable[[nn.Parameter], Tensor]
 """Returns the values of a parameter, which itself may hold none."""
@@ -217,14 +219,25 @@ def chosen_by_name(
     return [glob.escape(name) for name in names], [f"{why[0]}: embeddings and norms were told apart by their names"]
 
 
-def report_table(rows: Iterable[WeightReport], title: str) -> Table:
-    """Return the rows for a terminal, numbers right-aligned, the total last."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("parameter", overflow="fold")
-    for heading in ("shape", "N", "non-zero", "N_eff", "N_eff/N", "keep", "mass kept", "mass bound", "tight"):
-        table.add_column(heading, justify="right", no_wrap=True)
+def report_table(rows: Sequence[WeightReport], title: str) -> FittedTable:
+    """Return the rows for a terminal, the total last; bounds that hold for the total alone stand below."""
+    *tensors, total = rows
+    bounds = [key for key in _BOUNDS if any(getattr(row, key) is not None for row in tensors)]
+    below = [
+        f">= {bound:.4f} ({_BOUNDS[key]})"
+        for key in _BOUNDS
+        if key not in bounds and (bound := getattr(total, key)) is not None
+    ]
+    caption = f"mass kept of all: {total.preserved_mass:.4f} {', '.join(below)}" if below else ""
+    table = FittedTable(title, caption=caption, more="--json FILE writes all")
+    for heading, worth in (("parameter", 0), ("shape", 5), ("N", 2), ("non-zero", 7 if total.density == 1 else 3)):
+        table.add_column(heading, worth=worth)
+    for heading, worth in (("N_eff", 6), ("N_eff/N", 0), ("keep", 0), ("mass kept", 1)):
+        table.add_column(heading, worth=worth)
+    for key in bounds:
+        table.add_column(_BOUNDS[key], worth=4)
     for row in rows:
-        if row.name == "all":
+        if row is total:
             table.add_section()
         table.add_row(
             row.name,
@@ -235,7 +248,7 @@ def report_table(rows: Iterable[WeightReport], title: str) -> Table:
             f"{row.n_eff_fraction:.3f}",
             f"{row.keep:,}",
             f"{row.preserved_mass:.4f}",
-            *("-" if bound is None else f"{bound:.4f}" for bound in (row.mass_bound, row.tight_mass_bound)),
+            *("-" if (bound := getattr(row, key)) is None else f"{bound:.4f}" for key in bounds),
         )
     return table
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor
 
 from emp_callbacks.checkpoint.reading import TIED_KEY
@@ -27,6 +26,7 @@ from emp_callbacks.finished.model_folder import (
     save_timm_configuration,
 )
 from emp_callbacks.shrinking import ShrinkReport
+from emp_callbacks.terminal import FittedTable
 
 __all__ = ["ExportReport", "check_free", "report_lines", "shrink_table", "write_weights"]
 
@@ -188,7 +188,10 @@ def _check_movable(folder: Path) -> None:
 
 def _left_out(model: FinishedModel, written: int) -> list[str]:
     out = len(model.module.state_dict()) - written
-    return [f"{out} tensors without the prefix {model.prefix!r} were left out"] if out else []
+    lines = [f"{out} tensors without the prefix {model.prefix!r} were left out"] if out else []
+    if model.prefix:
+        lines.append(f"names are written without {model.prefix!r}, for the module behind it; --prefix '' keeps it")
+    return lines
 
 
 def _ties(state: Mapping[str, Tensor]) -> dict[str, str]:
@@ -224,7 +227,7 @@ def report_lines(report: ExportReport) -> list[str]:
     """Return the report as lines of text."""
     lines = [
         f"{report.path}: {report.tensors:,} tensors, {report.n:,} values, {report.file_bytes:,} bytes",
-        f"zero: {report.zeros:,} values; {report.sparsity:.1%} of matrices and kernels",
+        f"zero: {report.sparsity:.1%} of matrices and kernels; {report.zeros:,} values in all, biases included",
     ]
     lines += [f"tied: {name} = {first} (written under both names)" for name, first in report.tied.items()]
     if report.shrunk and not report.shrunk.layers:
@@ -256,16 +259,16 @@ def _stayed(shrunk: ShrinkReport) -> list[str]:
     return lines
 
 
-def shrink_table(shrunk: ShrinkReport) -> Table:
+def shrink_table(shrunk: ShrinkReport) -> FittedTable:
     """Return what was removed from each layer for a terminal."""
-    table = Table(title="removed heads, experts, neurons and channels", title_justify="left", show_footer=True)
-    table.add_column("layer", footer="all", overflow="fold")
+    table = FittedTable("removed heads, experts, neurons and channels")
+    table.add_column("layer", footer="all")
     for column, heading in enumerate(("units", "pruned", "removed", "had to stay"), start=1):
         total = sum(_counts(layer)[column - 1] for layer in shrunk.layers)
-        table.add_column(heading, justify="right", footer=f"{total:,}")
+        table.add_column(heading, worth=2 if heading == "units" else 0, footer=f"{total:,}")
     reasons = any(layer.reason for layer in shrunk.layers)
     if reasons:
-        table.add_column("why", overflow="fold")
+        table.add_column("why", words=True)
     for layer in shrunk.layers:
         row = [layer.name, *(f"{count:,}" for count in _counts(layer))]
         table.add_row(*row, *([layer.reason or ""] if reasons else []))

@@ -32,7 +32,7 @@ class LayerRow:
 def by_kind(rows: Sequence[LayerRow]) -> dict[str, list[LayerRow]]:
     """Return kinds of layers, their names with the numbers of blocks and experts left open, and their rows.
 
-    Example:
+    Examples:
         >>> rows = [LayerRow(name=f"h.{i}.fc.weight", n=4, n_eff=2.0, keep=2, preserved_mass=1.0) for i in range(2)]
         >>> [(kind, len(of_kind)) for kind, of_kind in by_kind(rows).items()]
         [('h.*.fc.weight', 2)]

@@ -40,7 +40,7 @@ class EMPHook:
         TypeError: A setting has an unknown name.
         NotImplementedError: The engine's configuration is not supported.
 
-    Example:
+    Examples:
         engine, *_ = deepspeed.initialize(model=model, config=config)
         hook = EMPHook(engine, every_n_steps=500)
         for x, y in loader:

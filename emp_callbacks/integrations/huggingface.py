@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from emp_callbacks.backends.wrapped import Wrapped
+from emp_callbacks.blame import warn_the_user
 from emp_callbacks.config import EMPConfig, settled
 from emp_callbacks.distillation import Distillation
 from emp_callbacks.extras import needs
 from emp_callbacks.integrations.record import HostCallback, check_record, file_name, log_values, own_name
 from emp_callbacks.pruning.pruner import EMPPruner
-from emp_callbacks.pruning.signatures import warn_the_user
 from emp_callbacks.targets.positions import positions_of
 from emp_callbacks.trajectory import PruneEvent, Trajectory, trajectory_file
 
@@ -46,7 +46,7 @@ class EMPTrainerCallback(HostCallback, TrainerCallback):
         config: The settings.
         pruner: The EMPPruner of the current or last training; None before the first.
 
-    Example:
+    Examples:
         trainer = Trainer(model, args, train_dataset=data)
         emp = EMPTrainerCallback.attach(trainer, every_n_steps=500)
         trainer.train()

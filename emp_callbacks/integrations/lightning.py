@@ -9,17 +9,17 @@ from typing import Any
 
 from torch.nn.parameter import is_lazy
 
+from emp_callbacks.blame import warn_the_user
 from emp_callbacks.config import EMPConfig, check_names
 from emp_callbacks.extras import is_installed, needs
 from emp_callbacks.integrations.lightning_averages import LightningAverages
 from emp_callbacks.integrations.lightning_checkpoint import IN_FILES, CheckpointCompanion, masks_folder
 from emp_callbacks.integrations.lightning_evaluation import EvaluationHooks
-from emp_callbacks.integrations.lightning_progress import epoch_length, is_last_step, steps_so_far
+from emp_callbacks.integrations.lightning_progress import end_bar, epoch_length, is_last_step, steps_so_far
 from emp_callbacks.integrations.lightning_record import ElsewhereTrajectory, check_told_apart, log, publish
 from emp_callbacks.integrations.lightning_strategy import check_strategy, sharding_model
 from emp_callbacks.integrations.record import HostCallback, check_record, density, file_name, log_values, own_name
 from emp_callbacks.pruning.pruner import EMPPruner
-from emp_callbacks.pruning.signatures import warn_the_user
 from emp_callbacks.targets.positions import positions_of
 from emp_callbacks.trajectory import PruneEvent, Trajectory, trajectory_file
 
@@ -116,6 +116,19 @@ class EMPCallback(HostCallback, EvaluationHooks, *_callback_classes()):  # type:
     def trajectory(self) -> Trajectory:
         """One PruneEvent per refresh and group; empty before the first fit."""
         return ElsewhereTrajectory() if self.pruner is None else self.pruner.trajectory
+
+    def on_init_end(self, *_: Any, **__: Any) -> None:
+        """Say that this is another Trainer's: Hugging Face's calls this, Lightning's does not.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(
+            "EMPCallback is for Lightning's Trainer; for Hugging Face's: EMPTrainerCallback.attach(trainer, "
+            "every_n_steps=500)"
+        )
+
+    on_train_begin = on_init_end
 
     # ---- a stage begins -------------------------------------------------------------------------------------------
 
@@ -230,8 +243,6 @@ class EMPCallback(HostCallback, EvaluationHooks, *_callback_classes()):  # type:
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002
         assert self.pruner is not None
         self._end_fit()
-        if self.summary and trainer.is_global_zero:
-            self.print_summary()
         if "MultiProcessing" in type(trainer.strategy.launcher).__name__ and trainer.is_global_zero:
             warn_the_user(
                 "this fit ran in processes of its own, so the callback of the main process stays empty: the rows are "
@@ -248,6 +259,9 @@ class EMPCallback(HostCallback, EvaluationHooks, *_callback_classes()):  # type:
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002
         if self._fits:  # begun by the sanity check, and no batch followed
             self._end_fit()
+        elif self.summary and trainer.is_global_zero:
+            end_bar(trainer)
+            self.print_summary()
         if self.pruner is not None:
             self.pruner.replaced_weights()  # by averages, at the end: that is what this fit leaves
 

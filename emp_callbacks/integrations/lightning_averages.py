@@ -8,9 +8,9 @@ from typing import Any, final
 from torch import nn
 
 from emp_callbacks.backends.wrapped import Wrapped
+from emp_callbacks.blame import warn_the_user
 from emp_callbacks.pruning.copies import Average, MaskedCopy
 from emp_callbacks.pruning.pruner import EMPPruner
-from emp_callbacks.pruning.signatures import warn_the_user
 
 _KNOWN = {"WeightAveraging", "StochasticWeightAveraging"}
 

@@ -6,11 +6,11 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
+from emp_callbacks.blame import warn_the_user
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.integrations.lightning_checkpoint import IN_FILES, masks_folder
 from emp_callbacks.integrations.lightning_strategy import sharding_model
 from emp_callbacks.pruning.pruner import EMPPruner
-from emp_callbacks.pruning.signatures import warn_the_user
 
 
 class EvaluationHooks:

@@ -28,3 +28,13 @@ def is_last_step(trainer: Any) -> bool:
     if trainer.should_stop or (trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps):
         return True
     return bool(trainer.is_last_batch and trainer.max_epochs == trainer.current_epoch + 1)
+
+
+def end_bar(trainer: Any) -> None:
+    """End what draws on the terminal, so that what follows stands below it.
+
+    Lightning's bar of rich is drawn until its `teardown`, after every other hook; that of tqdm has ended by then.
+    """
+    drawn = getattr(trainer.progress_bar_callback, "progress", None)
+    if drawn is not None:
+        drawn.stop()

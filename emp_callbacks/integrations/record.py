@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from rich.console import Console
 from torch import Tensor
 
 from emp_callbacks.pruning.pruner import EMPPruner
 from emp_callbacks.targets import LeftOut
+from emp_callbacks.terminal import any_output, make_console
 from emp_callbacks.trajectory import PruneEvent, layer_table
 
 TRAJECTORY_FILE = "emp_trajectory.jsonl"
@@ -40,10 +40,11 @@ class HostCallback:
         """Print the table of the last refresh, and what is left out."""
         if self.pruner is None or not (events := self.pruner.last_events):
             return
-        console = Console(markup=False, emoji=False)  # modules have any names
-        console.print(layer_table(events))
-        if told := self.pruner.left_out_line:
-            console.print(told, highlight=False)
+        with any_output():
+            console = make_console()
+            console.print(layer_table(events))
+            if told := self.pruner.left_out_line:
+                console.print(told, highlight=False)
 
 
 def check_record(trajectory_path: Any, summary: Any, name: Any) -> None:

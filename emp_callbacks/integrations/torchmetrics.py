@@ -25,7 +25,7 @@ class EffectiveNumber(Metric):
 
     Source: arXiv:2509.25606.
 
-    Example:
+    Examples:
         >>> metric = EffectiveNumber()
         >>> metric.update(torch.tensor([3.0, 3.0]))
         >>> metric.update(torch.tensor([0.0, 0.0]))

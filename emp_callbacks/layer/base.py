@@ -180,7 +180,7 @@ def nothing_passed(layer: str, sums: Mapping[str, Tensor], what: str) -> Missing
         layer,
         "nothing passed it",
         f"{what}; no mask was changed. Run training steps before the refresh (criteria that read gradients also need "
-        "backward), and exclude the module if it is never called as such",
+        "backward), or pass batches through a finished model, and exclude the module if it is never called as such",
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from emp_callbacks.backends import Backend
+from emp_callbacks.blame import warn_the_user
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.criteria import Criterion
 from emp_callbacks.layer import Layer
@@ -21,7 +22,6 @@ from emp_callbacks.pruning.foreseen import Foreseen, foresee
 from emp_callbacks.pruning.gate_learning import GateLearning
 from emp_callbacks.pruning.groups import KeepRule
 from emp_callbacks.pruning.refresh import refresh_masks
-from emp_callbacks.pruning.signatures import warn_the_user
 from emp_callbacks.targets import few
 from emp_callbacks.trajectory import PruneEvent
 

@@ -165,5 +165,5 @@ def check_finite(local: Tensor, sums: Tensor, layers: Sequence[Scored], ranks: R
         )
         raise FloatingPointError(
             f"NaN or Inf in the scores of {where} at step {step}; no mask was changed. The run has diverged: lower the "
-            "learning rate, clip gradients, or go back to the last checkpoint"
+            "learning rate, clip gradients, or go back to the last checkpoint; or a criterion of your own divides by 0"
         )

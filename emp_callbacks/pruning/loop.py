@@ -10,12 +10,12 @@ from typing import Any, final
 from torch import Tensor, nn
 
 from emp_callbacks.backends import Backend
+from emp_callbacks.blame import warn_the_user
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.layer import MissingEvidence
 from emp_callbacks.layer.mask_mode import MaskMode
 from emp_callbacks.pruning.copies import Average, averages_in
 from emp_callbacks.pruning.refresher import Refresher
-from emp_callbacks.pruning.signatures import warn_the_user
 from emp_callbacks.pruning.weight_keeper import WeightKeeper
 from emp_callbacks.schedule import Clock
 from emp_callbacks.targets import canonical_name, few
@@ -45,7 +45,7 @@ class PruningLoop:
     def __init__(
         self, config: EMPConfig, mode: MaskMode, backend: Backend, refresher: Refresher, trajectory: Trajectory
     ) -> None:
-        self._schedule, self._window = config.schedule, config.evidence_steps
+        self._schedule, self._window, self._ramps_left = config.schedule, config.evidence_steps, config.ramps_left
         self._mode, self._backend, self._refresher, self._trajectory = mode, backend, refresher, trajectory
         self._evidence, self._gating = refresher.evidence, refresher.gating
         self._averages: list[Average] = []
@@ -175,7 +175,7 @@ class PruningLoop:
         self._refresher.take_up(self.clock.last_position, pruned=bool(self._trajectory))
 
     def finish(self, remedy: str) -> None:
-        """Take every hook off for good, with a warning where the schedule never asked for a refresh. Collective."""
+        """Take every hook off for good, with a warning where the schedule never asked or a Ramp goes on. Collective."""
         if self.needs_closing_refresh:
             self.close()
         self._say_what_is_unreached()
@@ -188,6 +188,8 @@ class PruningLoop:
                 f"{self.clock.epochs} finished epochs: nothing was pruned. {remedy}",
                 "idle",
             )
+        for left in self._ramps_left(self.clock.last_position) if self._trajectory else ():
+            self._tell(left, left)
 
     # ---- averages -------------------------------------------------------------------------------------------------
 
@@ -342,9 +344,7 @@ class PruningLoop:
         (zeros, total), self._zeros = self._zeros, (0, 0)
         if zeros < _SPARSE_ALREADY * total or not total:
             return
-        share = f"{zeros / total:.0%} of the weights to prune are 0 already and will train"
+        remedy = " until the first refresh: to keep a sparse model's zeros, use density='found', mode='freeze'"
         if self._keeps_found:
-            remedy = "the sparse weights came after the pruner was made: call pruner.refresh() before the first step"
-        else:
-            remedy = "to keep a sparse model's zeros, use density='found', mode='freeze'"
-        self._tell(f"{share}{'' if self._keeps_found else ' until the first refresh'}: {remedy}", "sparse")
+            remedy = ": the sparse weights came after the pruner was made: call pruner.refresh() before the first step"
+        self._tell(f"{zeros / total:.0%} of the weights to prune are 0 already and will train{remedy}", "sparse")

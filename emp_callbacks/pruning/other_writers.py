@@ -9,12 +9,12 @@ from typing import final
 import torch
 from torch import Tensor
 
+from emp_callbacks.blame import warn_the_user
 from emp_callbacks.core.bit_patterns import as_bits
 from emp_callbacks.core.device import on_host
 from emp_callbacks.core.masked_values import put_pruned, take_pruned, zero_pruned
 from emp_callbacks.layer.mask_mode import MaskMode
 from emp_callbacks.layer.masked_weight import MaskedWeight
-from emp_callbacks.pruning.signatures import warn_the_user
 
 
 @final

@@ -10,6 +10,7 @@ from typing import Any, final
 from torch import Tensor
 
 from emp_callbacks.backends import Backend
+from emp_callbacks.blame import warn_the_user
 from emp_callbacks.checkpoint.mask_file import on_all, read_masks, save_masks
 from emp_callbacks.checkpoint.mask_part import evidence_part
 from emp_callbacks.checkpoint.renaming import under_our_names
@@ -17,7 +18,6 @@ from emp_callbacks.checkpoint.state import Found, describe, pack_state, put_back
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.layer.mask_mode import MaskMode
 from emp_callbacks.pruning.refresher import Refresher
-from emp_callbacks.pruning.signatures import warn_the_user
 from emp_callbacks.schedule import Clock
 from emp_callbacks.targets.forward_site import ForwardSite
 from emp_callbacks.trajectory import Trajectory

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from emp_callbacks.backends import detect_backend
+from emp_callbacks.blame import warn_the_user
 from emp_callbacks.config import EMPConfig, settled
 from emp_callbacks.layer.mask_mode import MASK_MODES, MaskMode, Observe
 from emp_callbacks.pruning.copies import Average, MaskedCopy
@@ -18,7 +19,6 @@ from emp_callbacks.pruning.loop import REMEDY, PruningLoop
 from emp_callbacks.pruning.persistence import Persistence
 from emp_callbacks.pruning.readings import Readings, surprising
 from emp_callbacks.pruning.refresher import Refresher
-from emp_callbacks.pruning.signatures import warn_the_user
 from emp_callbacks.trajectory import PruneEvent, Trajectory
 
 
@@ -52,7 +52,7 @@ class EMPPruner(Readings):
         TypeError: An argument has the wrong type, or a setting an unknown name.
         NotImplementedError: The model is sharded in a way that is not supported.
 
-    Example:
+    Examples:
         >>> model = nn.Linear(4, 2)
         >>> optimizer = torch.optim.AdamW(model.parameters())
         >>> pruner = EMPPruner(model, optimizer, every_n_steps=1)

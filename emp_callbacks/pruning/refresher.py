@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from emp_callbacks.backends import Backend
+from emp_callbacks.blame import warn_the_user
 from emp_callbacks.checkpoint.state import masked_weights
 from emp_callbacks.config import EMPConfig
 from emp_callbacks.core.group_pattern import GroupPattern
@@ -36,7 +37,7 @@ from emp_callbacks.pruning.groups import KeepRule
 from emp_callbacks.pruning.layer_shares import check_shares_named, shared_density
 from emp_callbacks.pruning.refresh import Selection, refresh_dynamic, refresh_masks, scores_of, selections_of
 from emp_callbacks.pruning.regrowth import Regrowth
-from emp_callbacks.pruning.signatures import signatures_of, warn_the_user
+from emp_callbacks.pruning.signatures import signatures_of
 from emp_callbacks.targets import canonical_name, few
 from emp_callbacks.targets.forward_site import ForwardSite
 from emp_callbacks.trajectory import PruneEvent

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -21,7 +19,6 @@ __all__ = [
     "signatures_of",
     "starved_layers",
     "uniform_scores",
-    "warn_the_user",
 ]
 
 # With these words begin the signatures of one refresh: for a filter, where they are shown in another way.
@@ -189,16 +186,3 @@ def criteria_disagree(name: str, fractions: Mapping[str, float]) -> list[str]:
         f"{name} has N_eff / N = {known[low]:.3f} by {low!r} and {known[high]:.3f} by {high!r}, so how much is "
         "redundant depends on the criterion: compare their metrics at one density first (emp compare-criteria)"
     ]
-
-
-def warn_the_user(message: str) -> None:
-    """Warn at the line, outside of this package and of torch, from which the pruner was called."""
-    frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and _is_ours(frame.f_globals.get("__name__", "")):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, stacklevel=level)
-
-
-def _is_ours(module: str) -> bool:
-    # torch stands between where no_grad decorates one of our methods.
-    return module.partition(".")[0] in ("emp_callbacks", "torch")

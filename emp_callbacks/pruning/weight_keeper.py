@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from emp_callbacks.backends import Backend
+from emp_callbacks.blame import warn_the_user
 from emp_callbacks.core.device import is_captured
 from emp_callbacks.core.masked_values import zero_pruned
 from emp_callbacks.layer.mask_mode import MaskMode
 from emp_callbacks.layer.masked_weight import MaskedWeight
 from emp_callbacks.pruning.load_hook import LoadHook
 from emp_callbacks.pruning.other_writers import OtherWriters, seal
-from emp_callbacks.pruning.signatures import warn_the_user
 from emp_callbacks.targets import adapted_weights
 
 OnGradients = Callable[[Collection[int], Tensor | None], None]

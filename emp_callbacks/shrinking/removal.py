@@ -59,7 +59,7 @@ def shrink(
         ArithmeticError: Heads in `kept` are not zero, or the model gives other outputs each time. The model is as it
             was.
 
-    Example:
+    Examples:
         >>> import torch
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
         >>> with torch.no_grad():

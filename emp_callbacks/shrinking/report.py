@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
+
+import torch
+from torch import nn
 
 from emp_callbacks.shrinking.shrunk_file import surgery_metadata
 from emp_callbacks.shrinking.surgery import Surgery
 
-__all__ = ["FOR_EQUAL_SIZES", "ShrinkReport", "ShrunkLayer"]
+__all__ = ["FOR_EQUAL_SIZES", "ShrinkReport", "ShrunkLayer", "save_shrunk"]
 
 FOR_EQUAL_SIZES = "kept as zeros, for equal sizes"  # a reason
 
@@ -54,3 +59,23 @@ class ShrinkReport:
     def metadata(self) -> dict[str, str]:
         """Return what a safetensors file of the shrunk model must carry for `load_shrunk`."""
         return surgery_metadata(self.surgery)
+
+
+def save_shrunk(model: nn.Module, report: ShrinkReport, file: str | os.PathLike[str]) -> None:
+    """Write a model that `shrink` made smaller as a safetensors file that `load_shrunk` reads.
+
+    Args:
+        model: The shrunk model.
+        report: What `shrink` returned.
+        file: The file to write; one of that name is replaced.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    from safetensors.torch import save
+
+    # Safetensors holds no shared memory: a tied tensor is written under each of its names.
+    tensors = {
+        name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in model.state_dict().items()
+    }
+    Path(file).write_bytes(save(tensors, report.metadata()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections.abc import Mapping
 
 from torch import nn
@@ -27,7 +28,9 @@ def _surgery(metadata: Mapping[str, str]) -> Surgery:
 
 
 def load_shrunk(model: nn.Module, file: str | os.PathLike[str]) -> nn.Module:
-    """Cut a dense model to the shape of a file that `emp export --shrink` or `emp prune --shrink` wrote, and load it.
+    """Cut a dense model to the shape of a shrunk one's file, and load it.
+
+    The file is one that `save_shrunk`, `emp export --shrink` or `emp prune --shrink` wrote.
 
     Args:
         model: The dense architecture, freshly made; changed in place. Its weights do not matter.
@@ -43,6 +46,8 @@ def load_shrunk(model: nn.Module, file: str | os.PathLike[str]) -> nn.Module:
     """
     from safetensors import SafetensorError, safe_open
 
+    if os.path.isdir(file):
+        raise ValueError(f"{os.fspath(file)} is a folder: name its .safetensors file, or load it as its metadata say")
     if not os.path.isfile(file):
         raise FileNotFoundError(f"{os.fspath(file)} does not exist")
     with open(file, "rb"):  # safetensors says of a file that it may not read that there is none
@@ -52,12 +57,18 @@ def load_shrunk(model: nn.Module, file: str | os.PathLike[str]) -> nn.Module:
             metadata = opened.metadata() or {}
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, RuntimeError) as error:
+        if zipfile.is_zipfile(file):
+            raise ValueError(
+                f"{os.fspath(file)} is torch.save's, which does not say what was cut: write the shrunk model by "
+                "save_shrunk(model, report, 'NAME.safetensors')"
+            ) from error
         reason = " ".join(str(error).split())[:400]
         raise ValueError(f"{os.fspath(file)} is damaged ({reason}); copy or export it again") from error
     if _KEY not in metadata:
         raise ValueError(
-            f"{os.fspath(file)} is not a shrunk model (no {_KEY!r} in its metadata); "
-            "load it with model.load_state_dict(safetensors.torch.load_file(file))"
+            f"{os.fspath(file)} does not say what was cut (no {_KEY!r} in its metadata): write a shrunk model by "
+            "save_shrunk(model, report, file); a model of full size loads by "
+            "model.load_state_dict(safetensors.torch.load_file(file))"
         )
     try:
         perform(model, _surgery(metadata))

@@ -26,7 +26,7 @@ def pruned_units(model: nn.Module) -> dict[str, Tensor]:
     Returns:
         Module name -> bool, shape (units,), True = alive, on the CPU.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
         >>> _ = nn.init.ones_(model[0].weight), nn.init.zeros_(model[0].bias)
         >>> _ = model[0].weight.data[1].zero_()

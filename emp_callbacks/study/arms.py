@@ -281,7 +281,7 @@ def check_arms(names: Sequence[str], points: Sequence[float] = ()) -> None:
 def plan_jobs(names: Sequence[str], seeds: Iterable[int], points: Sequence[float] = ()) -> list[TrainingJob]:
     """Return the trainings of a study, each before those that need its result.
 
-    Example:
+    Examples:
         >>> plan_jobs(["random", "one_shot", "training_feedback", "dense"], [0])[0].cells
         (Cell(arm='dense', seed=0, point=None), Cell(arm='one_shot', seed=0, point=None))
     """

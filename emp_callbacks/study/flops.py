@@ -44,7 +44,7 @@ def layer_flops(model: nn.Module, call: Callable[[], object], examples: int = 1)
         UserWarning: A layer has matrices and no FLOPs: torch counts none for its operation (recurrent layers), or
             another module multiplies by them and has their FLOPs (the output projection in nn.MultiheadAttention).
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
         >>> layer_flops(net, lambda: net(torch.zeros(5, 3)), examples=5)
         {'0': 24, '2': 16}
@@ -83,7 +83,7 @@ def masked_flops(layer_flops: Mapping[str, int], densities: Mapping[str, float])
         ValueError: A layer is unknown or has two densities, which share its FLOPs in unknown parts, or a density is
             not in [0, 1].
 
-    Example:
+    Examples:
         >>> masked_flops({"0": 24, "2": 16}, {"0.weight": 0.5})
         28.0
     """

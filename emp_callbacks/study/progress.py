@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
 
 __all__ = ["StudyProgress"]
 
@@ -24,13 +33,24 @@ class StudyProgress:
     def __init__(self, console: Console, total: int, metric: str) -> None:
         self._console, self._total, self._metric = console, total, metric
         self.finished = 0
+        self._part = (0.0, 1.0)
         columns = (
-            TextColumn("{task.description:<28}", markup=False),
-            BarColumn(),
+            TextColumn("{task.description}", markup=False, table_column=Column(overflow="fold", min_width=17)),
+            BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
+            TextColumn("left", style="progress.remaining"),
+            TimeRemainingColumn(),
         )
-        self._bars = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+        # The time left is that of the runs before, which may take hours: rich would forget all but 30 seconds.
+        self._bars = Progress(
+            *columns,
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+            expand=True,
+            speed_estimate_period=math.inf,
+        )
         self._runs = self._bars.add_task("runs", total=total)
         self._steps = self._bars.add_task("", total=None, visible=False)
 
@@ -43,13 +63,25 @@ class StudyProgress:
     ) -> None:
         self._bars.stop()
 
-    def begin(self, name: str, done: int = 0, total: int | None = None) -> None:
-        """Start the inner bar of the next training, or of some other work of which so much is done."""
+    def begin(self, name: str, done: int = 0, total: int | None = None, part: tuple[float, float] = (0.0, 1.0)) -> None:
+        """Start the inner bar of the next training, or of some other work of which so much is done.
+
+        Args:
+            name: What is done.
+            done: Steps that are behind.
+            total: All steps, if known.
+            part: Where in a run the work begins and ends, as fractions of it.
+        """
+        self._part = part
         self._bars.reset(self._steps, description=name, total=total, completed=done, visible=True)
 
     def on_step(self, step: int, total: int | None) -> None:
-        """Show how far the current training is."""
+        """Show how far the current training is, and in whole percent of it the study."""
         self._bars.update(self._steps, completed=step, total=total)
+        if total:
+            first, last = self._part
+            percent = min(99.0, 100 * (first + (last - first) * step / total)) // 1
+            self._bars.update(self._runs, completed=self.finished + percent / 100)
 
     def note(self, line: str) -> None:
         """Print a line about a part of a run."""

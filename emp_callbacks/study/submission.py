@@ -98,7 +98,7 @@ def levels(needs: Mapping[str, Sequence[str]]) -> list[list[str]]:
     Args:
         needs: What is left to train, each with the trainings that it needs; those that are no key are finished.
 
-    Example:
+    Examples:
         >>> levels({"dense:0": [], "random:0": ["freeze:0"], "freeze:0": []})
         [['dense:0', 'freeze:0'], ['random:0']]
     """
@@ -114,7 +114,7 @@ def levels(needs: Mapping[str, Sequence[str]]) -> list[list[str]]:
 def array_of(numbers: Iterable[int], throttle: int | None = None) -> str:
     """Return numbers of tasks as sbatch's --array has them, at most `throttle` of them at a time.
 
-    Example:
+    Examples:
         >>> array_of([1, 2, 3, 7], 2)
         '1-3,7%2'
     """

@@ -34,7 +34,7 @@ def network_cost(
 
     Source: the count of Evci et al., arXiv:1911.11134, appendix H.
 
-    Example:
+    Examples:
         >>> network_cost({"0": 24, "2": 16}, [], "observe", steps=10, batch=2)["training"]
         2400.0
     """

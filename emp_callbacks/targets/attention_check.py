@@ -52,7 +52,7 @@ def check_attention(model: nn.Module, *args: Any, **kwargs: Any) -> list[Attenti
     Raises:
         ValueError: A registered layout does not fit its module.
 
-    Example:
+    Examples:
         >>> class Attention(nn.Module):
         ...     def __init__(self):
         ...         super().__init__()

@@ -83,7 +83,7 @@ def register_attention(cls: type[nn.Module], layout: Described) -> None:
     Raises:
         TypeError: `cls` is no class of modules, or `layout` is neither.
 
-    Example:
+    Examples:
         >>> class Attention(nn.Module):
         ...     def __init__(self, width, heads):
         ...         super().__init__()

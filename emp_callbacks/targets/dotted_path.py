@@ -21,5 +21,8 @@ def function_at(path: str, setting: str) -> Callable[..., Any]:
     try:
         found: Callable[..., Any] = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{setting} {path!r} cannot be imported ({error}); write 'module.function'") from error
+        raise ValueError(
+            f"{setting} {path!r} cannot be imported ({error}); write 'module.function' of an installed module, or one "
+            "in the current folder"
+        ) from error
     return found

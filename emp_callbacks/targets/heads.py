@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 
 from torch import nn
 
+from emp_callbacks.blame import warn_the_user
 from emp_callbacks.targets.adapter_members import adapter_columns
 from emp_callbacks.targets.attention_layout import registered_layout
 from emp_callbacks.targets.attention_parts import (
@@ -81,7 +81,7 @@ def attention_heads(
             f"{search.summary()}"
         )
     if told and not include:
-        warnings.warn(f"{told}{_HOW}", stacklevel=2)
+        warn_the_user(f"{told}{_HOW}")
     chosen = search.choose(search.masked_once(list(found.values())), lambda _: True, include, exclude, "attention")
     if not chosen:
         names = [target.name for target in found.values()]

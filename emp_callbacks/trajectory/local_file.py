@@ -5,12 +5,12 @@ from __future__ import annotations
 import gc
 import os
 import stat
-import warnings
 from contextlib import suppress
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, final
 
+from emp_callbacks.blame import warn_the_user
 from emp_callbacks.file_lock import try_lock, unlock
 from emp_callbacks.trajectory.places import numbered, set_aside
 
@@ -60,10 +60,7 @@ class LocalFile:
         self._descriptor, self._process, self._length = descriptor, os.getpid(), None
         if path != self.path:
             taken, self.path = self.path, path
-            warnings.warn(
-                f"{taken} is being written by another run that goes on; the rows of this one are in {path}",
-                stacklevel=4,
-            )
+            warn_the_user(f"{taken} is being written by another run that goes on; the rows of this one are in {path}")
 
     def close(self) -> None:
         """Release the file. Twice is once."""

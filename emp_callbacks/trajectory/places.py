@@ -24,7 +24,7 @@ def place_of(path: str | os.PathLike[str]) -> Place:
 def trajectory_file(folder: str | os.PathLike[str], name: str) -> Place:
     """Return the place of a file in a folder, which may be a URL.
 
-    Example:
+    Examples:
         >>> trajectory_file("s3://bucket/run/", "emp_trajectory.jsonl")
         's3://bucket/run/emp_trajectory.jsonl'
     """
@@ -35,7 +35,7 @@ def trajectory_file(folder: str | os.PathLike[str], name: str) -> Place:
 def numbered(place: Place, number: int) -> Place:
     """Return the place of the n-th live run: NAME.jsonl, NAME-2.jsonl, NAME-3.jsonl, ...
 
-    Example:
+    Examples:
         >>> numbered("s3://bucket/rows.jsonl", 2)
         's3://bucket/rows-2.jsonl'
     """

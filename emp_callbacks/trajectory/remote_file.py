@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar, final
 from weakref import WeakValueDictionary
 
+from emp_callbacks.blame import warn_the_user
 from emp_callbacks.trajectory.places import exists, file_system, numbered, read_bytes, set_aside
 
 Result = TypeVar("Result")
@@ -53,10 +53,7 @@ class RemoteFile:
         self.path, self._ours = path, False
         self._live[path] = self
         if path != taken:
-            warnings.warn(
-                f"{taken} is being written by another run that goes on; the rows of this one are in {path}",
-                stacklevel=4,
-            )
+            warn_the_user(f"{taken} is being written by another run that goes on; the rows of this one are in {path}")
 
     def close(self) -> None:
         """Release the URL. Twice is once."""

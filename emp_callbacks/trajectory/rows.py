@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
+from emp_callbacks.blame import warn_the_user
 from emp_callbacks.trajectory.events import PruneEvent
 from emp_callbacks.trajectory.held_rows import HeldRows, as_line, last_refreshes
 from emp_callbacks.trajectory.local_file import LocalFile
@@ -61,6 +61,10 @@ class Trajectory(Sequence[PruneEvent]):
     def __len__(self) -> int:
         return len(self._events)
 
+    def __repr__(self) -> str:
+        last = f", last: {self[-1].density:.3f} kept at step {self[-1].step}" if self else ""
+        return f"Trajectory({len(self)} rows{last}; {self.path or 'in memory'})"
+
     def records(self) -> list[dict[str, Any]]:
         """Return all rows as plain JSON types."""
         return [event.record() for event in self._events]
@@ -81,7 +85,7 @@ class Trajectory(Sequence[PruneEvent]):
         self._closed = True
         self._file.close()
         if left := len(self._events) - self._written:
-            warnings.warn(f"{left} rows could not be written to {self.path}: they are in memory only", stacklevel=2)
+            warn_the_user(f"{left} rows could not be written to {self.path}: they are in memory only")
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -149,10 +153,9 @@ class Trajectory(Sequence[PruneEvent]):
         except OSError as error:
             if not self._warned:
                 self._warned = True
-                warnings.warn(
+                warn_the_user(
                     f"{self.path} cannot be written ({error}): rows stay in memory, and are written at the next "
-                    "refresh that can; training goes on",
-                    stacklevel=3,
+                    "refresh that can; training goes on"
                 )
             return
         self._written = len(self._events)

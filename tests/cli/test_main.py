@@ -1,5 +1,7 @@
 import copy
 import json
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,7 +16,22 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from safetensors.torch import load_file
 
 from emp_callbacks import __version__
+from emp_callbacks.cli.check import check_parser
+from emp_callbacks.cli.folder_options import perplexity_parser
 from emp_callbacks.cli.main import COMMANDS, main
+from emp_callbacks.cli.once_options import criteria_parser, gates_parser, sweep_parser, violations_parser
+from emp_callbacks.cli.options import (
+    compare_parser,
+    export_parser,
+    inspect_parser,
+    prune_parser,
+    recipes_parser,
+    report_parser,
+)
+from emp_callbacks.cli.recipes import find_recipe, with_files
+from emp_callbacks.cli.study import LIGHTNING_HELP
+from emp_callbacks.cli.submit import submit_parser
+from emp_callbacks.cli.tokenize import tokenize_parser
 from emp_callbacks.study.comparison import StudyInterrupted
 
 TASK = "emp_callbacks.study.recipe.tasks.ImageClassification"
@@ -199,10 +216,67 @@ def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
         main(["fit", "--config", write_recipe(tmp_path)])
 
 
+def test_a_switch_shows_where_an_error_was_raised(monkeypatch):
+    assert main(["inspect", "none.pt"]) == 2
+    monkeypatch.setenv("EMP_TRACEBACK", "1")
+    with pytest.raises(FileNotFoundError, match=r"none\.pt does not exist"):
+        main(["inspect", "none.pt"])
+
+
+def test_a_full_disk_is_one_line(monkeypatch, capsys):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setitem(COMMANDS, "inspect", full)
+    assert main(["inspect"]) == 2
+    assert capsys.readouterr().err == "emp: No space left on device\n"
+
+
+REFUSED = [
+    (["test", "--ckpt_path", "best"], "`ModelCheckpoint` is not configured to save the best model"),
+    (["fit", "--ckpt_path", ""], "--ckpt_path is empty"),
+    (["check", "--trainer.devices", "x"], "trainer.devices must be a number, a list of devices, auto or -1, got 'x'"),
+]
+
+
+@pytest.mark.parametrize(("words", "told"), REFUSED, ids=[words[0] for words, _ in REFUSED])
+def test_what_lightning_cannot_run_is_one_line(words, told, tmp_path, capsys):
+    own = [] if words[0] == "check" else ["--trainer.default_root_dir", str(tmp_path)]
+    assert main([words[0], "--config", write_recipe(tmp_path), *words[1:], *own]) == 2
+    assert told in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("out", ["", ".", ".."])
+def test_what_is_written_needs_a_name_of_its_own(out, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"a.weight": torch.randn(3, 3)}, "a.pt")
+    for command in ("prune", "export"):
+        assert main([command, "a.pt", "--out", out, "--overwrite"]) == 2
+        assert f"--out {out!r} has no name of its own" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_a_budget_is_said_once(tmp_path, capsys):
+    torch.save({"a.weight": torch.randn(3, 3)}, tmp_path / "a.pt")
+    words = ["prune", str(tmp_path / "a.pt"), "--out", str(tmp_path / "o.safetensors")]
+    assert main([*words, "--beta", "0.5", "--density", "0.5"]) == 2
+    assert "--beta 0.5 and --density 0.5 both say how much is kept" in capsys.readouterr().err
+
+
 def test_fit_trains_saves_its_recipe_and_never_overwrites_it(tmp_path, capsys):
     folder = tmp_path / "fit"
     words = ["fit", "--config", write_recipe(tmp_path), "--trainer.default_root_dir", str(folder)]
     assert main(words) == 0
+    shown = capsys.readouterr().out
+    ends = shown[shown.index("EMP at step 2") :]
+    for line in (
+        f"\nrun: {folder}\n",
+        f"\ntrajectory: {folder / 'emp_trajectory.jsonl'}\n",
+        f"\ncheckpoint: {folder / 'checkpoints' / 'last.ckpt'}\n",
+        f"\n  emp report {folder}\n",
+        f"\n  emp inspect {folder / 'checkpoints' / 'last.ckpt'}\n",
+    ):
+        assert line in ends
     saved = (folder / "config.yaml").read_text()
     rows = (folder / "emp_trajectory.jsonl").read_text()
     capsys.readouterr()
@@ -286,8 +360,8 @@ def test_names_in_a_file_are_shown_as_they_are(tmp_path, capsys):
     assert main(["prune", str(tmp_path / "odd.pt"), "--out", str(out)]) == 0
     shown = capsys.readouterr().out
     for name in names[:3]:
-        assert shown.count(f" {name} ") == 2
-    assert shown.count(r" a\x1b[31mb.weight ") == 2
+        assert shown.count(f"\n{name} ") == 2
+    assert shown.count("\na\\x1b[31mb.weight ") == 2
     assert f"{out}: 4 tensors" in shown
     assert main(["inspect", "a\x1b[31m\nb.pt"]) == 2
     assert (
@@ -344,6 +418,54 @@ def test_a_warning_is_one_line_without_code(tmp_path, capsys, monkeypatch):
     assert warnings.formatwarning is before
 
 
+def test_the_same_warning_is_shown_once_in_a_command(capsys, monkeypatch):
+    def warn(_):
+        for _ in range(3):
+            with warnings.catch_warnings():  # as a study does for each training, which forgets what was said
+                warnings.warn("advice of a host", stacklevel=1)
+
+    monkeypatch.setitem(COMMANDS, "inspect", warn)
+    monkeypatch.setattr(warnings, "showwarning", lambda message, *_: sys.stderr.write(f"{message}\n"))
+    for _ in range(2):
+        assert main(["inspect"]) == 0
+        assert capsys.readouterr().err == "advice of a host\n"
+
+
+def test_on_a_terminal_a_word_comes_before_the_imports_and_from_the_first_rank_alone(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main(["inspect", f"{ODD}.pt"]) == 2
+    first, _ = capsys.readouterr().err.splitlines()
+    assert first == r"emp inspect: reading a\x1b[31m[x][red]\x9b\u202e.pt ..."
+    monkeypatch.setenv("RANK", "1")
+    assert main(["inspect", "none.pt"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+PARSERS = {
+    "check": check_parser, "compare": compare_parser, "sweep-beta": sweep_parser, "compare-criteria": criteria_parser,
+    "violations": violations_parser, "gates": gates_parser, "submit": submit_parser, "report": report_parser,
+    "recipes": recipes_parser, "inspect": inspect_parser, "prune": prune_parser, "export": export_parser,
+    "perplexity": perplexity_parser, "tokenize": tokenize_parser,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_80_columns_and_its_examples_are_commands_of_recipes_that_come_along(command, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    parser = PARSERS.get(command)
+    shown = LIGHTNING_HELP[command] if parser is None else parser().format_help()
+    assert max(map(len, shown.splitlines())) <= 80
+    examples = re.findall(rf"^  emp ({command}\b.*)$", shown.replace("\\\n", ""), flags=re.MULTILINE)
+    assert examples
+    for _, *words in map(shlex.split, examples):
+        with_files(words)  # raises where there is no such recipe
+        if parser is not None:
+            options, more = parser().parse_known_args(words)
+            given = getattr(options, "data", None) or getattr(options, "config", None) or []
+            assert all(find_recipe(one) for one in ([given] if isinstance(given, str) else given))
+            assert all(word.startswith(("--trainer.", "--study.", "--data.", "--config")) for word in more[::2])
+
+
 def test_a_missing_package_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     assert main(["prune", "timm:resnet10t", "--out", str(tmp_path / "out.safetensors")]) == 2
@@ -378,6 +500,14 @@ def test_every_command_has_help_with_an_example(command, capsys):
     assert f"\n  emp {command} " in shown
 
 
+def test_what_a_recipe_names_may_lie_in_the_current_folder_and_hides_no_package(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["emp", "--version"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    assert main() == 0
+    assert sys.path[-1] == str(tmp_path)
+
+
 def test_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"emp {__version__}\n"
@@ -391,6 +521,21 @@ def test_an_unknown_command_names_the_nearest(capsys):
 STOPPED = """
 import os, pathlib, signal, sys, threading, time
 from emp_callbacks.cli.main import COMMANDS, main
+from emp_callbacks.cli.check import check_parser
+from emp_callbacks.cli.folder_options import perplexity_parser
+from emp_callbacks.cli.once_options import criteria_parser, gates_parser, sweep_parser, violations_parser
+from emp_callbacks.cli.options import (
+    compare_parser,
+    export_parser,
+    inspect_parser,
+    prune_parser,
+    recipes_parser,
+    report_parser,
+)
+from emp_callbacks.cli.recipes import find_recipe, with_files
+from emp_callbacks.cli.study import LIGHTNING_HELP
+from emp_callbacks.cli.submit import submit_parser
+from emp_callbacks.cli.tokenize import tokenize_parser
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started without one
 recipe, folder = sys.argv[1], pathlib.Path(sys.argv[2])
@@ -467,6 +612,15 @@ def test_help_does_not_import_lightning():
         " sys.exit('pytorch_lightning' in sys.modules or 'timm' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_what_prunes_nothing_says_so(tmp_path, capsys):
+    torch.save({"a.weight": torch.ones(4, 4)}, tmp_path / "a.pt")
+    words = ["prune", str(tmp_path / "a.pt"), "--out", str(tmp_path / "o.safetensors"), "--overwrite"]
+    assert main(words) == 0
+    assert "nothing is pruned: all 16 weights are kept" in capsys.readouterr().out
+    assert main([*words, "--density", "0.5"]) == 0
+    assert "nothing is pruned" not in capsys.readouterr().out
 
 
 def test_a_layer_that_keeps_next_to_nothing_is_one_note_of_inspect_and_of_prune(tmp_path, capsys, recwarn):

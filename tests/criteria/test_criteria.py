@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from emp_callbacks import EMPPruner
 from emp_callbacks.criteria import CRITERIA, DEFAULT_CRITERIA, Criterion, fitting_criteria, make_criterion
 from emp_callbacks.criteria.magnitude import Magnitude
 from emp_callbacks.criteria.random import Random
@@ -81,3 +82,30 @@ def test_a_function_or_its_import_path_is_a_criterion():
         make_criterion(3, "weights")
     with pytest.raises(ValueError, match=r"returned \(2,\) of torch.float32 for 'w'; .* shape \(1, 2\)"):
         make_criterion(lambda _: torch.ones(2), "weights").score(layer(weight))
+
+
+def test_a_class_in_place_of_a_criterion_is_told():
+    with pytest.raises(TypeError, match=r"criterion is the class Magnitude: give an instance, Magnitude\(\)"):
+        make_criterion(Magnitude, "weights")
+
+
+def test_a_criterion_of_weights_on_units_is_told():
+    pruner = EMPPruner(
+        torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1)), target="neurons", criterion=square
+    )
+    with pytest.raises(ValueError, match=r"reads layer.weight, and '0' is pruned by units: .*layer.unit_sums"):
+        pruner.refresh()
+
+
+def test_a_criterion_that_divides_by_zero_is_told():
+    model = torch.nn.Linear(2, 3)
+    torch.nn.init.zeros_(model.weight)
+    pruner = EMPPruner(model, criterion=lambda layer: layer.weight / layer.weight.abs().sum())
+    with pytest.raises(
+        FloatingPointError, match=r"in the scores of 'weight' .*; or a criterion of your own divides by 0"
+    ):
+        pruner.refresh()
+
+
+def square(layer):
+    return layer.weight.square()

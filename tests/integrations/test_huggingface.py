@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("accelerate", reason="accelerate comes with emp-callbacks[hf]")
 from transformers import GPT2LMHeadModel, Trainer, TrainerCallback
 
-from emp_callbacks import EMPTrainerCallback, Trajectory
+from emp_callbacks import EMPCallback, EMPTrainerCallback, Trajectory
 from tests.integrations.hf_trainer import Stream, Tokens, attach, gpt2, trainer
 
 QUIET = pytest.mark.filterwarnings("error::UserWarning", "ignore:.*pin_memory:UserWarning")
@@ -279,7 +279,14 @@ def test_a_schedule_that_asked_for_nothing_is_told_in_the_trainers_words(tmp_pat
 
 
 def test_what_is_no_trainer_is_refused_with_the_remedy(tmp_path):
-    for wrong in (lambda: Trainer(gpt2(), callbacks=[EMPTrainerCallback]), lambda: EMPTrainerCallback.attach(gpt2())):
+    added = trainer(tmp_path)
+    added.add_callback(EMPCallback())
+    for wrong in (
+        lambda: Trainer(gpt2(), callbacks=[EMPTrainerCallback]),
+        lambda: Trainer(gpt2(), callbacks=[EMPCallback()]),
+        lambda: EMPTrainerCallback.attach(gpt2()),
+        added.train,
+    ):
         with pytest.raises(TypeError, match=r"EMPTrainerCallback.attach\(trainer, every_n_steps=500\)"):
             wrong()
     with pytest.raises(TypeError, match="did you mean 'every_n_steps'"):

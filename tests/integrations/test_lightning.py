@@ -334,6 +334,31 @@ def test_the_layer_table_is_printed_at_the_end(pl, tmp_path, capsys):
     assert "net.0.weight" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("bar", ["RichProgressBar", "TQDMProgressBar"])
+def test_the_layer_table_stands_below_the_bar(pl, bar, tmp_path, monkeypatch):
+    drawn = getattr(pl.callbacks, bar)()
+    running = []
+
+    def print_summary():
+        live = drawn.progress.live.is_started if bar == "RichProgressBar" else not drawn.train_progress_bar.disable
+        running.append(live)
+
+    callback = EMPCallback()
+    monkeypatch.setattr(callback, "print_summary", print_summary)
+    make_trainer(pl, tmp_path, [callback, drawn], enable_progress_bar=True).fit(make_module(pl), data())
+    assert running == [False]
+
+
+def test_a_warning_points_at_the_line_that_calls_the_trainer(pl, tmp_path, recwarn):
+    module = make_module(pl)
+    with torch.no_grad():
+        module.net[0].weight.fill_(1.0)
+    trainer = make_trainer(pl, tmp_path, [EMPCallback(summary=False, scope="tensor")])
+    trainer.fit(module, data())
+    (told,) = [warning for warning in recwarn if "does not discriminate" in str(warning.message)]
+    assert told.filename == __file__
+
+
 # ---- trouble ------------------------------------------------------------------------------------------------------
 
 

@@ -207,7 +207,7 @@ def test_rows_survive_a_checkpoint_a_file_and_the_resume_in_the_window(tmp_path)
         (e.layers, e.certificate) for e in straight[2].trajectory
     ]
     table = layer_table(straight[2].last_events)
-    assert [column.header for column in table.columns][-2:] == ["output error <=", "measured"]
+    assert table.headings[-2:] == ["output error <=", "measured"]
 
 
 def test_rows_of_older_files_are_read():

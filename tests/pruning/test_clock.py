@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from emp_callbacks import EMPPruner
+from emp_callbacks import EMPPruner, Ramp
 
 
 def begin(**settings):
@@ -72,6 +72,21 @@ def test_a_schedule_that_asked_for_nothing_is_said_also_without_a_step():
     pruner.step()
     with pytest.warns(UserWarning, match=r"schedule \(every_n_epochs=3\) asked for no refresh in 0 steps"):
         pruner.finalize()
+
+
+@pytest.mark.parametrize(("until", "said"), [(3, False), (6, True)])
+def test_a_ramp_that_training_did_not_finish_is_said_at_the_end(until, said):
+    net, optimizer, pruner = begin(every_n_steps=1, density=Ramp(1.0, 0.25, until=until))
+    for _ in range(3):
+        step(net, optimizer)
+        pruner.step()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        pruner.finalize()
+    expected = [
+        "density stands at 0.625, on its way from 1 to 0.25: its Ramp ends at step 6, the last refresh was at step 3"
+    ]
+    assert [str(one.message).split(". End it")[0] for one in told] == expected * said
 
 
 def test_and_where_step_was_forgotten():

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import emp_callbacks
-from emp_callbacks.shrinking import Cut, load_shrunk, pruned_units, shrink
+from emp_callbacks.shrinking import Cut, load_shrunk, pruned_units, save_shrunk, shrink
 from emp_callbacks.shrinking.surgery import perform
 from emp_callbacks.targets import attention_heads, neurons
 
@@ -587,7 +587,7 @@ def test_masks_of_another_model_are_errors(masks, message):
 
 def write(model, masks, args, file):
     report = shrink(model, masks, args)
-    save_file(model.state_dict(), file, report.metadata())
+    save_shrunk(model, report, file)
     return file
 
 
@@ -663,8 +663,11 @@ def test_metadata_that_say_no_cut_are_refused(cut, tmp_path):
 
 def test_files_that_are_not_shrunk_models_are_errors(tmp_path):
     save_file(mlp().state_dict(), tmp_path / "dense.safetensors")
-    with pytest.raises(ValueError, match="is not a shrunk model"):
+    with pytest.raises(ValueError, match=r"does not say what was cut .*: write a shrunk model by save_shrunk"):
         load_shrunk(mlp(), tmp_path / "dense.safetensors")
+    torch.save(mlp().state_dict(), tmp_path / "small.pt")
+    with pytest.raises(ValueError, match=r"small.pt is torch.save's, .*: write the shrunk model by save_shrunk"):
+        load_shrunk(mlp(), tmp_path / "small.pt")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         load_shrunk(mlp(), tmp_path / "none.safetensors")
 

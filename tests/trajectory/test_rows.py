@@ -24,6 +24,13 @@ def test_read_returns_what_was_written(tmp_path):
     assert [json.loads(line) for line in path.read_text().splitlines()] == rows.records()
 
 
+def test_a_trajectory_says_what_it_holds(tmp_path):
+    assert repr(Trajectory()) == "Trajectory(0 rows; in memory)"
+    rows = Trajectory(tmp_path / "rows.jsonl")
+    rows.extend(some_rows(2).trajectory)
+    assert repr(rows) == f"Trajectory(4 rows, last: {rows[-1].density:.3f} kept at step 0; {tmp_path / 'rows.jsonl'})"
+
+
 @pytest.mark.parametrize("cut", [2, 40, 200])
 def test_a_row_torn_by_a_kill_is_left_out(tmp_path, cut):
     rows = some_rows().trajectory

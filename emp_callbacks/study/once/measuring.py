@@ -91,10 +91,10 @@ def measured(
     cell = Cell(name, seed)
     if record := store.finished(cell, fingerprint):
         return record, f"{name} seed {seed}: measured earlier"
-    progress.begin(f"train {name} seed {seed}")
+    progress.begin(f"train {name} seed {seed}", part=(0.0, 0.5))
     dense = dense_model(recipe, seed, models, progress.on_step)
     check_metric(recipe.study.metric, dense.metrics, name)
-    progress.begin(f"{study.command} {name} seed {seed}")
+    progress.begin(f"{study.command} {name} seed {seed}", part=(0.5, 1.0))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=SAID_OF_A_REFRESH)  # the report has the figures
         rows = study.measure(dense, study.settings, Cases(store, cell, fingerprint, progress))

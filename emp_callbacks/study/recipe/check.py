@@ -35,7 +35,7 @@ class RecipeError(ValueError):
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return "; did you mean 'x'?" for the known name most like `name`, or an empty string.
 
-    Example:
+    Examples:
         >>> nearest("max_epoch", ["max_steps", "max_epochs"])
         "; did you mean 'max_epochs'?"
     """

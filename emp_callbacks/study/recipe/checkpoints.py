@@ -25,6 +25,8 @@ def check_resumable(path: str) -> None:
         FileNotFoundError: There is no such file.
         ValueError: It is another file.
     """
+    if not path:
+        raise ValueError("--ckpt_path is empty: name a checkpoint, or last; without the option training starts anew")
     elsewhere = path in _WORDS or path.startswith("registry") or "://" in path
     if elsewhere or Path(path).is_dir():  # a folder holds shards, which the strategy reads
         return

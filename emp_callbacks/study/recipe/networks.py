@@ -82,7 +82,7 @@ def bspline_basis(x: Tensor, grid: Tensor, order: int) -> Tensor:
     Returns:
         Values in [0, 1], shape (*x.shape, M - 1 - order), in x's dtype.
 
-    Example:
+    Examples:
         >>> bspline_basis(torch.tensor([0.25]), torch.arange(-1.0, 3.0), order=1)
         tensor([[0.7500, 0.2500]])
     """

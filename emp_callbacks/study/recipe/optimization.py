@@ -41,7 +41,7 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 def warmup_cosine(step: int, total: int, warmup: int, final: float = 0.0) -> float:
     """Return the factor on the learning rate, in [0, 1]: linear for `warmup` steps, then a cosine to `final`.
 
-    Example:
+    Examples:
         >>> [round(warmup_cosine(step, total=6, warmup=2), 2) for step in range(7)]
         [0.5, 1.0, 1.0, 0.85, 0.5, 0.15, 0.0]
     """
@@ -66,7 +66,7 @@ def warm_restarts(step: int, starts: Sequence[int], total: int, warmup_fraction:
         warmup_fraction: Part of each segment in which the rate rises, in [0, 1).
         final: Factor at the end of each segment, in [0, 1).
 
-    Example:
+    Examples:
         >>> [round(warm_restarts(step, [0, 4], total=6, warmup_fraction=0.0), 2) for step in range(7)]
         [1.0, 0.85, 0.5, 0.15, 1.0, 0.5, 0.0]
     """

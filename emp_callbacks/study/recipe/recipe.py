@@ -29,6 +29,7 @@ from emp_callbacks.study.recipe.reading import check_yaml, counts_given, read_re
 from emp_callbacks.study.recipe.seeds import check_seed
 from emp_callbacks.study.recipe.smoke import FLAG, FallingLoss, smoke_options
 from emp_callbacks.study.recipe.study_config import StudyConfig
+from emp_callbacks.study.recipe.whereabouts import Whereabouts
 
 _SMOKE_HELP = "what --smoke alone lays over the recipe: a minute on stand-in data, which fails unless the loss falls"
 _USAGE = "emp %s --config recipe.yaml [--KEY VALUE ...]"
@@ -143,7 +144,7 @@ class _EmpCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         trainer = super().instantiate_trainer(**kwargs)
         if self._command == "fit":
-            trainer.callbacks.append(RequeueBetweenSteps())  # type: ignore[attr-defined]
+            trainer.callbacks += [RequeueBetweenSteps(), Whereabouts()]  # type: ignore[attr-defined]
             settle_checkpoints(trainer.checkpoint_callbacks, self._given.trainer.default_root_dir)
             if self._smoke:
                 trainer.callbacks.append(FallingLoss())  # type: ignore[attr-defined]

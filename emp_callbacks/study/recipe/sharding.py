@@ -180,7 +180,12 @@ def _devices(given: Any, accelerator: bool) -> int:
         return max(1, torch.cuda.device_count()) if accelerator else 1
     if isinstance(given, str) and "," in given:
         return len([part for part in given.split(",") if part])
-    return len(given) if isinstance(given, (list, tuple)) else int(given)
+    if isinstance(given, (list, tuple)):
+        return len(given)
+    try:
+        return int(given)
+    except ValueError:
+        raise ValueError(f"trainer.devices must be a number, a list of devices, auto or -1, got {given!r}") from None
 
 
 def _on_accelerator(named: str) -> bool:

@@ -27,7 +27,7 @@ def beside(path: Path) -> Path:
 def dtype_for(vocab_size: int) -> np.dtype[Any]:
     """Return the type of the tokens in a file, little-endian: uint16 for 65,536 different ones, else uint32.
 
-    Example:
+    Examples:
         >>> dtype_for(50257).name, dtype_for(128256).name
         ('uint16', 'uint32')
     """

@@ -153,7 +153,5 @@ def words_in(text: str) -> list[tuple[str, str]]:
         ['density', 'churn']
     """
     return [
-        (word, meaning)
-        for word, (pattern, meaning) in WORDS.items()
-        if re.search(rf"(?<!\w)(?:{pattern})(?!\w)", text)
+        (word, meaning) for word, (pattern, meaning) in WORDS.items() if re.search(rf"(?<!\w)(?:{pattern})(?!\w)", text)
     ]
