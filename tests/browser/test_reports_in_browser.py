@@ -46,8 +46,8 @@ def write(kind, folder):
         return write_report(unfinished(make_results()), folder)
     if kind == "compare at points":
         return write_report(study_at_points(FEW, points=(0.4, 0.05), seeds=range(2)), folder)
-    stored = {"sweep-beta": "sweep_beta", "compare-criteria": "compare_criteria", "violations": "violations"}
-    results = of_models("gates", "gates_gpt") if kind == "gates" else of_models(stored[kind], "fc2", "gpt")
+    models = {"sweep-beta": ("fc2", "gpt"), "compare-criteria": ("fc2", "gpt"), "violations": ("vit",)}
+    results = of_models(kind.replace("-", "_"), *models.get(kind, ("gates_gpt",)))
     return write_page(PAGES[kind](results), folder, results)
 
 
@@ -97,6 +97,8 @@ def test_nothing_is_cut_off_faint_small_or_unexplained(shown):
     assert found_on(shown) == {}
 
 
+# What scrolls depends on the width, contrast on the scheme: two of the four pairs have both.
+@pytest.mark.parametrize("shown", [(400, "dark"), (1400, "light")], indirect=True, ids=["400-dark", "1400-light"])
 def test_no_serious_finding_of_axe(shown):
     # Folded words and tables are read as well; of a figure, which is one image, what it is called.
     shown.evaluate("() => document.querySelectorAll('details').forEach((e) => { e.open = true })")
