@@ -89,6 +89,7 @@ def test_a_lightning_checkpoint_loads_into_the_users_own_module(checkpoint, task
     assert report.tensors == len(model.state_dict())
     assert report.file_bytes == report.path.stat().st_size
     assert report.notes == ()
+    assert "names: without 'model.', for the module behind it (--prefix '' keeps it)" in report_lines(report)
 
 
 def save(state, path, **extra):
