@@ -101,7 +101,7 @@ def compare(words: list[str]) -> None:
         return
     if results is None:
         console.print(
-            f"cells are left: the same command without --only trains them and writes the report; a study of some "
+            "cells are left: the same command without --only trains them and writes the report; a study of some "
             "arms alone is --study.arms '[...]' --study.seeds '[...]', with an --out of its own"
         )
         return
