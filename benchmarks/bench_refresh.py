@@ -3,6 +3,7 @@
     python benchmarks/bench_refresh.py                          # all parts: about 20 minutes on two cores, 8 GB
     python benchmarks/bench_refresh.py --scale 0.05 --out DIR   # the same on a twentieth of the weights: two minutes
     python benchmarks/bench_refresh.py --only global growth     # these parts; the file's other parts stay
+    python benchmarks/bench_refresh.py --draw                   # the picture again, from the stored file
 
 Parts (--only):
     global  9 GPT-2 blocks, 64 million float32 weights, one vector of scores: against the paper's algorithm,
@@ -27,7 +28,7 @@ import datetime
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -300,50 +301,64 @@ def verdict(each: Row) -> str:
     return {None: "", True: "yes", False: "NO"}[each["met"]]
 
 
+COLORS = {
+    "paper's sort": "#D55E00",
+    "torch prune": "#B5477A",
+    "refresh": "#0072B2",
+    "selection": "#2A90C8",
+    "plain floor": "#5b6675",
+    "tight floor": "#7D7D7D",
+}
+MARKERS = dict(zip(COLORS, "oPsD^v", strict=True))
+
+
 def draw(parts: dict[str, Part]) -> Figure:
-    """Draw seconds against weights, and every ratio as a share of its target."""
-    figure = Figure(figsize=(13, 5.2), layout="constrained", dpi=130)
-    left, right = figure.subplots(1, 2, width_ratios=[2, 3])
+    """Draw seconds against weights, and the seconds of every way in the two large cases."""
+    figure = Figure(figsize=(10.5, 4.4), layout="constrained", dpi=150)
+    left, right = figure.subplots(1, 2, width_ratios=[1, 1])
     draw_growth(left, parts.get("growth", {}).get("curve", []))
-    draw_targets(right, [(name, each) for name, found in parts.items() for each in found["rows"]])
+    draw_seconds(right, {name: parts[name] for name in ("global", "rows") if name in parts})
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#e6e6e6", linewidth=0.7)
+        axes.grid(axis="both" if axes is left else "x", color="#e1e5ea", linewidth=0.7)
         axes.set_axisbelow(True)
-        axes.tick_params(labelsize=8.5)
+        axes.tick_params(labelsize=9.5)
+        axes.minorticks_off()
     return figure
 
 
 def draw_growth(axes: Axes, curve: Sequence[Part]) -> None:
-    colors = {"paper's sort": "#D55E00", "refresh": "#0072B2", "tight floor": "#777777"}
-    for way, color in colors.items():
+    for way in ("paper's sort", "refresh", "tight floor"):
         points = [(at["weights"], at["median_seconds"][way]) for at in curve if way in at["median_seconds"]]
         if points:
-            axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=4, label=way)
+            axes.plot(*zip(*points, strict=True), color=COLORS[way], marker=MARKERS[way], markersize=6, label=way)
     axes.set(xscale="log", yscale="log", xlabel="weights (float32)", ylabel="seconds, median")
-    axes.set_title("Time against number of weights", loc="left", fontsize=10.5, fontweight="bold")
+    axes.set_title("Time against number of weights", loc="left", fontsize=11, fontweight="bold")
     if curve:
-        axes.legend(frameon=False, fontsize=9)
+        axes.legend(frameon=False, fontsize=9.5)
 
 
-def draw_targets(axes: Axes, figures: Iterable[tuple[str, Row]]) -> None:
-    chosen = [(name, each) for name, each in figures if each["target"] is not None]
-    labels = [f"{name}: {each['what']}" for name, each in chosen]
-    # How many times better than asked for; scratch near 0 would have no end.
-    margins = [margin(each) for _, each in chosen]
-    colors = ["#009E73" if each["met"] else "#D55E00" for _, each in chosen]
-    bars = axes.barh(labels, margins, color=colors)
-    texts = [f"{each['value']:.3g} ({bound(each)})" for _, each in chosen]
-    axes.bar_label(bars, texts, padding=3, fontsize=8)
-    axes.axvline(1.0, color="black", linewidth=1)
-    axes.set(xlabel="times better than the target (1: just met)", xlim=(0, 1.35 * max([*margins, 1.0])))
-    axes.set_title("Figures beside their targets", loc="left", fontsize=10.5, fontweight="bold")
-    axes.invert_yaxis()
-
-
-def margin(each: Row) -> float:
-    value, target = max(each["value"], 1e-9), each["target"]
-    return min(value / target if each["at_least"] else target / value, 5.0)
+def draw_seconds(axes: Axes, parts: dict[str, Part]) -> None:
+    names = {"global": "one vector of scores", "rows": "a threshold for each row"}
+    labels, longest = [], 1.0
+    for name, found in parts.items():
+        labels.append(f"{found['weights'] / 1e6:.0f} million weights,\n{names[name]}")
+        for way in (way for way in COLORS if way in found["median_seconds"]):
+            at, seconds = len(labels), found["median_seconds"][way]
+            labels.append(way)
+            axes.plot([seconds], [at], color=COLORS[way], marker=MARKERS[way], markersize=7, linestyle="")
+            axes.annotate(
+                f"{seconds:.2g} s", (seconds, at), (8, 0), textcoords="offset points", va="center", fontsize=9.5
+            )
+            longest = max(longest, seconds)
+    axes.set_yticks(range(len(labels)), labels)
+    for label in axes.get_yticklabels():
+        if "million" in label.get_text():
+            label.set_fontweight("bold")
+    axes.set_ylim(len(labels) - 0.5, -0.8)
+    axes.set(xscale="log", xlabel="seconds, median")
+    axes.set_xlim(right=4 * longest)  # room for what is written
+    axes.set_title("Time of every way", loc="left", fontsize=11, fontweight="bold")
 
 
 # ---- command --------------------------------------------------------------------------------------------------------
@@ -362,6 +377,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--only", nargs="+", choices=PARTS, metavar="PART", help="these parts alone (default: all)")
+    add("--draw", action="store_true", help="draw refresh.png again from refresh.json, and measure nothing")
     add("--scale", type=float, default=1.0, help="factor on every number of weights (default: 1)")
     add("--repeats", type=int, default=5, help="timed repeats after one warm-up (default: 5)")
     add("--threads", type=int, default=2, help="of torch, in one process; a rank has one (default: 2)")
@@ -396,6 +412,10 @@ def write(options: argparse.Namespace, parts: dict[str, Part]) -> Path:
 def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
+    if options.draw:
+        path = options.out / "refresh.json"
+        draw(json.loads(path.read_text())).savefig(path.with_suffix(".png"))
+        return
     console = Console(width=None if sys.stdout.isatty() else 130)
     parts = {}
     for name in options.only or PARTS:

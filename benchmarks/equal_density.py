@@ -3,7 +3,7 @@
 python benchmarks/equal_density.py benchmarks/results/equal_density_*/results.json
 python benchmarks/equal_density.py ... --pair A B  arm A minus arm B, paired by seed, at each density
 python benchmarks/equal_density.py ... --full      every arm at every density: interval, Holm's p, equivalence
-python benchmarks/equal_density.py ... --picture benchmarks/results/equal_density.png
+python benchmarks/equal_density.py ... --picture benchmarks/results/equal_density.png   (and _dark.png)
 python benchmarks/equal_density.py --thin results.json   keep no more of each trajectory than the report shows, in place
 """
 
@@ -14,14 +14,22 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.spines import Spine
+from matplotlib.text import Text
 
 from emp_callbacks.study.report.arm_results import arm_of, label_of, labelled, prunes_by_n_eff, runs_of
 from emp_callbacks.study.report.equal_density import Against, EqualDensityRow, equal_density
+from emp_callbacks.study.report.metric_density import scale_values, spread_out
 from emp_callbacks.study.report.metric_format import MetricFormat, p_text
 from emp_callbacks.study.report.page import DASH, MINUS
 from emp_callbacks.study.report.statistics import all_differences, equivalence, mean_interval
-from emp_callbacks.study.report.styles import arm_style
+from emp_callbacks.study.report.styles import CARD, HEADING, INK, TEXT, arm_style, for_dark, style_axes
 
 COLUMNS = {
     "one_shot": "one-shot",
@@ -32,7 +40,18 @@ COLUMNS = {
     "training_feedback": "EMP `feedback`",
     "fixed_magnitude": "fixed density",
 }
-SHOWN = ("one_shot", "one_shot_finetune_lr", "gmp", "training_freeze", "training_feedback", "fixed_magnitude", "sap")
+SPELLED_OUT = {
+    "one_shot_erk": "one-shot ERK",
+    "one_shot_finetune_lr": "one-shot + fine-tuning",
+    "gmp": "gradual magnitude (GMP)",
+}
+TASKS = {
+    "digits": "digits, Vision Transformer",
+    "resnet": "Fashion-MNIST, ResNet",
+    "gpt": "text, small GPT",
+}
+TICKS = (0.02, 0.05, 0.1, 0.2, 0.4)
+DARK_PAGE = "#0d1117"  # of code hosts
 
 
 def main() -> None:
@@ -165,60 +184,88 @@ def spread(metric: MetricFormat, found: Any) -> str:
 
 
 def draw(studies: list[tuple[str, dict[str, Any]]], path: Path) -> None:
-    """Draw metric against density, one panel for each study."""
-    figure = Figure(figsize=(4.6 * len(studies), 4.6), dpi=150, layout="constrained")
+    """Draw metric against density, one panel for each study; and once more for dark pages, into NAME_dark.png."""
+    figure = Figure(figsize=(9.6, 4.5), dpi=200, layout="constrained")
     axes = figure.subplots(1, len(studies), squeeze=False)[0]
     for axis, (name, results) in zip(axes, studies, strict=True):
         panel(axis, name, results)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, fontsize=9, ncols=4, loc="outside lower center")
+    figure.legend(
+        handles, labels, frameon=False, fontsize=TEXT, labelcolor=INK, ncols=4, loc="outside lower center",
+        handlelength=3, columnspacing=1.6,
+    )  # fmt: skip
     figure.savefig(path)
+    darken(figure)
+    figure.savefig(path.with_stem(f"{path.stem}_dark"))
 
 
-def panel(axis: Any, name: str, results: dict[str, Any]) -> None:
+def panel(axis: Axes, name: str, results: dict[str, Any]) -> None:
     """Draw one study."""
+    style_axes(axis)
     metric, key = MetricFormat.of(results), results["study"]["metric"]
     factor = 100 if metric.percent else 1
     rows: list[EqualDensityRow] = equal_density(results)
-    for arm in SHOWN:
+    dense = factor * mean_interval([run["metrics"][key] for run in runs_of(results, "dense")]).mean
+    axis.axhline(dense, color=INK, linewidth=1.4, label="dense")
+    drawn = [dense]
+    aside = spread_out(list(COLUMNS))
+    for arm, label in COLUMNS.items():
         mine = sorted((row for row in rows if arm_of(row.label) == arm), key=lambda row: row.density.mean)
         mine = [row for i, row in enumerate(mine) if not i or row.density.mean - mine[i - 1].density.mean > 1e-4]
-        if not mine:
-            continue
         look, means = arm_style(arm), [factor * row.metric.mean for row in mine]
-        ends = [(row.metric.low, row.metric.high) for row in mine]
-        errors = [
-            [max(0.0, m - factor * low) if low is not None else 0.0 for m, (low, _) in zip(means, ends, strict=True)],
-            [
-                max(0.0, factor * high - m) if high is not None else 0.0
-                for m, (_, high) in zip(means, ends, strict=True)
-            ],
-        ]
-        thick = 4.0 if arm == "one_shot" else 1.8
-        axis.errorbar(
-            [row.density.mean for row in mine], means, errors, label=COLUMNS.get(arm, "SAP").replace("`", ""),
-            color=look.color, marker=look.marker, linestyle=look.line, linewidth=thick, markersize=5, capsize=2,
+        at, thick = [aside[arm] * row.density.mean for row in mine], arm == "one_shot"
+        ends = [factor * np.array([row.metric.low, row.metric.high], dtype=float) for row in mine]
+        errors = np.abs(np.array(ends).T - np.array(means)) if mine else None
+        axis.errorbar(at, means, errors, fmt="none", ecolor=look.color, elinewidth=1.0, capsize=2, alpha=0.8, zorder=2)
+        axis.plot(
+            at, means, label=SPELLED_OUT.get(arm, label).replace("`", ""), color=look.color, linestyle=look.line,
+            marker=look.marker, linewidth=4 if thick else 1.8, markersize=7 if thick else 6, zorder=2 if thick else 3,
+            markerfacecolor=look.color if look.filled else CARD, markeredgecolor=CARD if look.filled else look.color,
+            markeredgewidth=0.5 if look.filled else 1.4,
         )  # fmt: skip
-    dense = factor * mean_interval([run["metrics"][key] for run in runs_of(results, "dense")]).mean
-    axis.axhline(dense, color="black", linewidth=1, label="dense")
+        drawn += means
     axis.set_xscale("log")
-    ticks = [0.02, 0.05, 0.1, 0.2, 0.4]
-    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
     axis.minorticks_off()
-    if metric.percent:
-        lowest = dense - 12  # one-shot falls through the floor: what is worth comparing lies above
-        axis.set_ylim(lowest, dense + 1)
-        axis.text(0.98, 0.03, "one-shot goes on falling", transform=axis.transAxes, fontsize=8, ha="right")
-    else:
+    margin = 0.06 * (max(drawn) - min(drawn))
+    limits = (min(drawn) - margin, max(drawn) + margin)
+    scaled = scale_values(axis, "y", drawn, limits, percent=metric.percent)
+    if not scaled:  # a perplexity
+        limits = (min(drawn) / 1.06, max(drawn) * 1.06)
         axis.set_yscale("log")
-        marks = [4, 5, 7, 10, 20, 40]
+        axis.set_ylim(limits)
+        marks = [mark for mark in (4, 5, 6, 8, 10, 15, 20, 30, 40) if limits[0] <= mark <= limits[1]]
         axis.set_yticks(marks, [str(mark) for mark in marks])
         axis.minorticks_off()
-    axis.set_title(name, fontsize=11, fontweight="bold", loc="left")
+        scaled = "log scale"
+    axis.set_title(TASKS.get(name, name), **HEADING)
     axis.set_xlabel("density (log scale)")
-    axis.set_ylabel(f"{key}{' (%)' if metric.percent else ' (log scale)'}")
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(alpha=0.25)
+    said = f"{key.replace('/', ' ')}{' (%)' if metric.percent else ''}"
+    better = "higher" if results["study"]["higher_is_better"] else "lower"
+    axis.set_ylabel(f"{said}, {better} is better\n({scaled})")
+
+
+def darken(figure: Figure) -> None:
+    """Give everything in a figure the twin of its colour on a dark page."""
+    figure.set_facecolor(DARK_PAGE)
+    for axis in figure.axes:
+        axis.set_facecolor(DARK_PAGE)
+    for line in figure.findobj(Line2D):
+        line.set(color=twin(line.get_color()))
+        line.set(markerfacecolor=twin(line.get_markerfacecolor()), markeredgecolor=twin(line.get_markeredgecolor()))
+    for text in figure.findobj(Text):
+        text.set_color(twin(text.get_color()))
+    for bars in figure.findobj(LineCollection):
+        bars.set_color([twin(color) for color in bars.get_colors()])
+    for spine in figure.findobj(Spine):
+        spine.set_edgecolor(twin(spine.get_edgecolor()))
+
+
+def twin(color: Any) -> str:
+    """Return the twin of a colour on a dark page."""
+    if isinstance(color, str) and color == "None":
+        return color
+    return DARK_PAGE if to_hex(color) == CARD else for_dark(to_hex(color))
 
 
 def thinned(results: dict[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,8 @@ def is_for_folders(options: argparse.Namespace) -> bool:
     given = [name for name in _IN_MEMORY if getattr(options, name) not in (None, False)]
     given += ["target"] * (options.target in _OTHER_TARGETS)
     fits = folder and not given and is_folder(out)
+    if not (source.exists() or options.source.startswith("timm:")):
+        raise FileNotFoundError(f"{source} does not exist; name a checkpoint, a folder, or timm:NAME")
     shown = [name for name in _SHOWN if getattr(options, name) is not None]
     if shown and not fits:
         option = f"--{shown[0].replace('_', '-')}"

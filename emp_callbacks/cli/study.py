@@ -249,4 +249,6 @@ def _nothing_to_report(folder: Path) -> str:
         return f"folder {folder} does not exist"
     below = [path.parent for name in ("results.json", "emp_trajectory.jsonl") for path in folder.rglob(name)]
     hint = f"; there is one in {min(below, key=lambda path: len(path.parts))}" if below else ""
+    if (folder / "runs").is_dir():
+        hint = ": its study has runs left; give its command again, which goes on and writes the report"
     return f"{folder} holds neither results.json (emp compare) nor emp_trajectory.jsonl (emp fit){hint}"

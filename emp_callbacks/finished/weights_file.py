@@ -188,7 +188,10 @@ def _check_movable(folder: Path) -> None:
 
 def _left_out(model: FinishedModel, written: int) -> list[str]:
     out = len(model.module.state_dict()) - written
-    return [f"{out} tensors without the prefix {model.prefix!r} were left out"] if out else []
+    lines = [f"{out} tensors without the prefix {model.prefix!r} were left out"] if out else []
+    if model.prefix:
+        lines.append(f"names are written without {model.prefix!r}, for the module behind it; --prefix '' keeps it")
+    return lines
 
 
 def _ties(state: Mapping[str, Tensor]) -> dict[str, str]:

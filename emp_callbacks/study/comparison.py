@@ -209,7 +209,7 @@ class _Study:
 
     def _chosen(self, only: Sequence[str]) -> list[TrainingJob]:
         """Return the jobs of the named cells, checked before anything is written."""
-        jobs = {job.fit.name: job for job in self.jobs}
+        jobs = {cell.name: job for job in self.jobs for cell in (job.fit, *job.cells)}
         for name in only:
             if name not in jobs:
                 raise ValueError(f"no cell {name!r} in this study{nearest(name, jobs)}; cells: {', '.join(jobs)}")
@@ -219,7 +219,7 @@ class _Study:
                         f"{name} takes its density from {needed.name}, which has not finished in {self.store.out}; run "
                         f"--only {needed.name} first"
                     )
-        return [job for cell, job in jobs.items() if cell in only]
+        return list(dict.fromkeys(jobs[name] for name in only))
 
     def _run_job(self, job: TrainingJob, progress: StudyProgress) -> None:
         """Train once and record every cell that this training serves and that has no record yet."""

@@ -22,7 +22,7 @@ def function_at(path: str, setting: str) -> Callable[..., Any]:
         found: Callable[..., Any] = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"{setting} {path!r} cannot be imported ({error}); write 'module.function' of an installed module, or of one "
+            f"{setting} {path!r} cannot be imported ({error}); write 'module.function' of an installed module, or one "
             "in the current folder"
         ) from error
     return found

@@ -55,7 +55,7 @@ FAMILIES: dict[str, dict[str, ArmStyle]] = {
         "one_shot_dynamic": ArmStyle("#8A8A2A", "d", DASH_DOTTED),
         "one_shot_tensor": ArmStyle("#B35900", "s", DASH_DOTTED),
         "one_shot_row": ArmStyle("#5A8FC7", "o", DASH_DOTTED),
-        "one_shot_erk": ArmStyle("#7A4A00", "^", DASH_DOTTED),
+        "one_shot_erk": ArmStyle("#7A5C50", "^", DASH_DOTTED),
         "one_shot_finetune": ArmStyle("#E34A33", "v", DASH_DOTTED),
         "one_shot_finetune_lr": ArmStyle("#99000D", "P", DASH_DOTTED),
     },
