@@ -533,6 +533,12 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"emp {__version__}\n"
 
 
+@pytest.mark.parametrize("command", LIGHTNING_HELP)
+def test_what_needs_a_recipe_says_so(command, capsys):
+    assert main([command]) == 2
+    assert f"name a recipe: emp {command} --config quickstart" in capsys.readouterr().err
+
+
 def test_an_unknown_command_names_the_nearest(capsys):
     assert main(["comparee"]) == 2
     assert "did you mean 'compare'" in capsys.readouterr().err
