@@ -55,6 +55,11 @@ def lightning(command: str) -> Callable[[list[str]], None]:
     def run(words: list[str]) -> None:
         files = with_files(words)
         named = [word for before, word in pairwise(words) if before in ("-c", "--config")]
+        named += [word.partition("=")[2] for word in words if word.startswith("--config=")]
+        if not named and not any(word in ("-h", "--help") or word.startswith("--model") for word in words):
+            raise ValueError(
+                f"name a recipe: emp {command} --config quickstart, or a YAML file (emp recipes lists more)"
+            )
         say_first(f"{command}: reading {', '.join(named) or 'all options of Lightning'}")
         from emp_callbacks.study.recipe.recipe import run_lightning
 
