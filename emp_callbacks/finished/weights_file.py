@@ -139,6 +139,11 @@ def _fill(
         if model.folder and not shrunk:
             copy_companions(model.folder, folder)  # as they were, in place of what transformers made of them
         return how, notes
+    if shrunk and shrunk.surgery and of_transformers(inner):
+        notes.append(
+            f"{type(inner).__name__}.from_pretrained cannot load this: {type(inner.config).__name__} can state no such "
+            "sizes, config.json is the dense model's"
+        )
     call = None
     if getattr(inner, "pretrained_cfg", None) and (host or not shrunk):
         call = save_timm_configuration(inner, folder, host.arguments if host else {})
