@@ -6,7 +6,10 @@ import dis
 import sys
 import warnings
 
-__all__ = ["raised_by_us", "warn_the_user", "where_raised"]
+__all__ = ["TRACEBACK", "in_a_line", "raised_by_us", "warn_the_user", "where_raised"]
+
+TRACEBACK = "EMP_TRACEBACK"
+"""Environment variable; with 1 the `emp` command shows where an error was raised, whoever can put it right."""
 
 _KINDS = (OSError, ValueError, TypeError, ArithmeticError, NotImplementedError, ImportError)
 
@@ -20,6 +23,12 @@ _BETWEEN = {
 def raised_by_us(error: BaseException) -> bool:
     """Return whether a `raise` of this package made the error, rather than a call in it that went wrong."""
     return isinstance(error, _KINDS) and where_raised(error) == ("emp_callbacks", True)
+
+
+def in_a_line(error: BaseException) -> str:
+    """Return what an error says, and of another's where more is to be seen."""
+    text = str(error) if raised_by_us(error) else f"{type(error).__name__}: {error}; {TRACEBACK}=1 shows where"
+    return " ".join(text.split())
 
 
 def where_raised(error: BaseException) -> tuple[str, bool]:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import os
 
-from emp_callbacks.blame import raised_by_us, where_raised
+from emp_callbacks.blame import TRACEBACK, raised_by_us, where_raised
 
-__all__ = ["SWITCH", "for_the_user"]
-
-SWITCH = "EMP_TRACEBACK"
-"""Environment variable; 1 shows where an error was raised, whoever can put it right."""
+__all__ = ["for_the_user"]
 
 _LIGHTNING = ("pytorch_lightning", "lightning_fabric", "lightning")
 
@@ -20,7 +17,7 @@ def for_the_user(error: BaseException) -> str | None:
     An error that a call in this package went into, a KeyError say, is a fault of ours. One of a model in training is
     its author's to mend, who needs to see where.
     """
-    if os.environ.get(SWITCH, "0") != "0":
+    if os.environ.get(TRACEBACK, "0") != "0":
         return None
     if isinstance(error, OSError) and error.strerror:  # of the system: a file, a full disk
         return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror

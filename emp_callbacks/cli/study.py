@@ -55,6 +55,11 @@ def lightning(command: str) -> Callable[[list[str]], None]:
     def run(words: list[str]) -> None:
         files = with_files(words)
         named = [word for before, word in pairwise(words) if before in ("-c", "--config")]
+        named += [word.partition("=")[2] for word in words if word.startswith("--config=")]
+        if not named and not any(word in ("-h", "--help") or word.startswith("--model") for word in words):
+            raise ValueError(
+                f"name a recipe: emp {command} --config quickstart, or a YAML file (emp recipes lists more)"
+            )
         say_first(f"{command}: reading {', '.join(named) or 'all options of Lightning'}")
         from emp_callbacks.study.recipe.recipe import run_lightning
 
@@ -100,7 +105,10 @@ def compare(words: list[str]) -> None:
     if own_rank() != 0:  # rank 0 tells what was found
         return
     if results is None:
-        console.print(f"runs are left; the same command without --only merges all in {out} into one report")
+        console.print(
+            "cells are left: the same command without --only trains them and writes the report; a study of some "
+            "arms alone is --study.arms '[...]' --study.seeds '[...]', with an --out of its own"
+        )
         return
     report = write_report(results, out)
     console.print(comparison_table(results))

@@ -86,6 +86,7 @@ TYPOS = [
     ((), {"trainer": [1]}, "'trainer' in recipe must be a mapping", "got [1]"),
     ((), {"study": None}, "'study' in recipe must be a mapping", "got nothing"),
     (("model",), {"class_path": ".."}, "unknown class '..' at 'model.class_path'", "module.Class"),
+    (("model",), {"class_path": "torch.nn.Linear"}, "is torch.nn.modules.linear.Linear", "no pytorch_lightning.L"),
     (("study",), {"arms": ["dense", "trainig_freeze"]}, "'trainig_freeze'", "'training_freeze'"),
     (("study",), {"arms": ["dense", "random"]}, "'random'", "training_feedback"),
     (
@@ -168,6 +169,25 @@ def test_a_mistyped_option_is_named(command, options, named, hint, tmp_path, cap
     message = capsys.readouterr().err
     assert named in message
     assert hint in message
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        ("def f(:", "cannot be imported: SyntaxError: invalid syntax (at_fault.py, line 1); EMP_TRACEBACK=1 shows"),
+        ("import no_such_package", "cannot be imported: ModuleNotFoundError: No module named 'no_such_package'"),
+        ("import pytorch_lightning as pl\nclass Own(pl.LightningModule):\n    def __init__(self):\n        {}['x']\n",
+         "bad value for 'model': KeyError: 'x'; EMP_TRACEBACK=1 shows where"),
+    ],
+    ids=["syntax", "import", "in its class"],
+)  # fmt: skip
+def test_what_goes_wrong_in_a_module_of_the_users_own_is_one_line(code, told, tmp_path, capsys, monkeypatch):
+    (tmp_path / "at_fault.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "at_fault", raising=False)
+    file = write_recipe(tmp_path, model={"class_path": "at_fault.Own"})
+    assert main(["fit", "--config", file, "--trainer.default_root_dir", str(tmp_path)]) == 2
+    assert told in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_missing_recipe_names_the_nearest_file(tmp_path, capsys):
@@ -511,6 +531,12 @@ def test_what_a_recipe_names_may_lie_in_the_current_folder_and_hides_no_package(
 def test_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"emp {__version__}\n"
+
+
+@pytest.mark.parametrize("command", LIGHTNING_HELP)
+def test_what_needs_a_recipe_says_so(command, capsys):
+    assert main([command]) == 2
+    assert f"name a recipe: emp {command} --config quickstart" in capsys.readouterr().err
 
 
 def test_an_unknown_command_names_the_nearest(capsys):

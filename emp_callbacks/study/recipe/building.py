@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from emp_callbacks.blame import raised_by_us, where_raised
+from emp_callbacks.blame import in_a_line, raised_by_us, where_raised
 from emp_callbacks.study.recipe.check import RecipeError
 
 __all__ = ["building"]
@@ -59,5 +59,5 @@ def _reason(error: BaseException) -> str:
         alternatives = re.findall(r"^ *- (.*)", message, flags=re.MULTILINE)
         text = next((line for line in alternatives if not line.startswith(_NOT_MEANT)), message)
     else:
-        text = str(first) if raised_by_us(first) else f"{type(first).__name__}: {first}"
+        text = in_a_line(first)
     return " ".join(text.split())

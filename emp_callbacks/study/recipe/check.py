@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import pkgutil
 import re
 import sys
@@ -13,6 +14,8 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from jsonargparse import ArgumentParser
+
+from emp_callbacks.blame import in_a_line
 
 __all__ = ["RecipeError", "check_options", "check_recipe", "explain_parse_error", "nearest"]
 
@@ -145,6 +148,7 @@ def _check_class(spec: Mapping[str, Any], shown: str) -> None:
         if key not in _CLASS_KEYS:
             raise RecipeError(f"unknown key '{shown}.{key}' in recipe{_full_hint(str(key), _CLASS_KEYS, shown)}")
     owner = _resolve(str(spec["class_path"]), f"{shown}.class_path")
+    _check_kind(owner, shown)
     init_args = spec.get("init_args") or {}
     if not isinstance(owner, type) or not isinstance(init_args, Mapping):
         return
@@ -152,6 +156,15 @@ def _check_class(spec: Mapping[str, Any], shown: str) -> None:
     if keys is None:
         return
     _check_mapping(init_args, keys, "x.", f"{shown}.init_args.")
+
+
+def _check_kind(owner: Any, shown: str) -> None:
+    """Check that the model and the data are what Lightning trains with; a function may return them."""
+    base = {"model": pl.LightningModule, "data": pl.LightningDataModule}.get(shown)
+    if base is None or inspect.isfunction(owner) or (isinstance(owner, type) and issubclass(owner, base)):
+        return
+    named = f"{owner.__module__}.{owner.__qualname__}" if isinstance(owner, type) else repr(owner)
+    raise RecipeError(f"'{shown}.class_path' in recipe is {named}, and no pytorch_lightning.{base.__name__}")
 
 
 def _init_keys(owner: type) -> set[str] | None:
@@ -192,13 +205,20 @@ def _import_longest(parts: list[str], path: str, shown: str) -> tuple[Any, list[
         name = ".".join(parts[:length])
         try:
             return importlib.import_module(name), parts[length:]
-        except ModuleNotFoundError as error:
-            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-                raise
+        except Exception as error:  # whatever a module of the user's does while it is imported
+            if not _is_absent(name, error):
+                told = f"module {name!r} of '{shown}' in recipe cannot be imported: {in_a_line(error)}"
+                raise RecipeError(told) from error
     installed = {name.partition(".")[0] for name in sys.modules}
     raise RecipeError(
         f"unknown class {path!r} at '{shown}' in recipe: no module {parts[0]!r}{nearest(parts[0], installed)}"
     )
+
+
+def _is_absent(name: str, error: Exception) -> bool:
+    """Whether the import of a module failed because there is no such module, rather than one that it imports."""
+    named = error.name if isinstance(error, ModuleNotFoundError) else None
+    return named is not None and f"{name}.".startswith(f"{named}.")
 
 
 def _resolve_short(name: str, shown: str) -> Any:

@@ -30,6 +30,10 @@ def check_resumable(path: str) -> None:
     elsewhere = path in _WORDS or path.startswith("registry") or "://" in path
     if elsewhere or Path(path).is_dir():  # a folder holds shards, which the strategy reads
         return
+    if not Path(path).exists():
+        raise FileNotFoundError(
+            f"checkpoint {path} does not exist; --ckpt_path last takes the newest of the run's folder"
+        )
     held = read_checkpoint(Path(path), mapped=True)
     if not (isinstance(held, Mapping) and {"state_dict", "pytorch-lightning_version"} <= held.keys()):
         raise ValueError(

@@ -148,7 +148,7 @@ def words_in(text: str) -> list[tuple[str, str]]:
     Args:
         text: What is to be read on the page, without tags.
 
-    Example:
+    Examples:
         >>> [word for word, _ in words_in("density 0.5, churn 0.1")]
         ['density', 'churn']
     """

@@ -22,7 +22,8 @@ from emp_callbacks.study.once.study import run_once_study
 from emp_callbacks.study.once.violation_findings import BOUNDS, is_violated, pairs_of, pruned_rows
 from emp_callbacks.study.once.violations import score_shape, violations
 from emp_callbacks.study.recipe.recipe import Recipe
-from emp_callbacks.study.report.page import print_page, write_page
+from emp_callbacks.study.report.page import write_page
+from emp_callbacks.study.report.terminal import print_page
 from emp_callbacks.study.run_store import read_results
 from emp_callbacks.study.training import Training
 
