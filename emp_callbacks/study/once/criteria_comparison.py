@@ -154,8 +154,8 @@ def page(results: Results) -> Page:
             Section(
                 heading="Criteria side by side",
                 text="For each model: N_eff / N; the change of the metric at N_eff (filled) and at the common density "
-                "(open), a point for each seed, on one axis for all models, even up to 1 and logarithmic beyond; Jaccard's "
-                "index of the masks at the common density.",
+                "(open), a point for each seed, on one axis for all models, even up to 1 and logarithmic beyond; "
+                "Jaccard's index of the masks at the common density.",
                 draw=partial(plots.plot_criteria, found, density),
                 seen=partial(criteria_seen, found, density),
                 file="compare_criteria.png",
