@@ -49,7 +49,7 @@ def make_console() -> Console:
 def printable(text: str) -> str:
     r"""Return text with control characters written out, but for the end of a line.
 
-    Example:
+    Examples:
         >>> print(printable("a\x1b[31m b"))
         a\x1b[31m b
     """

@@ -105,7 +105,10 @@ def compare(words: list[str]) -> None:
     if own_rank() != 0:  # rank 0 tells what was found
         return
     if results is None:
-        console.print(f"runs are left; the same command without --only merges all in {out} into one report")
+        console.print(
+            "cells are left: the same command without --only trains them and writes the report; a study of some "
+            "arms alone is --study.arms '[...]' --study.seeds '[...]', with an --out of its own"
+        )
         return
     report = write_report(results, out)
     console.print(comparison_table(results))

@@ -122,7 +122,7 @@ def inspect_model(
         ValueError: An option is invalid, or no parameter is left.
         FloatingPointError: A weight is NaN or Inf.
 
-    Example:
+    Examples:
         >>> import torch
         >>> layer = nn.Linear(4, 1, bias=False)
         >>> _ = layer.weight.data.copy_(torch.tensor([[3.0, 1.0, 0.0, 0.0]]))

@@ -49,6 +49,7 @@ class ExportReport:
         notes: What a reader must know.
         budget: How beta was found, if it was looked for.
         loaded_by: How a shrunk model or a folder is loaded, in Python.
+        prefix: Start of the model's names that those in the file lack.
     """
 
     path: Path
@@ -62,6 +63,7 @@ class ExportReport:
     notes: tuple[str, ...]
     budget: BudgetSearch | None = None
     loaded_by: str | None = None
+    prefix: str = ""
 
 
 def write_weights(
@@ -113,6 +115,7 @@ def write_weights(
         shrunk=shrunk,
         notes=tuple(notes),
         loaded_by=loaded_by,
+        prefix=model.prefix,
     )
 
 
@@ -136,6 +139,11 @@ def _fill(
         if model.folder and not shrunk:
             copy_companions(model.folder, folder)  # as they were, in place of what transformers made of them
         return how, notes
+    if shrunk and shrunk.surgery and of_transformers(inner):
+        notes.append(
+            f"{type(inner).__name__}.from_pretrained cannot load this: {type(inner.config).__name__} can state no such "
+            "sizes, config.json is the dense model's"
+        )
     call = None
     if getattr(inner, "pretrained_cfg", None) and (host or not shrunk):
         call = save_timm_configuration(inner, folder, host.arguments if host else {})
@@ -188,10 +196,7 @@ def _check_movable(folder: Path) -> None:
 
 def _left_out(model: FinishedModel, written: int) -> list[str]:
     out = len(model.module.state_dict()) - written
-    lines = [f"{out} tensors without the prefix {model.prefix!r} were left out"] if out else []
-    if model.prefix:
-        lines.append(f"names are written without {model.prefix!r}, for the module behind it; --prefix '' keeps it")
-    return lines
+    return [f"{out} tensors without the prefix {model.prefix!r} were left out"] if out else []
 
 
 def _ties(state: Mapping[str, Tensor]) -> dict[str, str]:
@@ -229,6 +234,8 @@ def report_lines(report: ExportReport) -> list[str]:
         f"{report.path}: {report.tensors:,} tensors, {report.n:,} values, {report.file_bytes:,} bytes",
         f"zero: {report.sparsity:.1%} of matrices and kernels; {report.zeros:,} values in all, biases included",
     ]
+    if report.prefix:
+        lines.append(f"names: without {report.prefix!r}, for the module behind it (--prefix '' keeps it)")
     lines += [f"tied: {name} = {first} (written under both names)" for name, first in report.tied.items()]
     if report.shrunk and not report.shrunk.layers:
         lines.append("no head, expert, neuron or channel is pruned as a whole: nothing was removed")

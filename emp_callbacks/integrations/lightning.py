@@ -117,18 +117,13 @@ class EMPCallback(HostCallback, EvaluationHooks, *_callback_classes()):  # type:
         """One PruneEvent per refresh and group; empty before the first fit."""
         return ElsewhereTrajectory() if self.pruner is None else self.pruner.trajectory
 
-    def on_init_end(self, *_: Any, **__: Any) -> None:
-        """Say that this is another Trainer's: Hugging Face's calls this, Lightning's does not.
-
-        Raises:
-            TypeError: Always.
-        """
+    def _refuse(self, *_: Any, **__: Any) -> None:
         raise TypeError(
             "EMPCallback is for Lightning's Trainer; for Hugging Face's: EMPTrainerCallback.attach(trainer, "
             "every_n_steps=500)"
         )
 
-    on_train_begin = on_init_end
+    on_init_end = on_train_begin = _refuse  # Hugging Face's Trainer calls these, Lightning's does not
 
     # ---- a stage begins -------------------------------------------------------------------------------------------
 

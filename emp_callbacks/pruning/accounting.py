@@ -195,6 +195,7 @@ def dynamic_event(sites: Sequence[DynamicSite], sums: Sequence[dict[str, float]]
     """
     layers = tuple(_dynamic_layer(site, found) for site, found in zip(sites, sums, strict=True))
     n, n_eff = sum(layer.n for layer in layers), sum(layer.n_eff for layer in layers)
+    exact = sum(_mean_size(site, found) for site, found in zip(sites, sums, strict=True))
     kept = sum(layer.density * layer.n for layer in layers)
     skipped = int(sum(found["not_finite"] for found in sums))
     return PruneEvent(
@@ -202,7 +203,7 @@ def dynamic_event(sites: Sequence[DynamicSite], sums: Sequence[dict[str, float]]
         group="global",
         n=n,
         n_eff=n_eff,
-        n_eff_fraction=n_eff / n,
+        n_eff_fraction=n_eff / exact,
         keep=round(kept),
         threshold=0.0,
         density=kept / n,
@@ -216,6 +217,11 @@ def dynamic_event(sites: Sequence[DynamicSite], sums: Sequence[dict[str, float]]
     )
 
 
+def _mean_size(site: DynamicSite, sums: dict[str, float]) -> float:
+    """Return of how many components a mask is made: of edges the mean number of keys that a query row may read."""
+    return sums["allowed"] / sums["rows"] if isinstance(site, EdgeSite) else float(site.size or 0)
+
+
 def _dynamic_layer(site: DynamicSite, sums: dict[str, float]) -> LayerStats:
     """Return a site's means per sample, or per query row: its components are then the keys that the row may read."""
     rows = sums.get("samples", sums.get("rows", 0.0))
@@ -224,7 +230,7 @@ def _dynamic_layer(site: DynamicSite, sums: dict[str, float]) -> LayerStats:
             f"NaN or Inf in everything that passed {site.name!r} since the last refresh; no mask was changed. The run "
             "has diverged: lower the learning rate, clip gradients, or go back to the last checkpoint"
         )
-    n = sums["allowed"] / rows if isinstance(site, EdgeSite) else float(site.size or 0)
+    n = _mean_size(site, sums)
     several = sums.get("first_token_rows", 0.0)
     return LayerStats(
         name=site.name,

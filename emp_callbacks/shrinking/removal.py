@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ from emp_callbacks.targets.units import UnitTarget
 __all__ = ["shrink"]
 
 _NOT_ZERO = "not zero in this model (apply the masks first)"
+_SHRUNK: WeakSet[nn.Module] = WeakSet()  # so that no file tells of the last cut alone
 
 
 def shrink(
@@ -88,6 +90,8 @@ def shrink(
             fit, more = largest_fit(model, names, partial(plans.cut, most=most), run, before)
             errors |= more
         perform(model, fit.surgery)
+    repeated = model in _SHRUNK
+    _SHRUNK.add(model)
     layers = {name: fit.layers.get(name) or plans.left_out(name, errors[name]) for name in plans.names}
     return ShrinkReport(
         layers=tuple(layers.values()),
@@ -97,6 +101,7 @@ def shrink(
         difference=fit.difference,
         rerouted=fit.rerouted,
         brought_back=gone - sum(layer.removed for layer in layers.values()),
+        repeated=repeated,
     )
 
 

@@ -46,6 +46,7 @@ class ShrinkReport:
         rerouted: Largest relative difference that it makes of the outputs that a masked model's tokens go to other
             experts than the removed ones; `difference` is beside that.
         brought_back: Units that could have gone and stay as zeros, for equal sizes (`uniform`).
+        repeated: Whether the model had been shrunk before, which `surgery` does not know.
     """
 
     layers: tuple[ShrunkLayer, ...]
@@ -55,6 +56,7 @@ class ShrinkReport:
     difference: float
     rerouted: float = 0.0
     brought_back: int = 0
+    repeated: bool = False
 
     def metadata(self) -> dict[str, str]:
         """Return what a safetensors file of the shrunk model must carry for `load_shrunk`."""
@@ -71,7 +73,13 @@ def save_shrunk(model: nn.Module, report: ShrinkReport, file: str | os.PathLike[
 
     Raises:
         OSError: It cannot be written.
+        ValueError: The model was shrunk before, so that the report knows a part of what was cut.
     """
+    if report.repeated:
+        raise ValueError(
+            "this model was shrunk more than once, and the file must say all that was cut: cut a fresh masked model in "
+            "one call, shrink(model, {**masks, **more_masks}, ...)"
+        )
     from safetensors.torch import save
 
     # Safetensors holds no shared memory: a tied tensor is written under each of its names.

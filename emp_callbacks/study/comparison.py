@@ -123,6 +123,10 @@ def _fitting_study(recipe: Recipe) -> StudyConfig:
     return dataclasses.replace(recipe.study, arms=fitting_arms(recipe.study.arms, recipe_config(recipe)))
 
 
+def _names(job: TrainingJob) -> set[str]:
+    return {cell.name for cell in (job.fit, *job.cells)}
+
+
 class _Study:
     """One call of `run_study`."""
 
@@ -160,7 +164,7 @@ class _Study:
     def _run(self, overwrite: bool, only: Sequence[str] | None) -> dict[str, Any] | None:
         cells = self.cells
         found = self.ranks.from_first(lambda: self._begin(overwrite, only))
-        jobs = [job for job in self.jobs if not only or job.fit.name in only]
+        jobs = self._serving(only) if only else self.jobs
         own = [cell for job in jobs for cell in job.cells] if only else cells
         if self.ranks.from_first(lambda: any(self.is_open(cell) for cell in own)) and not self.ranks.started_elsewhere:
             self.ranks.join()  # where nobody else starts the others: they, too, begin with what was found
@@ -209,17 +213,23 @@ class _Study:
 
     def _chosen(self, only: Sequence[str]) -> list[TrainingJob]:
         """Return the jobs of the named cells, checked before anything is written."""
-        jobs = {cell.name: job for job in self.jobs for cell in (job.fit, *job.cells)}
+        jobs = {name: job for job in self.jobs for name in _names(job)}
+        chosen = self._serving(only)
+        served = {name for job in chosen for name in _names(job)}
         for name in only:
             if name not in jobs:
                 raise ValueError(f"no cell {name!r} in this study{nearest(name, jobs)}; cells: {', '.join(jobs)}")
             for needed in self.runner.needed(jobs[name].fit):
-                if needed.name not in only and not self.store.finished(needed, self.runner.fingerprint(needed)):
+                if needed.name not in served and not self.store.finished(needed, self.runner.fingerprint(needed)):
                     raise ValueError(
                         f"{name} takes its density from {needed.name}, which has not finished in {self.store.out}; run "
                         f"--only {needed.name} first"
                     )
-        return list(dict.fromkeys(jobs[name] for name in only))
+        return chosen
+
+    def _serving(self, only: Sequence[str]) -> list[TrainingJob]:
+        """Return the trainings behind the named cells; one-shot's is the dense one."""
+        return [job for job in self.jobs if _names(job) & set(only)]
 
     def _run_job(self, job: TrainingJob, progress: StudyProgress) -> None:
         """Train once and record every cell that this training serves and that has no record yet."""

@@ -40,7 +40,7 @@ def _mass_footer(events: Sequence[PruneEvent]) -> str:
     bound = events[0].tight_mass_bound
     if len(events) > 1 or bound is None:
         return ""
-    return f"{events[0].preserved_mass:.3f} >= {bound:.3f}"
+    return f"{events[0].preserved_mass:.3f} (at least {bound:.3f})"
 
 
 def certificate_cells(certificate: Certificate | None) -> tuple[str, str]:

@@ -89,6 +89,7 @@ def test_a_lightning_checkpoint_loads_into_the_users_own_module(checkpoint, task
     assert report.tensors == len(model.state_dict())
     assert report.file_bytes == report.path.stat().st_size
     assert report.notes == ()
+    assert "names: without 'model.', for the module behind it (--prefix '' keeps it)" in report_lines(report)
 
 
 def save(state, path, **extra):
@@ -495,6 +496,9 @@ def test_transformers_itself_loads_what_uniform_shrank(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["dense", "masked.safetensors", "small"]
     uneven = prune(Source(str(tmp_path / "dense")), tmp_path / "uneven", settings, shrink_units=True)[1]
     assert uneven.loaded_by == f"emp_callbacks.load_shrunk(model, {str(uneven.path)!r}), into the dense architecture"
+    why = "LlamaForCausalLM.from_pretrained cannot load this: LlamaConfig can state no such sizes"
+    assert [note.startswith(why) for note in (*report.notes, *uneven.notes)].count(True) == 1
+    assert uneven.notes[0].startswith(why)
 
 
 def test_timm_itself_builds_what_uniform_shrank(tmp_path):

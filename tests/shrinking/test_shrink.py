@@ -661,6 +661,15 @@ def test_metadata_that_say_no_cut_are_refused(cut, tmp_path):
         load_shrunk(mlp(), tmp_path / "odd.safetensors")
 
 
+def test_a_model_that_was_shrunk_twice_is_not_saved_with_half_of_its_cuts(tmp_path):
+    model = mlp()
+    shrink(model, MLP_MASKS, POINTS)
+    again = shrink(model, {}, POINTS)
+    with pytest.raises(ValueError, match=r"shrunk more than once.*one call, shrink\(model, \{\*\*masks"):
+        save_shrunk(model, again, tmp_path / "small.safetensors")
+    assert not (tmp_path / "small.safetensors").exists()
+
+
 def test_files_that_are_not_shrunk_models_are_errors(tmp_path):
     save_file(mlp().state_dict(), tmp_path / "dense.safetensors")
     with pytest.raises(ValueError, match=r"does not say what was cut .*: write a shrunk model by save_shrunk"):

@@ -10,6 +10,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from emp_callbacks import EMPPruner
 from emp_callbacks.core.effective_number import effective_number
 from emp_callbacks.core.selection import emp_mask
 from emp_callbacks.pruning.groups import KeepRule
@@ -227,6 +228,15 @@ def tiny_gpt2(**options) -> nn.Module:
     )
     config._attn_implementation = options.pop("attention", "sdpa")
     return GPT2LMHeadModel(config).double()
+
+
+def test_n_eff_is_no_larger_than_the_keys_that_a_row_may_read_on_average():
+    gpt2 = tiny_gpt2()
+    pruner = EMPPruner(gpt2, target="attention_edges")
+    gpt2(torch.randint(0, 11, (2, 4)))  # rows of 1 to 4 keys: 2.5, which rounds to 2
+    (event,) = pruner.refresh()
+    assert event.n == 4
+    assert 0.9 < event.n_eff_fraction <= 1
 
 
 def test_timm_vit_against_attention_by_hand():

@@ -59,7 +59,7 @@ class Case(NamedTuple):
 def curve_counts(n: int) -> list[int]:
     """Return the counts of heads at which the curve through K is measured, beside EMP's own; n heads in all.
 
-    Example:
+    Examples:
         >>> curve_counts(32)
         [4, 8, 16, 24]
     """

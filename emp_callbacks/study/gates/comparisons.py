@@ -81,7 +81,7 @@ def bends(curve: Mapping[int, float], n: int) -> dict[int, float]:
     That is the loss that a lower count costs per head, less what a higher one saves per head. Both are the next ones
     that are at least n / 8 heads away, or the last one where none is: over one head a slope would be noise.
 
-    Example:
+    Examples:
         >>> bends({4: 3.0, 8: 2.0, 16: 1.0}, 32)
         {8: 0.5}
     """

@@ -174,7 +174,7 @@ def highest(scores: Tensor, counts: Tensor) -> Tensor:
 def spread_evenly(total: int, tokens: int, generator: torch.Generator) -> Tensor:
     """Return counts with this sum, shape (tokens,), int64, that differ by one at most; which tokens have more is drawn.
 
-    Example:
+    Examples:
         >>> sorted(spread_evenly(7, 3, torch.Generator()).tolist())
         [2, 2, 3]
     """

@@ -117,7 +117,7 @@ def overlap(one: Tensor, other: Tensor) -> dict[str, float]:
         one: Shape (n,), bool, True = kept.
         other: The same.
 
-    Example:
+    Examples:
         >>> overlap(torch.tensor([True, True, False, False]), torch.tensor([True, False, True, False]))
         {'jaccard': 0.3333333333333333, 'chance': 0.3333333333333333}
     """

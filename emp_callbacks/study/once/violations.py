@@ -135,7 +135,7 @@ def score_shape(scores: Mapping[str, Tensor], most: int = 1_000_000) -> Row:
         "cv" (standard deviation over mean, so that N_eff / N = 1 / (1 + cv^2)), "kurtosis" (excess; 0 for a Gaussian),
         "gini" (0: all equal, 1: one holds everything) and "top_percent" (share of the mass in the highest 1 %).
 
-    Example:
+    Examples:
         >>> score_shape({"layer": torch.ones(200)})["gini"]
         0.0
     """

@@ -58,7 +58,7 @@ class ArmSummary:
 def labelled(arm: str, point: float | None) -> str:
     """Return the label of an arm at a point.
 
-    Example:
+    Examples:
         >>> labelled("random", 0.1), labelled("dense", None)
         ('random @ 0.1', 'dense')
     """

@@ -123,7 +123,7 @@ def _over_density(results: Results, lines: _Lines, narrow: bool) -> Figure:
 def spread_out(arms: Sequence[str]) -> dict[str, float]:
     """Return the factor by which each arm is moved along the axis of densities, so that none hides another.
 
-    Example:
+    Examples:
         >>> {arm: round(factor, 2) for arm, factor in spread_out(["a", "b", "c"]).items()}
         {'a': 0.98, 'b': 1.0, 'c': 1.02}
     """

@@ -89,7 +89,7 @@ def metric_range(metric: str, values: Iterable[float]) -> Range:
         metric: Name, such as "test/accuracy".
         values: All that were measured.
 
-    Example:
+    Examples:
         >>> metric_range("test/accuracy", [0.5]), metric_range("test/accuracy", [50.0])
         ((0.0, 1.0), (-inf, inf))
     """
@@ -105,7 +105,7 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95, within: Ran
     Raises:
         ValueError: If `values` is empty or `confidence` is not in (0, 1).
 
-    Example:
+    Examples:
         >>> mean_interval([0.5])
         Interval(mean=0.5, low=None, high=None, n=1, sd=None)
     """
@@ -136,7 +136,7 @@ def paired_difference(
     in every seed, which shows no variance and is no proof that there is none. `within` is the range of the metric:
     the interval ends where two values of that range cannot differ more.
 
-    Example:
+    Examples:
         >>> paired_difference({0: 0.75}, {0: 0.5, 1: 0.5}).mean
         0.25
     """
@@ -186,7 +186,7 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 
     Source: Holm, "A simple sequentially rejective multiple test procedure", Scand. J. Statist. 6 (1979).
 
-    Example:
+    Examples:
         >>> holm([0.25, None, 0.125])
         [0.25, None, 0.25]
     """

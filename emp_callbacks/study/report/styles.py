@@ -121,7 +121,7 @@ def contrast(one: str, other: str) -> float:
         one: "#rrggbb".
         other: The same.
 
-    Example:
+    Examples:
         >>> contrast("#000000", "#ffffff")
         21.0
     """
@@ -150,7 +150,7 @@ _DARK = {
 def for_dark(color: str) -> str:
     """Return the twin of a figure's colour on a dark page: the same hue, light enough to be seen.
 
-    Example:
+    Examples:
         >>> for_dark("#e1e5ea"), contrast(for_dark("#332288"), DARK_CARD) > 4
         ('#303944', True)
     """

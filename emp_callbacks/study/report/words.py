@@ -48,7 +48,7 @@ WORDS: Mapping[str, tuple[str, str]] = {
         "mask. project: they are zeroed, and may grow back. freeze: they stay zero for good. observe: nothing is "
         "pruned, N_eff is only measured.",
     ),
-    "arm": (r"\barms?\b", "one way of pruning in a study; what each does is said under \u201cWhat the arms are\u201d."),
+    "arm": (r"\barms?\b", "one way of pruning in a study; this page says what each does."),
     "seed": (r"seeds?", "number from which initial weights and the order of the data are drawn; one run each."),
     "one-shot": (r"one[-_]shot", "a model that was trained dense, pruned once after its training."),
     "dense": (r"\bdense\b", "not pruned at all."),
@@ -148,7 +148,7 @@ def words_in(text: str) -> list[tuple[str, str]]:
     Args:
         text: What is to be read on the page, without tags.
 
-    Example:
+    Examples:
         >>> [word for word, _ in words_in("density 0.5, churn 0.1")]
         ['density', 'churn']
     """
