@@ -109,7 +109,8 @@ def _finding(curve: Curve, tolerance: float) -> str:
         return f"{name}: beta = 1 was not measured."
     least, at_one = curve.least_tolerated(tolerance), curve.mean_harm(1.0)
     where = "never unharmed" if least is None else f"unharmed down to beta = {least:g}"
-    return f"{name}: {1 - curve.mean(1.0, 'density'):.1%} pruned at beta = 1 for {at_one:+.2f} {unit} of harm; {where}."
+    shown = f"{number(at_one, 2, sign=True)} {unit}"
+    return f"{name}: {1 - curve.mean(1.0, 'density'):.1%} pruned at beta = 1 for {shown} of harm; {where}."
 
 
 def _warnings(curve: Curve) -> list[str]:
@@ -154,8 +155,7 @@ def _cliffs(found: Sequence[Curve], tolerance: float) -> Grid:
             difference = paired_difference(curve.harms(below), curve.harms(1.0))
         shown = DASH
         if difference is not None:
-            ends = "" if difference.low is None else f" [{difference.low:+.2f}, {difference.high:+.2f}]"
-            shown = f"{difference.mean:+.2f}{ends}"
+            shown = interval(difference)
         rows.append([
             curve.model,
             curve.way,

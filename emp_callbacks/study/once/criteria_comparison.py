@@ -154,7 +154,7 @@ def page(results: Results) -> Page:
             Section(
                 heading="Criteria side by side",
                 text="For each model: N_eff / N; the change of the metric at N_eff (filled) and at the common density "
-                "(open), on one axis for all models, even up to 1 and logarithmic beyond, worse to the left; Jaccard's "
+                "(open), a point for each seed, on one axis for all models, even up to 1 and logarithmic beyond; Jaccard's "
                 "index of the masks at the common density.",
                 draw=partial(plots.plot_criteria, found, density),
                 seen=partial(criteria_seen, found, density),
@@ -191,10 +191,11 @@ def _does_n_eff_rank(found: Sequence[Case], density: float) -> list[str]:
             ranks.append(float(stats.spearmanr([a for a, _ in pairs], [b for _, b in pairs]).statistic))
     if not ranks:
         return []
+    mean, low, high = (number(value, 2, sign=True) for value in (fmean(ranks), min(ranks), max(ranks)))
     return [
         f"Is a smaller N_eff the sign of a better criterion? Rank correlation of N_eff / N with the harm at density "
-        f"{density:g} within a case (random left out): mean {fmean(ranks):+.2f}, from {min(ranks):+.2f} to "
-        f"{max(ranks):+.2f} over {len(ranks)} cases; +1 would say yes."
+        f"{density:g} within a case (random left out): mean {mean}, from {low} to "
+        f"{high} over {len(ranks)} cases; +1 would say yes."
     ]
 
 
@@ -207,7 +208,7 @@ def _finding(case: Case, density: float) -> str:
     best = min(case.rows, key=harm)
     return (
         f"{case.model}, {case.target}: N_eff / N is {n_eff}; at density {density:g} {best} loses least "
-        f"({harm(best):+.2f} {case.harm.unit})."
+        f"({number(harm(best), 2, sign=True)} {case.harm.unit})."
     )
 
 

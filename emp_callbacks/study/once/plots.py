@@ -169,7 +169,7 @@ def _draw_changes(axes: Axes, case: Case, worst: float, best: float) -> None:
                 facecolor=color if filled else CARD, zorder=3,
             )  # fmt: skip
     axes.axvline(0, color=INK, linewidth=1)
-    axes.set_xlabel(f"change of {case.harm.metric}, {case.harm.unit}\n(worse is left; a point is a seed)")
+    axes.set_xlabel(f"change of {case.harm.metric},\n{case.harm.unit}; worse is left")
     _change_axis(axes, "x", case.harm, worst, best)
 
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from emp_callbacks.study.report.statistics import Interval
+from emp_callbacks.study.report.statistics import Interval, PairedDifference
 from emp_callbacks.study.report.svg import Drawings
 from emp_callbacks.study.report.words import words_in
 
@@ -201,7 +201,7 @@ def number(value: float | None, decimals: int, sign: bool = False) -> str:
     return text.replace("-", MINUS)
 
 
-def interval(found: Interval, decimals: int = 2) -> str:
+def interval(found: Interval | PairedDifference, decimals: int = 2) -> str:
     """Return a change as text, "mean [low, high]" with signs; only the mean without an interval."""
     ends = "" if found.low is None else f" [{number(found.low, decimals, True)}, {number(found.high, decimals, True)}]"
     return f"{number(found.mean, decimals, True)}{ends}"
