@@ -33,6 +33,7 @@ def submit(words: list[str]) -> None:
     own = [word for file in options.config[1:] for word in ("--config", file)] + overrides
     path = find_recipe(options.config[0])
     say_first(f"submit: reading {options.config[0]}")
+    from emp_callbacks.study.quiet import SRUN
     from emp_callbacks.study.recipe.recipe import Recipe
     from emp_callbacks.study.submission import has_slurm, shell_lines
     from emp_callbacks.study.submission import submit as hand_over
@@ -40,7 +41,7 @@ def submit(words: list[str]) -> None:
     # What is wrong with the recipe shows now, not when the job begins.
     recipe = Recipe(path, with_files(own), called=options.config[0])
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The `srun` command is available")  # nothing trains here
+        warnings.filterwarnings("ignore", SRUN)  # nothing trains here
         jobs = _study(recipe, options, script, own) if options.array else _fit(options, script, own)
     console, told = make_console(), _sbatch_options(recipe, options)
     if options.dry_run or not has_slurm():

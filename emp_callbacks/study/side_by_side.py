@@ -9,10 +9,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from emp_callbacks.study.comparison import StudyInterrupted, run_study, study_needs
+from emp_callbacks.study.progress import StudyProgress
+from emp_callbacks.study.quiet import one_of_many
 from emp_callbacks.study.recipe.recipe import Recipe
 
 __all__ = ["run_side_by_side"]
@@ -40,10 +41,10 @@ def run_side_by_side(
     """
     if jobs < 1:
         raise ValueError(f"jobs must be >= 1, got {jobs}: the number of trainings at a time")
-    shown = console or Console(quiet=True)
     waiting = study_needs(recipe, out, overwrite=overwrite)
     total, context = len(waiting), multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_one_thread) as pool:
+    progress = StudyProgress(console or Console(quiet=True), total, "")
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=one_of_many) as pool, progress:
         running: dict[Future[None], str] = {}
         try:
             while waiting or running:
@@ -55,11 +56,10 @@ def run_side_by_side(
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     name = running[future]
                     if isinstance(future.exception(), Exception):  # which says nothing of the cell
-                        shown.print(f"{name} failed; finished runs are kept", markup=False, highlight=False)
+                        progress.note(f"{name} failed; finished runs are kept")
                     future.result()
                     del running[future]
-                    left = len(waiting) + len(running)
-                    shown.print(f"[{total - left}/{total}] {name}", markup=False, highlight=False)
+                    progress.advance(name)
         except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
             if isinstance(error, KeyboardInterrupt):
@@ -68,10 +68,6 @@ def run_side_by_side(
     results = run_study(recipe, out, console=console)
     assert results is not None, "nothing was left to run"
     return results
-
-
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @cache

@@ -8,11 +8,11 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from emp_callbacks.study.once.measuring import OnceStudy, measured
 from emp_callbacks.study.progress import StudyProgress
+from emp_callbacks.study.quiet import one_of_many
 from emp_callbacks.study.recipe.recipe import Recipe
 from emp_callbacks.study.run_store import RunStore
 
@@ -38,7 +38,7 @@ def measured_side_by_side(
         progress: Is told of every finished model.
     """
     context, others = multiprocessing.get_context("spawn"), multiprocessing.active_children()
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=one_of_many) as pool:
         running = {
             pool.submit(
                 _measure, study, recipe.path, recipe.overrides, recipe.called, seed, store.out, store.recipe_digest,

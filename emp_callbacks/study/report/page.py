@@ -1,4 +1,4 @@
-"""One page of findings: on a terminal, and as one HTML file that opens offline."""
+"""One page of findings, as one HTML file that opens offline."""
 
 from __future__ import annotations
 
@@ -14,9 +14,6 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from emp_callbacks.study.report.statistics import Interval, PairedDifference
 from emp_callbacks.study.report.svg import Drawings
@@ -32,7 +29,6 @@ __all__ = [
     "grouped",
     "interval",
     "number",
-    "print_page",
     "rendered",
     "write_files",
     "write_page",
@@ -165,30 +161,6 @@ def rendered(name: str, drawings: Drawings, **values: Any) -> str:
     for hidden in (r"<style.*?</style>", r"<[^>]*>"):
         text = re.sub(hidden, " ", text, flags=re.DOTALL)
     return page.render(words=words_in(html.unescape(text)), css=Markup(drawings.css()), **values)
-
-
-def print_page(page: Page, console: Console) -> None:
-    """Show the tables, then the warnings and the answer, on a terminal."""
-    for section in page.sections:
-        if section.grid is not None and section.printed:
-            console.print(_table(section.grid, section.heading))
-            if section.text:
-                console.print(section.text, style="dim", highlight=False)
-    for warning in page.warnings:
-        console.print(Text(f"warning: {warning}", style="yellow"))
-    console.print(Text(page.headline, style="bold"))
-    for finding in page.findings:
-        console.print(Text(f"  {finding}"))
-
-
-def _table(grid: Grid, title: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    for index, header in enumerate(grid.headers):
-        numeric = index >= grid.texts
-        table.add_column(header, justify="right" if numeric else "left", overflow="fold")
-    for row in grid.rows:
-        table.add_row(*(Text(cell) for cell in row))
-    return table
 
 
 def number(value: float | None, decimals: int, sign: bool = False) -> str:

@@ -338,14 +338,6 @@ def test_the_shape_of_scores_by_hand():
 # ---- the commands ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["sweep-beta", "compare-criteria", "violations"])
-def test_help_shows_what_to_type(command, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main([command, "--help"])
-    assert stop.value.code == 0
-    assert f"emp {command} --config recipes/" in capsys.readouterr().out
-
-
 def test_a_command_ends_with_its_report(folder, sweep, capsys):
     words = ["--config", str(folder / "tiny.yaml"), "--out", str(folder / "cli"), "--models", str(folder / "models")]
     assert (
