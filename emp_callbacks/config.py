@@ -326,6 +326,13 @@ def settled(config: Any, settings: Mapping[str, Any]) -> EMPConfig:
     return EMPConfig(**settings) if config is None else replace(config, **settings)
 
 
+_KEPT = "the share that is kept is density, such as density=0.2 for a sparsity of 0.8. "
+_OTHER_WORDS = {
+    "config": "settings are given one by one; EMPCallback.from_config(config) does so. ",
+    **dict.fromkeys(("sparsity", "target_sparsity", "amount", "prune_ratio", "pruning_ratio", "ratio"), _KEPT),
+}
+
+
 def check_names(settings: Iterable[str]) -> None:
     """Raise TypeError, with the nearest valid name, unless every name is a field of EMPConfig."""
     known = [field.name for field in fields(EMPConfig)]
@@ -333,8 +340,7 @@ def check_names(settings: Iterable[str]) -> None:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            if name == "config":
-                hint = "settings are given one by one; EMPCallback.from_config(config) does so. "
+            hint = _OTHER_WORDS.get(name, hint)
             raise TypeError(f"unknown setting {name!r}; {hint}Settings: {', '.join(known)}")
 
 

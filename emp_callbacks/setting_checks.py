@@ -29,7 +29,8 @@ def check_fraction(name: str, value: float, *, lowest_allowed: bool) -> None:
     inside = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not inside or not 0.0 <= value <= 1.0 or (value == 0.0 and not lowest_allowed):
         interval = "[0, 1]" if lowest_allowed else "(0, 1]"
-        raise ValueError(f"{name} must be a fraction in {interval}, got {value!r}")
+        percent = f"; for {value:g} % write {value / 100:g}" if inside and 1 < value <= 100 else ""
+        raise ValueError(f"{name} must be a fraction in {interval}, got {value!r}{percent}")
 
 
 def check_shares(shares: object) -> None:

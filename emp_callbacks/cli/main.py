@@ -19,19 +19,20 @@ USAGE_ERROR = 2
 _HELP = """\
 usage: emp COMMAND [options]
 
-Effective Model Pruning during training: run recipes, compare ways of pruning, look at weights.
+Effective Model Pruning during training: run recipes, compare ways of pruning,
+look at weights, prune finished models.
 
 commands:
   fit        train a recipe
   validate   evaluate a recipe's model on its validation split
   test       evaluate a recipe's model on its test split
-  check      say what a recipe will do: memory, steps, refreshes, files; trains nothing
-  compare    train a recipe with several ways of pruning and several seeds, and report
+  check      say what a recipe will do: memory, steps, files; trains nothing
+  compare    train a recipe with several ways of pruning and seeds, and report
   submit     hand a training, or a whole study, to Slurm
   report     write the report of a finished study or of a single fit again
-  recipes    list the recipes that come with the package, or copy one out to edit
-  inspect    show N_eff and what EMP would keep of a checkpoint, a folder of any size, a timm model
-  prune      prune a finished model once: a checkpoint, a timm model, a Hugging Face folder of any size
+  recipes    list the recipes of the package, or copy one out to edit
+  inspect    show N_eff and what EMP would keep: checkpoint, folder, timm model
+  prune      prune a finished model once: a checkpoint, folder or timm model
   export     write the masked weights of a run as plain safetensors
   perplexity measure a language model in a Hugging Face folder of any size
   tokenize   write text as the tokens that a language model trains on
@@ -40,7 +41,7 @@ studies on trained models:
   sweep-beta        is beta = 1 where the metric begins to fall?
   compare-criteria  N_eff, metric and masks of every criterion on one model
   violations        the measured change of the loss beside every bound
-  gates             heads chosen by EMP beside gates that learn, and a count of heads by token
+  gates             heads chosen by EMP beside gates that learn
 
 examples:
   emp fit --config quickstart
@@ -129,7 +130,7 @@ def _unfinished(command: str, stop: BaseException) -> str:
     if isinstance(stop, KeyboardInterrupt) and str(stop):  # a study knows how far it came
         return str(stop)
     if command == "fit":
-        return "stopped: training did not finish; add --ckpt_path FILE.ckpt to go on from its last checkpoint"
+        return "stopped: training did not finish; add --ckpt_path last to go on from its last checkpoint"
     return f"stopped: {command} did not finish; run the same command again"
 
 

@@ -89,7 +89,7 @@ def write_weights(
     """
     folder, out = is_folder(out), Path(out)
     host = host_loading(model.inner, shrunk) if shrunk else None
-    loaded_by = _loaded_by(host, out) if shrunk else None
+    loaded_by = _loaded_by(host, out, model.prefix) if shrunk else None
     state = model.tensors()
     tied = _ties(state)
     metadata = {**metadata, **(shrunk.metadata() if shrunk else {}), TIED_KEY: json.dumps(tied)}
@@ -147,7 +147,7 @@ def _fill(
     call = None
     if getattr(inner, "pretrained_cfg", None) and (host or not shrunk):
         call = save_timm_configuration(inner, folder, host.arguments if host else {})
-    plainly = _loaded_by(host, out / WEIGHTS) if shrunk else None
+    plainly = _loaded_by(host, out / WEIGHTS, model.prefix) if shrunk else None
     how = call.replace("FOLDER", str(out)) if call else plainly
     write_tensors(_apart(model.tensors()), folder / WEIGHTS, {**metadata, **_told(how)})
     return how, notes
@@ -157,10 +157,11 @@ def _told(loaded_by: str | None) -> dict[str, str]:
     return {"loaded_by": loaded_by} if loaded_by else {}
 
 
-def _loaded_by(host: HostLoading | None, file: Path) -> str:
+def _loaded_by(host: HostLoading | None, file: Path, prefix: str) -> str:
     if host is not None and host.config is None:
         return f"{host.call}; model.load_state_dict(safetensors.torch.load_file({str(file)!r}))"
-    return f"emp_callbacks.load_shrunk(model, {str(file)!r}), into the dense architecture"
+    behind = f", which is {prefix.rstrip('.')!r} of the module that was trained" if prefix else ""
+    return f"emp_callbacks.load_shrunk(model, {str(file)!r}), into the dense architecture{behind}"
 
 
 def check_free(out: str | os.PathLike[str], overwrite: bool) -> None:

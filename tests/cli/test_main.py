@@ -1,5 +1,6 @@
 import copy
 import json
+import os
 import re
 import shlex
 import signal
@@ -10,8 +11,10 @@ import warnings
 from itertools import pairwise
 
 import pytest
+import pytorch_lightning as pl
 import torch
 import yaml
+from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from safetensors.torch import load_file
 
@@ -33,6 +36,7 @@ from emp_callbacks.cli.study import LIGHTNING_HELP
 from emp_callbacks.cli.submit import submit_parser
 from emp_callbacks.cli.tokenize import tokenize_parser
 from emp_callbacks.study.comparison import StudyInterrupted
+from emp_callbacks.study.recipe.checkpoints import newest_checkpoint
 
 TASK = "emp_callbacks.study.recipe.tasks.ImageClassification"
 RECIPE = {
@@ -600,7 +604,7 @@ def test_a_real_signal_ends_a_command_with_a_code_that_schedulers_believe(tmp_pa
     done = subprocess.run(words, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.stdout.splitlines()[-1] == "143 130 143 codes", done.stderr[-2000:]
     said = [line for line in done.stderr.splitlines() if line.startswith("emp: stopped")]
-    go_on = "emp: stopped: training did not finish; add --ckpt_path FILE.ckpt to go on from its last checkpoint"
+    go_on = "emp: stopped: training did not finish; add --ckpt_path last to go on from its last checkpoint"
     assert said == [go_on, go_on, "emp: stopped: inspect did not finish; run the same command again"]
 
 
@@ -670,3 +674,14 @@ def test_a_layer_that_keeps_next_to_nothing_is_one_note_of_inspect_and_of_prune(
     assert main([*words, "--out", str(tmp_path / "wide.safetensors")]) == 0
     assert "next to nothing" not in capsys.readouterr().out
     assert int((load_file(tmp_path / "wide.safetensors")["b.weight"] != 0).sum()) == 120
+
+
+def test_last_is_the_newest_checkpoint_of_all_starts(tmp_path):
+    trainer = pl.Trainer(logger=CSVLogger(tmp_path, name="fit"), accelerator="cpu", enable_progress_bar=False)
+    assert newest_checkpoint(trainer) is None
+    for version, age in ((0, 0), (1, -100)):
+        file = tmp_path / "fit" / f"version_{version}" / "checkpoints" / "a.ckpt"
+        file.parent.mkdir(parents=True)
+        file.touch()
+        os.utime(file, (age + 10_000, age + 10_000))
+    assert newest_checkpoint(trainer) == str(tmp_path / "fit" / "version_0" / "checkpoints" / "a.ckpt")

@@ -13,7 +13,7 @@ from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 
 from emp_callbacks.checkpoint.reading import read_checkpoint
 
-__all__ = ["check_resumable", "fitting_weights", "goes_on_in", "settle_checkpoints"]
+__all__ = ["check_resumable", "fitting_weights", "goes_on_in", "newest_checkpoint", "settle_checkpoints"]
 
 _WORDS = ("last", "best", "hpc")  # which Lightning looks for itself, as what is in a registry or on a server
 
@@ -67,6 +67,13 @@ def settle_checkpoints(callbacks: Iterable[pl.callbacks.Checkpoint], folder: str
         if folder is not None and isinstance(callback, pl.callbacks.ModelCheckpoint):
             callback.dirpath = callback.dirpath or os.path.join(folder, "checkpoints")
             callback.save_last = "link" if callback.save_last is None else callback.save_last
+
+
+def newest_checkpoint(trainer: pl.Trainer) -> str | None:
+    """Return what `--ckpt_path last` means where the logger has a folder for each start: the newest below them all."""
+    root = getattr(trainer.logger, "root_dir", None) or trainer.default_root_dir
+    found = [path for path in Path(root).rglob("*.ckpt") if path.is_file()]
+    return str(max(found, key=lambda path: path.stat().st_mtime)) if found else None
 
 
 @contextmanager

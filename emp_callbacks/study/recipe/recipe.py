@@ -24,7 +24,13 @@ from emp_callbacks.study.recipe.check import (
     check_recipe,
     explain_parse_error,
 )
-from emp_callbacks.study.recipe.checkpoints import check_resumable, fitting_weights, goes_on_in, settle_checkpoints
+from emp_callbacks.study.recipe.checkpoints import (
+    check_resumable,
+    fitting_weights,
+    goes_on_in,
+    newest_checkpoint,
+    settle_checkpoints,
+)
 from emp_callbacks.study.recipe.reading import check_yaml, counts_given, read_recipe
 from emp_callbacks.study.recipe.seeds import check_seed
 from emp_callbacks.study.recipe.smoke import FLAG, FallingLoss, smoke_options
@@ -145,7 +151,10 @@ class _EmpCLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         if self._command == "fit":
             trainer.callbacks += [RequeueBetweenSteps(), Whereabouts()]  # type: ignore[attr-defined]
-            settle_checkpoints(trainer.checkpoint_callbacks, self._given.trainer.default_root_dir)
+            folder = self._given.trainer.default_root_dir
+            settle_checkpoints(trainer.checkpoint_callbacks, folder)
+            if self._given.ckpt_path == "last" and folder is None and (newest := newest_checkpoint(trainer)):
+                self.config_init[self._command].ckpt_path = newest
             if self._smoke:
                 trainer.callbacks.append(FallingLoss())  # type: ignore[attr-defined]
         return trainer
