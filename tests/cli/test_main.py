@@ -551,21 +551,6 @@ def test_an_unknown_command_names_the_nearest(capsys):
 STOPPED = """
 import os, pathlib, signal, sys, threading, time
 from emp_callbacks.cli.main import COMMANDS, main
-from emp_callbacks.cli.check import check_parser
-from emp_callbacks.cli.folder_options import perplexity_parser
-from emp_callbacks.cli.once_options import criteria_parser, gates_parser, sweep_parser, violations_parser
-from emp_callbacks.cli.options import (
-    compare_parser,
-    export_parser,
-    inspect_parser,
-    prune_parser,
-    recipes_parser,
-    report_parser,
-)
-from emp_callbacks.cli.recipes import find_recipe, with_files
-from emp_callbacks.cli.study import LIGHTNING_HELP
-from emp_callbacks.cli.submit import submit_parser
-from emp_callbacks.cli.tokenize import tokenize_parser
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started without one
 recipe, folder = sys.argv[1], pathlib.Path(sys.argv[2])
