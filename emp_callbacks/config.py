@@ -15,7 +15,7 @@ from emp_callbacks.forward_checks import DYNAMIC_CRITERIA, check_forward
 from emp_callbacks.gate_checks import GATES_ALONE, check_gates
 from emp_callbacks.layer.mask_mode import MASK_MODES
 from emp_callbacks.schedule import Ramp, Schedule, check_count
-from emp_callbacks.setting_checks import check_choice, check_patterns, ends
+from emp_callbacks.setting_checks import OTHER_WORDS, check_choice, check_patterns, ends
 from emp_callbacks.targets.feature_form import FeatureForm
 from emp_callbacks.targets.positions import PositionsSource, function_for
 
@@ -326,13 +326,6 @@ def settled(config: Any, settings: Mapping[str, Any]) -> EMPConfig:
     return EMPConfig(**settings) if config is None else replace(config, **settings)
 
 
-_KEPT = "the share that is kept is density, such as density=0.2 for a sparsity of 0.8. "
-_OTHER_WORDS = {
-    "config": "settings are given one by one; EMPCallback.from_config(config) does so. ",
-    **dict.fromkeys(("sparsity", "target_sparsity", "amount", "prune_ratio", "pruning_ratio", "ratio"), _KEPT),
-}
-
-
 def check_names(settings: Iterable[str]) -> None:
     """Raise TypeError, with the nearest valid name, unless every name is a field of EMPConfig."""
     known = [field.name for field in fields(EMPConfig)]
@@ -340,8 +333,7 @@ def check_names(settings: Iterable[str]) -> None:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            hint = _OTHER_WORDS.get(name, hint)
-            raise TypeError(f"unknown setting {name!r}; {hint}Settings: {', '.join(known)}")
+            raise TypeError(f"unknown setting {name!r}; {OTHER_WORDS.get(name, hint)}Settings: {', '.join(known)}")
 
 
 def _check_positions(source: Any) -> None:

@@ -24,6 +24,14 @@ def check_patterns(name: str, patterns: Sequence[str] | None) -> None:
         )
 
 
+_KEPT = "the share that is kept is density, such as density=0.2 for a sparsity of 0.8. "
+OTHER_WORDS = {
+    "config": "settings are given one by one; EMPCallback.from_config(config) does so. ",
+    **dict.fromkeys(("sparsity", "target_sparsity", "amount", "prune_ratio", "pruning_ratio", "ratio"), _KEPT),
+}
+"""What other tools call a setting -> what to write here."""
+
+
 def check_fraction(name: str, value: float, *, lowest_allowed: bool) -> None:
     """Raise ValueError unless the value lies in (0, 1], or in [0, 1] where the lowest is allowed."""
     inside = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -20,6 +20,7 @@ def pytest_configure(config):
     config.pluginmanager.register(ProcessGuard(), "process-guard")
     config.pluginmanager.register(ExtensionBuild(), "extension-build")
     # Programs of this environment, such as ninja and torchrun, are found although nobody activated it.
+    os.environ.pop("COLUMNS", None)  # pytest-xdist gives its workers 80: tables would be another width there
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
 
 
