@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
-from weakref import WeakSet
 
 from torch import Tensor, nn
 
@@ -16,7 +15,7 @@ from emp_callbacks.shrinking.example_run import evaluating, measured, outputs
 from emp_callbacks.shrinking.experts import cut_experts
 from emp_callbacks.shrinking.heads import cut_heads
 from emp_callbacks.shrinking.report import FOR_EQUAL_SIZES, ShrinkReport, ShrunkLayer
-from emp_callbacks.shrinking.surgery import Surgery, cuttable_modules, mixes, perform, why_whole
+from emp_callbacks.shrinking.surgery import SHRUNK, Surgery, cuttable_modules, mixes, perform, why_whole
 from emp_callbacks.shrinking.trial import Planned, largest_fit
 from emp_callbacks.shrinking.units import alive_units, unit_layer, unit_layers
 from emp_callbacks.targets import adapted_weights
@@ -25,7 +24,6 @@ from emp_callbacks.targets.units import UnitTarget
 __all__ = ["shrink"]
 
 _NOT_ZERO = "not zero in this model (apply the masks first)"
-_SHRUNK: WeakSet[nn.Module] = WeakSet()  # so that no file tells of the last cut alone
 
 
 def shrink(
@@ -90,8 +88,9 @@ def shrink(
             fit, more = largest_fit(model, names, partial(plans.cut, most=most), run, before)
             errors |= more
         perform(model, fit.surgery)
-    repeated = model in _SHRUNK
-    _SHRUNK.add(model)
+    repeated = model in SHRUNK
+    if fit.surgery:
+        SHRUNK.add(model)
     layers = {name: fit.layers.get(name) or plans.left_out(name, errors[name]) for name in plans.names}
     return ShrinkReport(
         layers=tuple(layers.values()),

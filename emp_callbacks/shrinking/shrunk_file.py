@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from emp_callbacks.shrinking.surgery import Cut, Surgery, perform
+from emp_callbacks.shrinking.surgery import SHRUNK, Cut, Surgery, perform
 
 __all__ = ["load_shrunk", "surgery_metadata"]
 
@@ -73,6 +73,7 @@ def load_shrunk(model: nn.Module, file: str | os.PathLike[str]) -> nn.Module:
     try:
         perform(model, _surgery(metadata))
         model.load_state_dict(tensors)
+        SHRUNK.add(model)
     except (AttributeError, RuntimeError, ValueError, LookupError, TypeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:400]
         raise ValueError(f"{os.fspath(file)} does not fit this {type(model).__name__}: {reason}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from emp_callbacks.targets.matrices import is_conv1d
 
 __all__ = [
     "EXPERT_COUNTS",
+    "SHRUNK",
     "Cut",
     "Surgery",
     "axes_of",
@@ -45,6 +47,8 @@ Surgery = dict[str, dict[str, Cut]]
 that is a multiple of its heads, and "heads", for readers.
 """
 
+SHRUNK: WeakSet[nn.Module] = WeakSet()
+"""Models of which something was cut for good: a report of their next cut tells of a part."""
 
 # What mixtures and routers call the number of experts.
 EXPERT_COUNTS = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"}

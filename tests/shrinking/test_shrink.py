@@ -668,6 +668,19 @@ def test_a_model_that_was_shrunk_twice_is_not_saved_with_half_of_its_cuts(tmp_pa
     with pytest.raises(ValueError, match=r"shrunk more than once.*one call, shrink\(model, \{\*\*masks"):
         save_shrunk(model, again, tmp_path / "small.safetensors")
     assert not (tmp_path / "small.safetensors").exists()
+    loaded = load_shrunk(mlp(), write(mlp(), MLP_MASKS, POINTS, tmp_path / "small.safetensors"))
+    with pytest.raises(ValueError, match="shrunk more than once"):
+        save_shrunk(loaded, shrink(loaded, {}, POINTS), tmp_path / "again.safetensors")
+
+
+def test_a_shrink_that_took_nothing_out_is_no_cut(tmp_path):
+    model = mlp()
+    assert not shrink(model, {}, POINTS).surgery
+    report = shrink(model, MLP_MASKS, POINTS)
+    save_shrunk(model, report, tmp_path / "small.safetensors")
+    torch.testing.assert_close(
+        outputs(load_shrunk(mlp(), tmp_path / "small.safetensors"), POINTS), outputs(model, POINTS)
+    )
 
 
 def test_files_that_are_not_shrunk_models_are_errors(tmp_path):
